@@ -1,0 +1,184 @@
+"""Reading and writing a run's configuration: a TOML preset plus `section.key=value` overrides.
+
+Imports no torch. Every complaint names the key, the nearest valid one and where it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from deberta_xl.config import ConfigError, RunConfig
+
+PRESETS = Path(__file__).parent / "configs"
+
+#: Written once, set in several places: `model.dropout=0` is short for both kinds of dropout.
+SHORTHANDS = {("model", "dropout"): ("hidden_dropout", "attention_dropout")}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean …?` for a mistyped name, or the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def preset_names() -> list[str]:
+    """Names accepted by `--config` besides paths."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load_run_config(preset: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a preset (its name, or the path of a TOML file) and apply `section.key=value` overrides.
+
+    Raises ConfigError naming the key, the nearest valid one and where it stands.
+    """
+    path = find_preset(str(preset))
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    check_keys(tree, source=str(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return build_run_config(tree, source=str(path))
+
+
+def find_preset(name: str) -> Path:
+    """The file behind a preset's name or path."""
+    path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"--config {name}: no such preset or file; {nearest(name, preset_names())}")
+    return path
+
+
+def section_types() -> dict[str, type]:
+    """Section name -> its dataclass."""
+    return typing.get_type_hints(RunConfig)
+
+
+def keys_of(section: str) -> list[str]:
+    """Keys that may be written in `section`, shorthands included."""
+    shorthands = [key for owner, key in SHORTHANDS if owner == section]
+    return [f.name for f in dataclasses.fields(section_types()[section])] + shorthands
+
+
+def check_keys(tree: dict[str, Any], source: str) -> None:
+    """Refuse unknown sections and keys; expand the shorthands in place."""
+    for section, values in tree.items():
+        if section not in section_types():
+            raise ConfigError(f"unknown section {section!r} in {source}; {nearest(section, section_types())}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{section!r} in {source} is a section of keys, not a value; write {section}.KEY=VALUE")
+        for key in values:
+            if key not in keys_of(section):
+                raise ConfigError(
+                    f"unknown key {section}.{key} in {source}; {nearest(key, keys_of(section))}{elsewhere(key, section)}"
+                )
+        expand_shorthands(section, values)
+
+
+def elsewhere(key: str, section: str) -> str:
+    """A hint when another section owns `key`."""
+    owners = [name for name in section_types() if name != section and key in keys_of(name)]
+    return f" ({key} belongs to {', '.join(owners)})" if owners else ""
+
+
+def expand_shorthands(section: str, values: dict[str, Any]) -> None:
+    """Replace shorthand keys by the keys they stand for."""
+    for (owner, shorthand), targets in SHORTHANDS.items():
+        if owner == section and shorthand in values:
+            value = values.pop(shorthand)
+            values.update(dict.fromkeys(targets, value))
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Apply one `section.key=value` to the tree in place; the value is TOML, or a bare string."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().lstrip("-").partition(".")
+    if not (equals and dot):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, for example train.steps=1000")
+    check_keys({section: {key: None}}, source=f"override {override!r}")
+    value = {key: parse_value(section, key, text.strip())}
+    expand_shorthands(section, value)
+    tree.setdefault(section, {}).update(value)
+
+
+def parse_value(section: str, key: str, text: str) -> Any:
+    """The value of an override: raw text for text fields, TOML for all others (`none` unsets an optional key)."""
+    targets = SHORTHANDS.get((section, key), (key,))
+    annotation = typing.get_type_hints(section_types()[section])[targets[0]]
+    if accepts_none(annotation) and text.lower() in ("none", "null"):
+        return None
+    if accepts_text(annotation):
+        return text.strip("\"'")
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the annotation itself."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def accepts_none(annotation: Any) -> bool:
+    """Whether a field may be unset."""
+    return type(None) in members(annotation)
+
+
+def accepts_text(annotation: Any) -> bool:
+    """Whether a field holds text: then 2024 in `run.folder=2024` is a name."""
+    return any(m is str or typing.get_origin(m) is Literal for m in members(annotation))
+
+
+def build_run_config(tree: dict[str, Any], source: str) -> RunConfig:
+    """Type-check the tree section by section and build the frozen configuration."""
+    sections = {name: build_section(name, tree.get(name, {}), source) for name in section_types()}
+    try:
+        return RunConfig(**sections)
+    except ValidationError as error:
+        raise ConfigError(f"{error.errors()[0]['ctx']['error']} (from {source} and its overrides)") from None
+
+
+def build_section(name: str, values: dict[str, Any], source: str) -> Any:
+    """One section from its values; pydantic's findings are put in a user's words."""
+    cls = section_types()[name]
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        finding = error.errors()[0]
+        if isinstance(cause := finding.get("ctx", {}).get("error"), ConfigError):
+            raise ConfigError(f"{name}: {cause} (from {source} and its overrides)") from None
+        key = ".".join([name, *map(str, finding["loc"][:1])])
+        raise ConfigError(f"{key}={finding['input']!r}: {finding['msg']} (from {source} and its overrides)") from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML that `load_run_config` reads back to an equal tree; unset keys are left out."""
+    lines: list[str] = []
+    for section in section_types():
+        lines.append(f"[{section}]")
+        values = dataclasses.asdict(getattr(config, section))
+        lines += [f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def toml_value(value: Any) -> str:
+    """A scalar in TOML's spelling."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

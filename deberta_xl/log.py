@@ -1,0 +1,45 @@
+"""One logger for the package, with the rank in every record.
+
+The rank comes from the launcher's environment, so the logger works before (and without) torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger("deberta_xl")
+
+
+def environment_rank() -> int:
+    """This process's rank as its launcher states it (torchrun, deepspeed, srun), 0 when alone."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send the package's records to standard error, one line each: time, rank, level (above INFO), message."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RankFormatter())
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+class RankFormatter(logging.Formatter):
+    """`12:30:01 [rank 1] WARNING: …`; rank 0 and INFO go unmarked, since they are the rule."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line for one record."""
+        rank = environment_rank()
+        marks = [self.formatTime(record, "%H:%M:%S")]
+        marks += [f"[rank {rank}]"] if rank else []
+        marks += [f"{record.levelname}:"] if record.levelno != logging.INFO else []
+        text = " ".join([*marks, record.getMessage()])
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def rank_zero(message: str, *args: object, level: int = logging.INFO) -> None:
+    """Log what the world needs once: on rank 0 only."""
+    if environment_rank() == 0:
+        logger.log(level, message, *args)
