@@ -1,0 +1,89 @@
+"""Configuration fields at the border: ours, and those of the original release and of Hugging Face's `deberta-v2`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deberta_xl.config import ConfigError, DebertaConfig
+
+#: Fields that differ in name only.
+RENAMED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "head_dim": "attention_head_size",
+    "intermediate_size": "intermediate_size",
+    "embedding_size": "embedding_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "max_relative_positions": "max_relative_positions",
+    "position_buckets": "position_buckets",
+    "share_att_key": "share_att_key",
+    "position_biased_input": "position_biased_input",
+    "type_vocab_size": "type_vocab_size",
+    "conv_kernel_size": "conv_kernel_size",
+    "conv_groups": "conv_groups",
+    "conv_act": "conv_act",
+    "hidden_act": "hidden_act",
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "layer_norm_eps": "layer_norm_eps",
+    "initializer_range": "initializer_range",
+}
+
+#: What the original release assumes where a field is absent, and we assume differently.
+ABSENT = {"conv_act": "tanh", "position_buckets": 0, "position_biased_input": True, "share_att_key": False}
+
+#: Values below 1 that mean "unset" there.
+UNSET_BELOW_ONE = ("max_relative_positions", "embedding_size", "head_dim")
+
+
+def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
+    """The architecture described by a released `config.json` or `model_config.json`.
+
+    Raises ConfigError for what cannot be a DeBERTa of ours: no relative attention, or unknown position terms.
+    """
+    if not fields.get("relative_attention", False):
+        raise ConfigError("config.json says relative_attention=false: that is a BERT, not a DeBERTa")
+    values = dict(ABSENT)
+    values |= {ours: fields[theirs] for ours, theirs in RENAMED.items() if fields.get(theirs) is not None}
+    for name in UNSET_BELOW_ONE:
+        if values.get(name) is not None and values[name] < 1:
+            del values[name]
+    values["position_buckets"] = max(0, values["position_buckets"])
+    values["pos_att_type"] = position_terms(fields.get("pos_att_type", "none"))
+    values["normalize_relative_table"] = "layer_norm" in str(fields.get("norm_rel_ebd", "none")).lower()
+    return DebertaConfig(**values)
+
+
+def position_terms(value: str | list[str]) -> str:
+    """`pos_att_type` in our spelling, from "p2c|c2p" or ["p2c", "c2p"]."""
+    terms = set(value.lower().split("|") if isinstance(value, str) else value)
+    if terms == {"c2p"}:
+        return "c2p"
+    if terms == {"c2p", "p2c"}:
+        return "c2p|p2c"
+    raise ConfigError(f"pos_att_type={value!r} is not supported; known: 'c2p' and 'c2p|p2c'")
+
+
+def to_huggingface_config(config: DebertaConfig) -> dict[str, Any]:
+    """Fields of a `deberta-v2` config.json that `transformers` loads; our own absolute positions and EMD ride along."""
+    fields = {theirs: getattr(config, ours) for ours, theirs in RENAMED.items()}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return fields | {
+        "model_type": "deberta-v2",
+        "architectures": ["DebertaV2ForMaskedLM"],
+        "relative_attention": True,
+        "attention_head_size": config.head_size,
+        "max_relative_positions": config.max_relative_positions or -1,
+        "position_buckets": config.position_buckets or -1,
+        "pos_att_type": config.pos_att_type.split("|"),
+        "norm_rel_ebd": "layer_norm" if config.normalize_relative_table else "none",
+        "pad_token_id": 0,
+        "padding_idx": 0,
+        "legacy": False,
+        "pooler_hidden_size": config.hidden_size,
+        "pooler_dropout": 0,
+        "pooler_hidden_act": "gelu",
+    }

@@ -1,0 +1,58 @@
+"""Parameter names at the border: ours, and those of the original release (which Hugging Face keeps).
+
+Inside the package a parameter has one name, that of the plain model (`MaskedLanguageModel.named_parameters()`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+#: Ours and theirs; `#` stands for a layer's number. Whatever follows (weight, bias) is the same on both sides.
+PREFIXES = {
+    "embeddings.word": "deberta.embeddings.word_embeddings",
+    "embeddings.position": "deberta.embeddings.position_embeddings",
+    "embeddings.token_type": "deberta.embeddings.token_type_embeddings",
+    "embeddings.projection": "deberta.embeddings.embed_proj",
+    "embeddings.norm": "deberta.embeddings.LayerNorm",
+    "encoder.relative_position.table": "deberta.encoder.rel_embeddings",
+    "encoder.relative_position.norm": "deberta.encoder.LayerNorm",
+    "encoder.convolution.norm": "deberta.encoder.conv.LayerNorm",
+    "encoder.convolution": "deberta.encoder.conv.conv",
+    "encoder.layers.#.attention.query_proj": "deberta.encoder.layer.#.attention.self.query_proj",
+    "encoder.layers.#.attention.key_proj": "deberta.encoder.layer.#.attention.self.key_proj",
+    "encoder.layers.#.attention.value_proj": "deberta.encoder.layer.#.attention.self.value_proj",
+    "encoder.layers.#.attention.pos_key_proj": "deberta.encoder.layer.#.attention.self.pos_key_proj",
+    "encoder.layers.#.attention.pos_query_proj": "deberta.encoder.layer.#.attention.self.pos_query_proj",
+    "encoder.layers.#.attention.out_proj": "deberta.encoder.layer.#.attention.output.dense",
+    "encoder.layers.#.attention_norm": "deberta.encoder.layer.#.attention.output.LayerNorm",
+    "encoder.layers.#.feed_forward.up": "deberta.encoder.layer.#.intermediate.dense",
+    "encoder.layers.#.feed_forward.down": "deberta.encoder.layer.#.output.dense",
+    "encoder.layers.#.feed_forward_norm": "deberta.encoder.layer.#.output.LayerNorm",
+    "head.dense": "lm_predictions.lm_head.dense",
+    "head.norm": "lm_predictions.lm_head.LayerNorm",
+    "head": "lm_predictions.lm_head",
+}
+
+
+def translate(name: str, prefixes: Iterable[tuple[str, str]]) -> str | None:
+    """`name` with its prefix exchanged by the first pair that fits, or None."""
+    for source, target in prefixes:
+        pattern = re.escape(source).replace(r"\#", r"(\d+)") + r"\.(weight|bias)"
+        if match := re.fullmatch(pattern, name):
+            *layer, kind = match.groups()
+            return (target.replace("#", layer[0]) if layer else target) + f".{kind}"
+    return None
+
+
+def to_microsoft(name: str) -> str:
+    """Our name -> the original release's."""
+    translated = translate(name, PREFIXES.items())
+    if translated is None:
+        raise KeyError(f"no name of the original release is known for parameter {name!r}")
+    return translated
+
+
+def from_microsoft(name: str) -> str | None:
+    """The original release's name -> ours; None for tensors that are no parameters of the model."""
+    return translate(name, ((theirs, ours) for ours, theirs in PREFIXES.items()))

@@ -1,0 +1,91 @@
+"""Multi-head disentangled attention (arXiv 2006.03654, section 3.1): content and relative position, attended apart.
+
+Shape suffixes of this file:
+    B batch   S queries (i)   T keys (j)   D hidden   N heads on this rank   H head size   R relative rows (2k)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from deberta_xl.config import DebertaConfig
+from deberta_xl.kernels.reference import disentangled_attention
+from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
+
+
+class Pairs(NamedTuple):
+    """What is known of every pair of query i and key j."""
+
+    delta: Tensor
+    """Row of the relative table, int64 [S, T] or [B, S, T]."""
+    mask_BST: Tensor
+    """Whether i may see j, bool."""
+
+    def of_queries(self, position_BM: Tensor) -> Pairs:
+        """The pairs of chosen queries only: `position_BM` holds their positions in the sequence."""
+        rows = position_BM.unsqueeze(-1).expand(-1, -1, self.mask_BST.shape[-1])
+        return Pairs(self.delta[position_BM], self.mask_BST.gather(1, rows))
+
+
+class Memory(NamedTuple):
+    """Keys and values of a sequence, computed once and attended to any number of times."""
+
+    key_BNTH: Tensor
+    value_BNTH: Tensor
+
+
+class DisentangledAttention(nn.Module):
+    """Attention of chosen queries to a memory, with the relative table as a second kind of content."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.head_size = config.head_size
+        hidden, inner = config.hidden_size, config.attention_size
+        self.query_proj = nn.Linear(hidden, inner)
+        self.key_proj = nn.Linear(hidden, inner)
+        self.value_proj = nn.Linear(hidden, inner)
+        self.out_proj = nn.Linear(inner, hidden)
+        self.has_position_to_content = config.has_position_to_content
+        self.shares_projections = config.share_att_key
+        if not config.share_att_key:
+            self.pos_key_proj = nn.Linear(hidden, inner)
+            if config.has_position_to_content:
+                self.pos_query_proj = nn.Linear(hidden, inner)
+        self.relative_dropout = Dropout(config.hidden_dropout)
+        self.probability_dropout = Dropout(config.attention_dropout)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[…, T, N·H] -> […, N, T, H]; N is however many heads the projection holds."""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
+
+    def memorize(self, hidden_BTD: Tensor) -> Memory:
+        """Keys and values of a sequence."""
+        return Memory(self.split_heads(self.key_proj(hidden_BTD)), self.split_heads(self.value_proj(hidden_BTD)))
+
+    def project_positions(self, relative_RD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Relative keys and queries, [N, R, H] each; no queries where position-to-content is not used."""
+        to_key = self.key_proj if self.shares_projections else self.pos_key_proj
+        position_key_NRH = self.split_heads(to_key(relative_RD))
+        if not self.has_position_to_content:
+            return position_key_NRH, None
+        to_query = self.query_proj if self.shares_projections else self.pos_query_proj
+        return position_key_NRH, self.split_heads(to_query(relative_RD))
+
+    def forward(
+        self, query_BSD: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
+    ) -> Tensor:
+        """The attended and projected context of `query_BSD`, [B, S, D]; `key` names the dropout masks."""
+        relative_RD = self.relative_dropout(relative_RD, fold_key(key, "relative"))
+        position_key_NRH, position_query_NRH = self.project_positions(relative_RD)
+        context_BNSH = disentangled_attention(
+            self.split_heads(self.query_proj(query_BSD)),
+            *memory,
+            position_key_NRH,
+            position_query_NRH,
+            *pairs,
+            dropout=partial(self.probability_dropout, key=fold_key(key, "probabilities")),
+        )
+        return self.out_proj(context_BNSH.transpose(1, 2).flatten(-2))

@@ -1,0 +1,57 @@
+"""Dropout whose masks are a function of a key, so that nothing random is state.
+
+A resumed run, a recomputed layer and another pipeline split draw the same masks, because a mask depends only on its
+key: (seed, step, micro-step, data-parallel rank) folded with the name of the place where it is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DropoutKey(NamedTuple):
+    """Names a family of random masks: equal keys draw equal masks."""
+
+    seed: int
+    """63 bits."""
+
+    def fold(self, *names: str | int) -> DropoutKey:
+        """The key of a place inside this one, for example `key.fold("layers", 3)`."""
+        text = "/".join(map(str, (self.seed, *names)))
+        return DropoutKey(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A fresh generator at this key's state."""
+        return torch.Generator(device).manual_seed(self.seed)
+
+
+def fold_key(key: DropoutKey | None, *names: str | int) -> DropoutKey | None:
+    """`key.fold(*names)`, or None where the caller gave no key."""
+    return None if key is None else key.fold(*names)
+
+
+class Dropout(nn.Module):
+    """Zeroes a share `probability` of the elements and scales the rest; the identity in evaluation."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """`x` with the mask of `key`; without a key the mask comes from torch's global generator."""
+        if not self.training or self.probability == 0:
+            return x
+        if key is None:
+            return F.dropout(x, self.probability)
+        keep = 1 - self.probability
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        return x * mask.bernoulli_(keep, generator=key.generator(x.device)) / keep
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"probability={self.probability}"

@@ -1,0 +1,66 @@
+"""Input embeddings: words, and where configured token types and absolute positions.
+
+Shape suffixes of this file:
+    B batch   S sequence   D hidden
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deberta_xl.config import ConfigError, DebertaConfig
+from deberta_xl.model.dropout import Dropout, DropoutKey
+
+PAD_ID = 0
+
+
+class Embeddings(nn.Module):
+    """Tables and their normalised sum. The absolute-position table lives here; EMD reads it through `positions`."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        width = config.embedding_width
+        self.word = nn.Embedding(config.vocab_size, width, padding_idx=PAD_ID)
+        self.position = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
+        self.projection = nn.Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout)
+        self.adds_positions = config.position_biased_input
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        segments_BS: Tensor,
+        token_type_ids_BS: Tensor | None = None,
+        key: DropoutKey | None = None,
+    ) -> Tensor:
+        """Normalised embeddings, zero at padding, [B, S, D]."""
+        summed_BSD = self.word(input_ids_BS)
+        if self.adds_positions:
+            summed_BSD = summed_BSD + self.positions(segments_BS)
+        if self.token_type is not None:
+            types_BS = torch.zeros_like(input_ids_BS) if token_type_ids_BS is None else token_type_ids_BS
+            summed_BSD = summed_BSD + self.token_type(types_BS)
+        if self.projection is not None:
+            summed_BSD = self.projection(summed_BSD)
+        return self.dropout(self.norm(summed_BSD) * (segments_BS > 0).unsqueeze(-1), key)
+
+    def positions(self, segments_BS: Tensor) -> Tensor:
+        """Absolute-position vectors, counted from each document's first token, neither normalised nor masked."""
+        if segments_BS.shape[1] > self.position.num_embeddings:
+            raise ConfigError(
+                f"a sequence of {segments_BS.shape[1]} tokens is longer than the position table "
+                f"(max_position_embeddings={self.position.num_embeddings}); cut the input"
+            )
+        return self.position(position_ids(segments_BS))
+
+
+def position_ids(segments_BS: Tensor) -> Tensor:
+    """Position of every token within its document: a document begins where its number first appears, [B, S]."""
+    index_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
+    document_BS = segments_BS.cummax(dim=1).values
+    previous_BS = torch.cat([torch.zeros_like(document_BS[:, :1]), document_BS[:, :-1]], dim=1)
+    first_BS = torch.where(document_BS > previous_BS, index_S, 0).cummax(dim=1).values
+    return index_S - first_BS

@@ -1,0 +1,58 @@
+"""One encoder layer: disentangled attention and a feed-forward block, each followed by residual and LayerNorm.
+
+Shape suffixes of this file:
+    B batch   S queries   T keys   D hidden   F inner   R relative rows (2k)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deberta_xl.config import Activation, DebertaConfig
+from deberta_xl.model.disentangled_attention import DisentangledAttention, Memory, Pairs
+from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
+
+
+class FeedForward(nn.Module):
+    """Two projections around an activation."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        return self.down(self.activation(self.up(x_BSD)))
+
+
+class EncoderLayer(nn.Module):
+    """A post-norm transformer layer with disentangled attention."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.attention = DisentangledAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_BSD: Tensor, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None) -> Tensor:
+        """Every position attends to the sequence it stands in."""
+        return self.refine(hidden_BSD, self.attention.memorize(hidden_BSD), relative_RD, pairs, key)
+
+    def refine(
+        self, query_BSD: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
+    ) -> Tensor:
+        """Queries attend to a given memory; the residual is the query. The enhanced mask decoder applies this twice."""
+        attended_BSD = self.attention(query_BSD, memory, relative_RD, pairs, fold_key(key, "attention"))
+        u_BSD = self.attention_norm(query_BSD + self.dropout(attended_BSD, fold_key(key, "attention_output")))
+        inner_BSD = self.dropout(self.feed_forward(u_BSD), fold_key(key, "feed_forward_output"))
+        return self.feed_forward_norm(u_BSD + inner_BSD)

@@ -1,0 +1,199 @@
+"""The masked language model: embeddings, encoder, enhanced mask decoder, head and loss.
+
+Shape suffixes of this file:
+    B batch   S sequence   M slots for labelled positions   L labelled positions   D hidden   E embedding   V vocabulary
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deberta_xl.config import DebertaConfig
+from deberta_xl.model.disentangled_attention import Pairs
+from deberta_xl.model.dropout import DropoutKey, fold_key
+from deberta_xl.model.embeddings import Embeddings
+from deberta_xl.model.encoder import Encoder, recompute
+from deberta_xl.model.enhanced_mask_decoder import enhanced_mask_decoder
+from deberta_xl.model.initialization import initialize_weights
+from deberta_xl.model.layer import ACTIVATIONS
+
+
+class LabelledPositions(NamedTuple):
+    """Where something is to be predicted. Made on the host, it spares the device a synchronisation per step."""
+
+    position_BM: Tensor
+    """Positions in the sequence, row by row; unused slots point at position 0."""
+    slot_L: Tensor
+    """Which of the B·M slots are used, ascending."""
+    label_L: Tensor
+    """What is to be predicted there."""
+
+    @classmethod
+    def of(cls, labels_BS: Tensor) -> LabelledPositions:
+        """The positions whose label is above 0 (0 and −100 both mean: not predicted)."""
+        row_L, column_L = torch.nonzero(labels_BS > 0, as_tuple=True)
+        count_B = torch.bincount(row_L, minlength=labels_BS.shape[0])
+        num_slots = max(1, int(count_B.max()))
+        first_B = count_B.cumsum(0) - count_B
+        slot_L = torch.arange(len(row_L), device=row_L.device) - first_B[row_L] + row_L * num_slots
+        position_BM = labels_BS.new_zeros(labels_BS.shape[0], num_slots, dtype=torch.int64)
+        position_BM.view(-1)[slot_L] = column_L
+        return cls(position_BM, slot_L, labels_BS[row_L, column_L])
+
+
+class MaskedLMOutput(NamedTuple):
+    """What the model returns."""
+
+    loss: Tensor | None
+    """Cross-entropy over the labelled positions (a sum divided by their number, or by `label_count`); None without."""
+    logits: Tensor
+    """[L, V] at the labelled positions in row-major order; [B, S, V] without labels."""
+    num_correct: Tensor | None = None
+    """Labelled positions whose best guess is right."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """On request: the embeddings and the states after each layer, N + 1 tensors [B, S, D]."""
+
+
+class MaskedLanguageModelHead(nn.Module):
+    """Decoded state -> logits over the vocabulary, through the word table it shares with the input."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.embedding_width)
+        self.norm = nn.LayerNorm(config.embedding_width, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, decoded: Tensor, word: nn.Embedding) -> Tensor:
+        """[…, D] -> logits […, V], at least float32. The table comes with its module, so that ZeRO-3 can gather it."""
+        transformed = self.norm(self.activation(self.dense(decoded)))
+        logits = F.linear(transformed, word.weight, self.bias)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def masked_lm_loss(logits_LV: Tensor, label_L: Tensor, label_count: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy over `label_count` (default: how many there are; no labels give 0), and correct guesses."""
+    loss_sum = F.cross_entropy(logits_LV, label_L, reduction="sum")
+    divisor = max(1, len(label_L)) if label_count is None else label_count
+    with torch.no_grad():
+        num_correct = (logits_LV.argmax(-1) == label_L).sum()
+    return loss_sum / divisor, num_correct
+
+
+def pair_mask(segments_BS: Tensor) -> Tensor:
+    """Which tokens see which: those of the same document, padding none; bool [B, S, S]."""
+    is_same_BST = segments_BS.unsqueeze(2) == segments_BS.unsqueeze(1)
+    return is_same_BST & (segments_BS > 0).unsqueeze(1)
+
+
+class MaskedLanguageModel(nn.Module):
+    """DeBERTa with its pretraining head."""
+
+    def __init__(self, config: DebertaConfig, seed: int = 0):
+        """Fresh weights from `seed`. Under `torch.device("meta")` nothing is allocated or initialised."""
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.head = MaskedLanguageModelHead(config)
+        if not self.head.bias.is_meta:
+            initialize_weights(self, config.initializer_range, seed)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self.encoder.apply_layer = recompute
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | LabelledPositions | None = None,
+        *,
+        label_count: Tensor | None = None,
+        output_hidden_states: bool = False,
+        dropout_key: DropoutKey | None = None,
+    ) -> MaskedLMOutput:
+        """Predict the labelled positions, or every position without labels.
+
+        Args:
+            input_ids: [batch, sequence].
+            attention_mask: [batch, sequence], 0 at padding and 1 elsewhere, or the number 1, 2, … of the document each
+                token belongs to: documents of one row do not see each other. Or [batch, query, key], used as it is.
+                All ones when absent.
+            token_type_ids: [batch, sequence]; zeros when absent.
+            labels: [batch, sequence], 0 or −100 where nothing is predicted; or the positions found beforehand.
+            label_count: divisor of the loss, for a mean over more than this batch.
+            output_hidden_states: return every layer's states too (the last layer then runs although EMD replaces it).
+            dropout_key: names the dropout masks; torch's global generator draws them when absent.
+        """
+        segments_BS, mask_BST = read_mask(input_ids, attention_mask)
+        pairs = Pairs(self.encoder.relative_position.index(input_ids.shape[1], input_ids.device), mask_BST)
+        relative_RD = self.encoder.relative_position()
+        embedded_BSD = self.embeddings(input_ids, segments_BS, token_type_ids, fold_key(dropout_key, "embeddings"))
+        num_layers = len(self.encoder.layers)
+        # EMD reads the input of the last layer and replaces its ordinary pass, which is therefore skipped.
+        needs_last = self.config.position_biased_input or output_hidden_states
+        states = self.encoder(
+            embedded_BSD,
+            segments_BS,
+            relative_RD,
+            pairs,
+            num_layers=num_layers if needs_last else num_layers - 1,
+            keep_states=output_hidden_states,
+            key=dropout_key,
+        )
+        labelled = LabelledPositions.of(labels) if isinstance(labels, Tensor) else labels
+        decoded = self.decode(states, segments_BS, relative_RD, pairs, labelled, dropout_key)
+        hidden_states = tuple(states) if output_hidden_states else None
+        if labelled is None:
+            return MaskedLMOutput(None, self.head(decoded, self.embeddings.word), hidden_states=hidden_states)
+        logits_LV = self.head(decoded.flatten(0, 1)[labelled.slot_L], self.embeddings.word)
+        loss, num_correct = masked_lm_loss(logits_LV, labelled.label_L, label_count)
+        return MaskedLMOutput(loss, logits_LV, num_correct, hidden_states)
+
+    def decode(
+        self,
+        states: list[Tensor],
+        segments_BS: Tensor,
+        relative_RD: Tensor,
+        pairs: Pairs,
+        labelled: LabelledPositions | None,
+        key: DropoutKey | None,
+    ) -> Tensor:
+        """The states to predict from: those of the labelled slots [B, M, D], or of all positions [B, S, D]."""
+        position_BM = None if labelled is None else labelled.position_BM
+        if self.config.position_biased_input:
+            return take_rows(states[-1], position_BM)
+        hidden_BSD = states[len(self.encoder.layers) - 1] if len(states) > 1 else states[0]
+        return enhanced_mask_decoder(
+            self.encoder.layers[-1],
+            hidden_BSD,
+            take_rows(hidden_BSD + self.embeddings.positions(segments_BS), position_BM),
+            relative_RD,
+            pairs if position_BM is None else pairs.of_queries(position_BM),
+            apply_layer=self.encoder.apply_layer,
+            key=key,
+        )
+
+
+def read_mask(input_ids_BS: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Segments [B, S] and pair mask [B, S, S] from any form of attention mask."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids_BS)
+    if attention_mask.dim() == 3:
+        mask_BST = attention_mask > 0
+        return mask_BST.any(dim=1).long(), mask_BST
+    segments_BS = attention_mask.long()
+    return segments_BS, pair_mask(segments_BS)
+
+
+def take_rows(x_BSD: Tensor, position_BM: Tensor | None) -> Tensor:
+    """The rows of each sequence at `position_BM`, [B, M, D]; all of them for None."""
+    if position_BM is None:
+        return x_BSD
+    return x_BSD.gather(1, position_BM.unsqueeze(-1).expand(-1, -1, x_BSD.shape[-1]))

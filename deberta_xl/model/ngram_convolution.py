@@ -1,0 +1,49 @@
+"""n-gram induced encoding: a convolution over the embeddings, added to the first layer's output (DeBERTa-v2).
+
+Shape suffixes of this file:
+    B batch   S sequence   D hidden   W window (kernel size)   G groups   C channels in   O channels out of a group
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deberta_xl.config import DebertaConfig
+from deberta_xl.model.dropout import Dropout, DropoutKey
+from deberta_xl.model.layer import ACTIVATIONS
+
+
+class NgramConvolution(nn.Module):
+    """Convolves within each document: a document's borders see zeros, as the ends of a sequence do."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        channels = config.hidden_size // config.conv_groups
+        self.groups = config.conv_groups
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, channels, config.conv_kernel_size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout)
+        self.activation = ACTIVATIONS[config.conv_act]
+
+    def forward(
+        self, embedded_BSD: Tensor, hidden_BSD: Tensor, segments_BS: Tensor, key: DropoutKey | None = None
+    ) -> Tensor:
+        """LayerNorm(hidden + activation(dropout(convolution(embedded)))), zero at padding, [B, S, D]."""
+        is_token_BS1 = (segments_BS > 0).unsqueeze(-1)
+        convolved_BSD = self.convolve(embedded_BSD, segments_BS) * is_token_BS1
+        convolved_BSD = self.activation(self.dropout(convolved_BSD, key))
+        return self.norm(hidden_BSD + convolved_BSD) * is_token_BS1
+
+    def convolve(self, x_BSD: Tensor, segments_BS: Tensor) -> Tensor:
+        """Stride 1, zeros beyond each document; one matrix product over the window's shifted copies."""
+        window = self.weight.shape[-1]
+        reach = window // 2
+        x_BSWD = F.pad(x_BSD, (0, 0, reach, reach)).unfold(1, window, 1).transpose(-1, -2)
+        neighbour_BSW = F.pad(segments_BS, (reach, reach)).unfold(1, window, 1)
+        x_BSWD = x_BSWD * (neighbour_BSW == segments_BS.unsqueeze(-1)).unsqueeze(-1)
+        x_BSWGC = x_BSWD.unflatten(-1, (self.groups, -1))
+        weight_GOCW = self.weight.unflatten(0, (self.groups, -1))
+        return torch.einsum("bswgc,gocw->bsgo", x_BSWGC, weight_GOCW).flatten(-2) + self.bias

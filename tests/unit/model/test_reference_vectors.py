@@ -1,0 +1,148 @@
+"""Our model against the original code's outputs: every stated activation, the loss, every gradient."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from vectors import VECTORS, Vector, folders
+
+from deberta_xl.model.embeddings import position_ids
+from deberta_xl.model.relative_position import log_bucket
+
+# A folder of further vectors in the same format, for an extra check where there is one.
+MORE = [Path(p) for p in [os.environ.get("DEBERTA_REFERENCE_VECTORS", "")] if p]
+ROOTS = [VECTORS, *MORE]
+
+# float64: the original's own rounding, 1e-13, with room for another order of summation.
+# float32: the original's float32 run differs from its float64 run by up to 9e-5 (activations), 4.5e-5 (gradients).
+TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-4, 1e-4)}
+
+
+def cases(kind: str) -> list[Path]:
+    """The vectors of one kind in all folders."""
+    return [folder for root in ROOTS for folder in folders(kind, root)]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
+    """Largest absolute difference at most `tolerance`."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    difference = (actual.double() - expected).abs().max().item()
+    assert difference <= tolerance, f"{what}: differs by {difference:.2e}, allowed {tolerance:.0e}"
+
+
+def assert_gradients(vector: Vector, tolerance: float) -> None:
+    """Every gradient equals the original's; parameters the original left without one have none here."""
+    for name, parameter in vector.model.named_parameters():
+        if name in vector.gradients:
+            assert_close(parameter.grad, vector.gradients[name], tolerance, f"gradient of {name}")
+        else:
+            assert parameter.grad is None or not parameter.grad.any(), f"{name} has a gradient, the original has none"
+
+
+def capture_first_layer(vector: Vector) -> dict[str, torch.Tensor]:
+    """Fills in, during the next forward, the first layer's attention probabilities and its context."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda _module, inputs, _output: seen.update({name: inputs[0]}))
+
+    keep("attention_probs", vector.model.encoder.layers[0].attention.probability_dropout)
+    keep("context", vector.model.encoder.layers[0].attention.out_proj)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("folder", cases("mlm_emd"), ids=lambda folder: folder.name)
+def test_masked_lm_gives_the_originals_outputs_and_gradients(folder, dtype):
+    vector = Vector(folder, dtype)
+    activations, gradients = TOLERANCES[dtype]
+    seen = capture_first_layer(vector)
+    inputs, expected = vector.inputs, vector.outputs
+    output = vector.model(
+        inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"), labels=inputs["labels"],
+        output_hidden_states=True,
+    )  # fmt: skip
+    output.loss.backward()
+    assert_close(output.loss, expected["loss"], activations, "loss")
+    assert_close(output.logits, expected["logits"], activations, "logits")
+    labels = expected["target_labels"]
+    per_token = torch.nn.functional.cross_entropy(output.logits, labels, reduction="none")
+    assert_close(per_token, expected["loss_per_token"], activations, "loss per token")
+    assert output.num_correct == (expected["logits"].argmax(-1) == labels).sum()
+    for number, state in enumerate(output.hidden_states):
+        name = f"hidden.{number - 1}" if number else "embeddings"
+        assert_close(state, expected[name], activations, name)
+    assert_close(vector.model.encoder.relative_position(), expected["rel_embeddings_after_norm"], activations, "table")
+    for name in ("attention_probs", "context"):
+        assert_close(seen[name], expected[f"layer0.{name}"], activations, f"layer0.{name}")
+    assert_gradients(vector, gradients)
+
+
+@pytest.mark.parametrize("folder", cases("mlm_emd"), ids=lambda folder: folder.name)
+def test_skipping_the_last_ordinary_pass_and_recomputing_changes_no_gradient(folder):
+    vector = Vector(folder)
+    vector.model.checkpoint_activations()
+    inputs = vector.inputs
+    mask, types = inputs["attention_mask"], inputs.get("token_type_ids")
+    vector.model(inputs["input_ids"], mask, types, labels=inputs["labels"]).loss.backward()
+    assert_gradients(vector, 1e-10)
+
+
+@pytest.mark.parametrize("folder", cases("mlm_emd"), ids=lambda folder: folder.name)
+def test_decoding_every_position_agrees_with_decoding_the_labelled_ones(folder):
+    vector = Vector(folder)
+    inputs = vector.inputs
+    with torch.no_grad():
+        output = vector.model(inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"))
+    assert output.loss is None
+    assert_close(output.logits[inputs["labels"] > 0], vector.outputs["logits"], 1e-10, "logits")
+
+
+@pytest.mark.parametrize("folder", cases("mlm_emd"), ids=lambda folder: folder.name)
+def test_each_pass_of_the_enhanced_mask_decoder_gives_the_originals_states(folder):
+    vector = Vector(folder)
+    if vector.config.position_biased_input:
+        pytest.skip("there is no enhanced mask decoder with absolute positions in the input")
+    passes = []
+    layer = vector.model.encoder.layers[-1]
+    layer.feed_forward_norm.register_forward_hook(lambda _m, _a, output: passes.append(output))
+    inputs = vector.inputs
+    with torch.no_grad():
+        labelled = inputs["labels"] > 0
+        vector.model(inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"))
+    assert len(passes) == 2
+    for number, state in enumerate(passes):
+        assert_close(state[labelled], vector.outputs[f"emd.{number}"], 1e-10, f"emd.{number}")
+    positions = vector.model.embeddings.position(position_ids(inputs["attention_mask"]))
+    is_token = inputs["attention_mask"] > 0
+    assert_close(positions[is_token], vector.outputs["position_embeddings"][is_token], 0.0, "position embeddings")
+
+
+@pytest.mark.parametrize("folder", cases("encoder_mask3d"), ids=lambda folder: folder.name)
+def test_a_mask_of_pairs_gives_the_originals_states_and_gradients(folder):
+    vector = Vector(folder)
+    inputs = vector.inputs
+    states = vector.model(
+        inputs["input_ids"], inputs["attention_mask_3d"], labels=torch.zeros_like(inputs["input_ids"]),
+        output_hidden_states=True,
+    ).hidden_states[1:]  # fmt: skip
+    for number, state in enumerate(states):
+        assert_close(state, vector.outputs[f"hidden.{number}"], 1e-10, f"hidden.{number}")
+    probe = ((states[-1] * inputs["attention_mask"].unsqueeze(-1)) ** 2).mean()
+    assert_close(probe, vector.outputs["probe_loss"], 1e-10, "probe loss")
+    probe.backward()
+    assert_gradients(vector, 1e-10)
+
+
+@pytest.mark.parametrize("folder", cases("log_bucket"), ids=lambda folder: folder.name)
+def test_buckets_are_the_originals(folder):
+    tensors = load_file(folder / "outputs.safetensors")
+    combinations = [name.removesuffix(".rel") for name in tensors if name.endswith(".rel")]
+    assert combinations
+    for name in combinations:
+        buckets, reach = (int(part[1:]) for part in name.split("_"))
+        assert torch.equal(log_bucket(tensors[f"{name}.rel"], buckets, reach), tensors[f"{name}.bucket"]), name
