@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import field
-from typing import Literal
+from typing import Literal, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
 
 Activation = Literal["gelu", "relu", "tanh"]
+
+Class = TypeVar("Class", bound=type)
+
 
 class ConfigError(ValueError):
     """What a user wrote cannot be run; the message names the key, the value and the way out."""
@@ -28,7 +31,8 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def frozen(cls):
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def frozen(cls: Class) -> Class:
     """A dataclass of the tree: immutable, keyword-only, strict about types and unknown keys."""
     return dataclass(frozen=True, kw_only=True, config=STRICT)(cls)
 
@@ -44,6 +48,13 @@ def at_least(minimum: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value < minimum:
             raise ConfigError(f"{name}={value} is too small; it must be at least {minimum}")
+
+
+def positive(**values: float) -> None:
+    """Refuse every one of `values` that is not above 0."""
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"{name}={value} must be greater than 0")
 
 
 @frozen
@@ -101,7 +112,7 @@ class DebertaConfig:
     initializer_range: float = 0.02
     """Standard deviation of freshly initialised weights."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, hidden_size=self.hidden_size, num_layers=self.num_layers, num_heads=self.num_heads)
         at_least(1, intermediate_size=self.intermediate_size, vocab_size=self.vocab_size)
         at_least(1, head_dim=self.head_dim, embedding_size=self.embedding_size)
@@ -110,6 +121,8 @@ class DebertaConfig:
         at_least(0, position_buckets=self.position_buckets, type_vocab_size=self.type_vocab_size)
         probability("hidden_dropout", self.hidden_dropout)
         probability("attention_dropout", self.attention_dropout)
+        # A row of zeros (padding) would be NaN after a LayerNorm without epsilon.
+        positive(layer_norm_eps=self.layer_norm_eps, initializer_range=self.initializer_range)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}; "
@@ -120,7 +133,9 @@ class DebertaConfig:
         if self.conv_groups < 1 or self.hidden_size % self.conv_groups:
             raise ConfigError(f"conv_groups={self.conv_groups} does not divide hidden_size={self.hidden_size}")
         if self.num_layers < 2 and not self.position_biased_input:
-            raise ConfigError(f"num_layers={self.num_layers}: the enhanced mask decoder reads the layer before the last")
+            raise ConfigError(
+                f"num_layers={self.num_layers}: the enhanced mask decoder reads the layer before the last"
+            )
         if self.position_buckets and not 2 <= self.position_buckets < 2 * self.relative_reach:
             raise ConfigError(
                 f"position_buckets={self.position_buckets} must lie in 2 … {2 * self.relative_reach - 1} "
@@ -167,7 +182,7 @@ class ModelSection(DebertaConfig):
     sequence_length: int = 512
     """Tokens in a row of a batch, [CLS] and [SEP] included."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 8 <= self.sequence_length <= self.max_position_embeddings:
             raise ConfigError(
@@ -216,7 +231,7 @@ class DataSection:
     replace_with_random: float = 0.1
     """Share of predicted tokens shown as a random token; the rest is shown unchanged."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         probability("mask_probability", self.mask_probability)
         at_least(1, max_ngram=self.max_ngram)
         if self.mask_probability == 0:
@@ -245,7 +260,7 @@ class TrainSection:
     max_grad_norm: float = 1.0
     """Clipping bound of the global gradient norm; 0 does not clip."""
     init: str | None = None
-    """Checkpoint whose weights to start from (a step folder, run folder or weights folder); fresh weights when unset."""
+    """Checkpoint whose weights to start from (a run, step or weights folder); fresh weights when unset."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     deterministic: bool = False
@@ -255,7 +270,7 @@ class TrainSection:
     profile: str | None = None
     """START:STOP, steps to trace with torch's profiler into the run folder."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, steps=self.steps, global_batch_size=self.global_batch_size)
         at_least(1, micro_batch_size=self.micro_batch_size, log_interval=self.log_interval)
         at_least(0, seed=self.seed, max_grad_norm=self.max_grad_norm)
@@ -283,7 +298,7 @@ class TrainSection:
             return range(0)
         start, colon, stop = self.profile.partition(":")
         if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
-            raise ConfigError(f"train.profile={self.profile!r} is not START:STOP with START < STOP, for example 10:13")
+            raise ConfigError(f"profile={self.profile!r} is not START:STOP with START < STOP, for example 10:13")
         return range(int(start), int(stop))
 
 
@@ -304,8 +319,9 @@ class OptimizerSection:
     bias_correction: bool = True
     """False is the original's form (SPEC section 7), to continue released weights as they were trained."""
 
-    def __post_init__(self):
-        at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay, epsilon=self.epsilon)
+    def __post_init__(self) -> None:
+        at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        positive(epsilon=self.epsilon)  # without it a weight that gets no gradient is divided 0 / 0
         probability("beta1", self.beta1)
         probability("beta2", self.beta2)
 
@@ -321,10 +337,10 @@ class ScheduleSection:
     final_ratio: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(0, warmup_steps=self.warmup_steps)
         if not 0 <= self.final_ratio <= 1:
-            raise ConfigError(f"schedule.final_ratio={self.final_ratio} is not a share between 0 and 1")
+            raise ConfigError(f"final_ratio={self.final_ratio} is not a share between 0 and 1")
 
 
 @frozen
@@ -336,7 +352,7 @@ class CheckpointSection:
     keep: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, interval=self.interval)
         at_least(0, keep=self.keep)
 
@@ -350,7 +366,7 @@ class EvaluationSection:
     max_samples: int = 2048
     """Rows of the held-out dataset to use; 0 uses all."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(1, interval=self.interval)
         at_least(0, max_samples=self.max_samples)
 
@@ -368,8 +384,9 @@ class RunConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.schedule.warmup_steps > self.train.steps:
             raise ConfigError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than train.steps={self.train.steps}"
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than train.steps={self.train.steps}; "
+                f"set schedule.warmup_steps to {self.train.steps} or less"
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -24,7 +25,7 @@ SHORTHANDS = {("model", "dropout"): ("hidden_dropout", "attention_dropout")}
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean …?` for a mistyped name, or the list of what is known."""
+    """`did you mean …?` for a mistyped name, or the list of what is known."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
@@ -79,10 +80,9 @@ def check_keys(tree: dict[str, Any], source: str) -> None:
             raise ConfigError(f"{section!r} in {source} is a section of keys, not a value; write {section}.KEY=VALUE")
         for key in values:
             if key not in keys_of(section):
-                raise ConfigError(
-                    f"unknown key {section}.{key} in {source}; {nearest(key, keys_of(section))}{elsewhere(key, section)}"
-                )
-        expand_shorthands(section, values)
+                hint = nearest(key, keys_of(section)) + elsewhere(key, section)
+                raise ConfigError(f"unknown key {section}.{key} in {source}; {hint}")
+        expand_shorthands(section, values, source)
 
 
 def elsewhere(key: str, section: str) -> str:
@@ -91,10 +91,14 @@ def elsewhere(key: str, section: str) -> str:
     return f" ({key} belongs to {', '.join(owners)})" if owners else ""
 
 
-def expand_shorthands(section: str, values: dict[str, Any]) -> None:
+def expand_shorthands(section: str, values: dict[str, Any], source: str) -> None:
     """Replace shorthand keys by the keys they stand for."""
     for (owner, shorthand), targets in SHORTHANDS.items():
         if owner == section and shorthand in values:
+            if twice := [key for key in targets if key in values]:
+                raise ConfigError(
+                    f"{source} sets both {section}.{shorthand} and {section}.{twice[0]}; remove one of them"
+                )
             value = values.pop(shorthand)
             values.update(dict.fromkeys(targets, value))
 
@@ -105,9 +109,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     section, dot, key = name.strip().lstrip("-").partition(".")
     if not (equals and dot):
         raise ConfigError(f"override {override!r} is not of the form section.key=value, for example train.steps=1000")
-    check_keys({section: {key: None}}, source=f"override {override!r}")
+    source = f"override {override!r}"
+    check_keys({section: {key: None}}, source)
     value = {key: parse_value(section, key, text.strip())}
-    expand_shorthands(section, value)
+    expand_shorthands(section, value, source)
     tree.setdefault(section, {}).update(value)
 
 
@@ -120,9 +125,10 @@ def parse_value(section: str, key: str, text: str) -> Any:
     if accepts_text(annotation):
         return text.strip("\"'")
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return {"true": True, "false": False}.get(text.lower(), text)
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -179,6 +185,5 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, too
     return repr(value)

@@ -6,20 +6,25 @@ The rank comes from the launcher's environment, so the logger works before (and 
 from __future__ import annotations
 
 import logging
-import os
 import sys
+
+from deberta_xl.launch import read_launch
 
 logger = logging.getLogger("deberta_xl")
 
 
-def environment_rank() -> int:
-    """This process's rank as its launcher states it (torchrun, deepspeed, srun), 0 when alone."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+class StandardError(logging.Handler):
+    """Writes to whatever `sys.stderr` is at the moment, so that a progress bar can keep lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record as one line."""
+        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.flush()
 
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Send the package's records to standard error, one line each: time, rank, level (above INFO), message."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StandardError()
     handler.setFormatter(RankFormatter())
     logger.handlers[:] = [handler]
     logger.setLevel(level)
@@ -31,7 +36,7 @@ class RankFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line for one record."""
-        rank = environment_rank()
+        rank = read_launch().rank
         marks = [self.formatTime(record, "%H:%M:%S")]
         marks += [f"[rank {rank}]"] if rank else []
         marks += [f"{record.levelname}:"] if record.levelno != logging.INFO else []
@@ -41,5 +46,5 @@ class RankFormatter(logging.Formatter):
 
 def rank_zero(message: str, *args: object, level: int = logging.INFO) -> None:
     """Log what the world needs once: on rank 0 only."""
-    if environment_rank() == 0:
+    if read_launch().rank == 0:
         logger.log(level, message, *args)

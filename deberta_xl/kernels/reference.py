@@ -38,7 +38,7 @@ def disentangled_scores(
 
 
 def masked_softmax(scores_BNST: Tensor, mask_BST: Tensor) -> Tensor:
-    """Softmax over the keys that `mask_BST` (bool) allows; exactly 0 elsewhere, and all 0 for a query that sees none."""
+    """Softmax over the keys that `mask_BST` (bool) allows; exactly 0 elsewhere, all 0 for a query that sees none."""
     blocked_B1ST = ~mask_BST.unsqueeze(1)
     # The smallest finite number instead of -inf: a row without any key would be NaN, also in the backward pass.
     scores_BNST = scores_BNST.masked_fill(blocked_B1ST, torch.finfo(scores_BNST.dtype).min)

@@ -75,7 +75,7 @@ class MaskedLanguageModelHead(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def masked_lm_loss(logits_LV: Tensor, label_L: Tensor, label_count: Tensor | None) -> tuple[Tensor, Tensor]:
+def masked_lm_loss(logits_LV: Tensor, label_L: Tensor, label_count: float | None) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy over `label_count` (default: how many there are; no labels give 0), and correct guesses."""
     loss_sum = F.cross_entropy(logits_LV, label_L, reduction="sum")
     divisor = max(1, len(label_L)) if label_count is None else label_count
@@ -114,7 +114,7 @@ class MaskedLanguageModel(nn.Module):
         token_type_ids: Tensor | None = None,
         labels: Tensor | LabelledPositions | None = None,
         *,
-        label_count: Tensor | None = None,
+        label_count: float | None = None,
         output_hidden_states: bool = False,
         dropout_key: DropoutKey | None = None,
     ) -> MaskedLMOutput:

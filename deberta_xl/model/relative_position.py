@@ -52,7 +52,9 @@ class RelativePosition(nn.Module):
         self.reach = config.relative_reach
         self.table = nn.Embedding(2 * config.relative_span, config.hidden_size)
         self.norm = (
-            nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.normalize_relative_table else nn.Identity()
+            nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+            if config.normalize_relative_table
+            else nn.Identity()
         )
 
     def forward(self) -> Tensor:

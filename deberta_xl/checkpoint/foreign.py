@@ -1,0 +1,83 @@
+"""Folders in the original release's or Hugging Face's layout: their files, read safely."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deberta_xl.checkpoint.foreign_config import from_foreign_config
+from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.names import from_microsoft
+from deberta_xl.config import DebertaConfig
+from deberta_xl.log import logger
+
+CONFIG_NAMES = ("config.json", "model_config.json")
+FOREIGN_TYPES = (None, "deberta", "deberta-v2")
+
+
+def read_config_fields(folder: Path) -> dict[str, object] | None:
+    """The fields of a folder's configuration, or None when it has none."""
+    for name in CONFIG_NAMES:
+        if (folder / name).is_file():
+            try:
+                return json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{folder / name} is not JSON: {error}") from error
+    return None
+
+
+def is_foreign_folder(folder: Path) -> bool:
+    """Whether a folder's configuration is the original release's or Hugging Face's."""
+    fields = read_config_fields(folder)
+    return fields is not None and fields.get("model_type") in FOREIGN_TYPES
+
+
+def find_foreign_config(folder: Path) -> DebertaConfig:
+    """The architecture of a foreign folder."""
+    fields = read_config_fields(folder)
+    assert fields is not None, "asked for a folder that is_foreign_folder accepts"
+    return from_foreign_config(fields)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: all shards of safetensors, or one pickled file."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("weights.safetensors"))
+    files = files or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise CheckpointError(f"{folder} has no model*.safetensors, weights.safetensors or pytorch_model.bin")
+    return files
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """Tensors of one file; a pickle may hold tensors only, nothing in it is executed."""
+    try:
+        return (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    except Exception as error:  # torch.load raises pickle's own errors for a payload or a damaged file
+        raise CheckpointError(f"{file} is not a file of tensors: {error}") from error
+
+
+def read_foreign_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a foreign folder under our names; tensors that are no parameters of ours are left out, and named."""
+    weights: dict[str, Tensor] = {}
+    ignored = []
+    for file in weight_files(folder):
+        for name, tensor in read_file(file).items():
+            ours = from_microsoft(name)
+            if ours is None:
+                ignored.append(name)
+            else:
+                weights[ours] = tensor
+    if ignored:
+        logger.warning("%s: %d tensors are not used: %s", folder, len(ignored), ", ".join(ignored[:8]))
+    return weights

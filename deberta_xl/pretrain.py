@@ -1,0 +1,233 @@
+"""Pretrain a DeBERTa. Started by `deepspeed`, `torchrun`, `srun` (one Python per rank) or plain `python`.
+
+deepspeed deberta_xl/pretrain.py --config base --deepspeed_config deepspeed_configs/zero1_bf16.json data.train=data/wiki
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+# Run as a script, Python searches this file's folder first and would find our `data` and `config` as top-level names.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from deberta_xl.config import ConfigError, DebertaConfig, RunConfig
+from deberta_xl.config_file import load_run_config, preset_names
+from deberta_xl.data.errors import DataError
+from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
+from deberta_xl.launch import Launch, read_launch
+from deberta_xl.log import configure_logging, logger, rank_zero
+
+if TYPE_CHECKING:
+    from deberta_xl.training.loop import Pretraining
+
+EXAMPLE = """\
+example:
+  deepspeed --num_accelerators 2 deberta_xl/pretrain.py --config debug \\
+      --deepspeed_config deepspeed_configs/cpu_debug.json data.train=data/wiki run.folder=runs/first train.steps=500
+
+The same command in the same run folder resumes from its newest whole checkpoint.
+Every key of the presets (deberta_xl/configs/*.toml) and of deberta_xl/config.py can be overridden."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Pretrain a DeBERTa with enhanced mask decoder on DeepSpeed.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = ", ".join(preset_names())
+    parser.add_argument("--config", required=True, help=f"preset ({names}) or path of a TOML file")
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. train.steps=500")
+    return parser.parse_args(arguments)
+
+
+class Inputs(NamedTuple):
+    """Everything that can be checked before torch is imported."""
+
+    config: RunConfig
+    engine: DeepSpeedConfig
+    launch: Launch
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    architecture: DebertaConfig
+    data: PretrainingData
+    valid: PretrainingData | None
+
+
+def read_inputs(arguments: argparse.Namespace) -> Inputs:
+    """Read and check configuration, launcher, tokenizer and datasets. Raises ConfigError or DataError."""
+    config = load_run_config(arguments.config, arguments.overrides)
+    engine = load_deepspeed_config(arguments.deepspeed_config, config)
+    launch = read_launch()
+    engine.agree(launch.world_size, config)
+    if config.data.train is None:
+        raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
+    store = TokenStore(config.data.train)
+    tokenizer_folder = Path(f"{config.data.train}.tokenizer")
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    architecture = config.model.architecture(tokenizer.vocab_size)
+    options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)
+    data = PretrainingData(store, *options)
+    valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
+    return Inputs(config, engine, launch, tokenizer, tokenizer_folder, architecture, data, valid)
+
+
+def print_arithmetic(inputs: Inputs, num_parameters: int) -> None:
+    """What the run is going to be: sizes, ranks, samples and tokens, on rank 0."""
+    train, length = inputs.config.train, inputs.config.model.sequence_length
+    ranks, batch = inputs.launch.world_size, train.global_batch_size
+    accumulation = train.gradient_accumulation_steps(ranks)
+    samples = train.steps * batch
+    zero = f"ZeRO-{inputs.engine.zero_stage} in {inputs.engine.precision}"
+    rank_zero("model: %s parameters, vocabulary %d", f"{num_parameters:,}", inputs.architecture.vocab_size)
+    rank_zero("ranks: %d data-parallel, %s", ranks, zero)
+    rank_zero(
+        "step: %d sequences x %d tokens = %s tokens (micro-batch %d x %d accumulated x %d ranks)",
+        batch, length, f"{batch * length:,}", train.micro_batch_size, accumulation, ranks,
+    )  # fmt: skip
+    rank_zero(
+        "run: %d steps = %s sequences = %.2f epochs of %s rows (%s tokens)",
+        train.steps, f"{samples:,}", samples / inputs.data.num_rows, f"{inputs.data.num_rows:,}",
+        f"{inputs.data.tokens:,}",
+    )  # fmt: skip
+    rank_zero("run folder: %s (checkpoint every %d steps)", inputs.config.run.folder, inputs.config.checkpoint.interval)
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed what to run on before it is imported: it warns at length when it has to guess."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def assemble(inputs: Inputs) -> Pretraining:
+    """Model, engine, run folder; continued from the newest whole checkpoint where there is one. Collective."""
+    import dataclasses
+    import json
+
+    import torch
+
+    from deberta_xl.checkpoint.agreement import on_rank_zero
+    from deberta_xl.checkpoint.folders import newest_whole_checkpoint
+    from deberta_xl.checkpoint.store import load_checkpoint
+    from deberta_xl.pretrained import DebertaForMaskedLM, load_initial_weights, native_config
+    from deberta_xl.training.engine import build_engine, check_precision, start_engine_runtime
+    from deberta_xl.training.heartbeat import Heartbeat
+    from deberta_xl.training.loop import Pretraining
+    from deberta_xl.training.run_folder import RunFolder
+    from deberta_xl.training.signals import StopRequest
+    from deberta_xl.training.state import TrainState, check_fingerprints
+
+    config, launch = inputs.config, inputs.launch
+    start_engine_runtime(launch, deterministic=config.train.deterministic)
+    check_precision(inputs.engine.precision)
+    stop = StopRequest()
+    folder = RunFolder(config.run.folder)
+    facts = {
+        "command": sys.argv,
+        "world_size": launch.world_size,
+        "zero_stage": inputs.engine.zero_stage,
+        "precision": inputs.engine.precision,
+    }
+    on_rank_zero(lambda: folder.prepare(config, inputs.tokenizer_folder, facts))
+    torch.manual_seed(config.train.seed)
+    model = DebertaForMaskedLM(inputs.architecture, seed=config.train.seed)
+    print_arithmetic(inputs, sum(p.numel() for p in model.parameters()))
+    newest = newest_whole_checkpoint(folder.checkpoints, collective=True)
+    if config.train.init and newest is None:
+        load_initial_weights(model, config.train.init)
+        rank_zero("weights from %s", config.train.init)
+    if config.train.activation_checkpointing:
+        model.checkpoint_activations()
+    engine = build_engine(model, config.optimizer, inputs.engine.engine_dict(launch.world_size, config))
+    state = TrainState()
+    fingerprints = {
+        "architecture": dataclasses.asdict(inputs.architecture),
+        "data": inputs.data.fingerprint,
+        "tokenizer": inputs.tokenizer.fingerprint,
+    }
+    if newest is not None:
+        saved = load_checkpoint(engine, newest)
+        check_fingerprints(saved["fingerprints"], fingerprints)
+        state = TrainState(saved["step"], saved["consumed_samples"])
+        rank_zero("resumed from %s: step %d, %d samples consumed", newest, state.step, state.consumed_samples)
+    return Pretraining(
+        config=config,
+        architecture=inputs.architecture,
+        launch=launch,
+        engine=engine,
+        data=inputs.data,
+        valid=inputs.valid,
+        tokenizer=inputs.tokenizer,
+        folder=folder,
+        state=state,
+        heartbeat=Heartbeat(folder.heartbeat, launch.rank),
+        stop=stop,
+        checkpoint_files={
+            "config.json": json.dumps(native_config(inputs.architecture), indent=2).encode(),
+            "tokenizer": inputs.tokenizer_folder,
+        },
+        fingerprints=fingerprints,
+    )
+
+
+def run(inputs: Inputs) -> None:
+    """Train. A failure is reported with rank, step and phase and ends the process: peers must not wait for it."""
+    run: Pretraining | None = None
+    try:
+        choose_accelerator()
+        run = assemble(inputs)
+        if run.launch.rank == 0:
+            run.folder.write_state("running")
+        ended = run.train()
+        rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
+    except (ConfigError, DataError) as error:
+        logger.error("rank %d, %s: %s", inputs.launch.rank, place(run), error)
+        leave(2)
+    except BaseException as error:
+        traceback.print_exc()
+        logger.error("rank %d failed at %s: %s: %s", inputs.launch.rank, place(run), type(error).__name__, error)
+        leave(1)
+
+
+def place(run: Pretraining | None) -> str:
+    """Where a run is, for an error message."""
+    return "start" if run is None else f"step {run.heartbeat.step}, phase {run.heartbeat.phase}"
+
+
+def leave(status: int) -> None:
+    """End this process at once: threads and collectives of a broken run are not waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main() -> None:
+    """The command."""
+    arguments = parse_arguments()
+    configure_logging()
+    try:
+        inputs = read_inputs(arguments)
+    except (ConfigError, DataError) as error:
+        # Once per node: what is wrong with a file may be wrong on one node only.
+        if read_launch().local_rank == 0:
+            logger.error("%s", error)
+        sys.exit(2)
+    run(inputs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The public model: DeBERTa with its pretraining head, loaded from and saved to folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from deberta_xl.checkpoint.foreign import find_foreign_config, is_foreign_folder, read_foreign_weights
+from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.weights import find_weights_folder, read_weights, write_weights
+from deberta_xl.config import ConfigError, DebertaConfig
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+
+MODEL_TYPE = "deberta_xl"
+
+
+class DebertaForMaskedLM(MaskedLanguageModel):
+    """DeBERTa with enhanced mask decoder and masked-LM head.
+
+    `DebertaForMaskedLM(config)` has fresh weights; `from_pretrained` reads them. See `MaskedLanguageModel.forward`.
+    """
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
+        """The model in a folder, in evaluation mode.
+
+        `directory` may be a weights folder, a checkpoint or a run folder of ours (the newest whole checkpoint), or a
+        folder in the original release's or Hugging Face's layout with `config.json` (or `model_config.json`) and
+        `model*.safetensors`, `weights.safetensors` or `pytorch_model.bin`.
+
+        Raises CheckpointError when files are missing or damaged, or tensors do not fit the configuration.
+        """
+        config, weights, source = read_pretrained(Path(directory))
+        with torch.device("meta"):
+            model = cls(config)
+        fill_weights(model, weights, source, dtype)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path, *, tokenizer: str | Path | None = None) -> None:
+        """Write a weights folder: `model.safetensors`, `config.json`, and `tokenizer/` where one is given.
+
+        Raises CheckpointError when the folder exists and is not empty.
+        """
+        weights = {name: p.detach() for name, p in self.named_parameters()}
+        write_weights(Path(directory), weights, native_config(self.config), Path(tokenizer) if tokenizer else None)
+
+
+def native_config(config: DebertaConfig) -> dict[str, object]:
+    """Contents of a native `config.json`. Were it `deberta-v2`, transformers would load it and keep no weight."""
+    return {"model_type": MODEL_TYPE, **dataclasses.asdict(config)}
+
+
+def read_native_config(path: Path) -> DebertaConfig:
+    """The architecture in a native `config.json`."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        assert fields.pop("model_type") == MODEL_TYPE
+        return DebertaConfig(**fields)
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise CheckpointError(f"{path} is not a configuration of a {MODEL_TYPE} model: {error}") from error
+
+
+def read_pretrained(directory: Path) -> tuple[DebertaConfig, dict[str, Tensor], Path]:
+    """Architecture, weights under our names, and the folder they were found in."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a folder")
+    if is_foreign_folder(directory):
+        return find_foreign_config(directory), read_foreign_weights(directory), directory
+    folder = find_weights_folder(directory)
+    return read_native_config(folder / "config.json"), read_weights(folder), folder
+
+
+def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], source: Path, dtype: torch.dtype) -> None:
+    """Make `weights` the parameters of `model`; every one must be there, and fit."""
+    for name, parameter in model.named_parameters():
+        if name not in weights:
+            raise CheckpointError(f"{source} has no tensor for {name}")
+        if weights[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(weights[name].shape)}, the configuration asks for "
+                f"{list(parameter.shape)}"
+            )
+    known = {name: weights[name].to(dtype) for name, _ in model.named_parameters()}
+    model.load_state_dict(known, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def load_initial_weights(model: MaskedLanguageModel, directory: str | Path) -> None:
+    """Start `model` from a checkpoint's weights (`train.init`).
+
+    Raises ConfigError when the architectures differ in more than dropout.
+    """
+    config, weights, source = read_pretrained(Path(directory))
+    ours, theirs = native_config(model.config), native_config(config)
+    free = {"hidden_dropout", "attention_dropout", "initializer_range", "head_dim", "max_relative_positions"}
+    different = [key for key in ours if key not in free and ours[key] != theirs[key]]
+    if different:
+        pairs = ", ".join(f"{key} is {theirs[key]} there, {ours[key]} here" for key in different)
+        raise ConfigError(f"train.init={directory}: another architecture: {pairs}")
+    fill_weights(model, weights, source, torch.float32)

@@ -1,0 +1,1 @@
+"""The training run: engine, optimizer, loop, metrics, evaluation."""

@@ -1,0 +1,144 @@
+"""The DeepSpeed engine: how it is started, built, stepped and asked. Its names and habits stay in this file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from deberta_xl.config import ConfigError, OptimizerSection
+from deberta_xl.launch import Launch, export_launch
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.training.batches import MicroBatch
+from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.optimizer import build_optimizer
+from deberta_xl.training.timing import StepTimer
+
+
+def start_engine_runtime(launch: Launch, *, deterministic: bool) -> torch.device:
+    """Join the process group and return this rank's device. Nothing is compiled: no operator is built just in time."""
+    export_launch(launch)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed still calls the collectives by names that torch has begun to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Used by inference only, but compiled (50 s, needs g++ and ninja) whenever a process group is made on a CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        share_cores(launch)
+    else:
+        accelerator.set_device(launch.local_rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def share_cores(launch: Launch) -> None:
+    """Divide the cores among the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launch.world_size
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(here)))
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that the device does not have."""
+    accelerator = get_accelerator()
+    supported = {
+        "fp32": True,
+        "bf16": accelerator.is_bf16_supported(),
+        "fp16": accelerator.is_fp16_supported(),
+    }
+    if not supported[precision]:
+        allowed = ", ".join(name for name, is_supported in supported.items() if is_supported)
+        raise ConfigError(
+            f"{precision} is not supported on this device ({accelerator.device_name()}); it has: {allowed}"
+        )
+
+
+def build_engine(model: nn.Module, optimizer: OptimizerSection, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """The engine around a plain model; `settings` is DeepSpeed's configuration with every "auto" filled in."""
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, optimizer), config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    """The rate of the coming update, for every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+class StepResult(NamedTuple):
+    """One rank's part of a step, still on the device."""
+
+    loss: Tensor
+    """Mean over micro-batches of this rank; its mean over data-parallel ranks is the step's loss."""
+    num_correct: Tensor
+    """Labelled positions guessed right."""
+
+
+def run_step(
+    engine: deepspeed.DeepSpeedEngine,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    num_labels: int,
+    data_parallel_size: int,
+    key: DropoutKey,
+    heartbeat: Heartbeat,
+    timer: StepTimer,
+) -> StepResult:
+    """Forward and backward of every micro-batch, then one optimizer update.
+
+    The loss is the mean over the `num_labels` labelled tokens of the global batch. DeepSpeed divides by the number of
+    micro-batches and averages over ranks, so each micro-batch divides its sum by its even share of the labels. `key`
+    is this rank's and step's dropout key.
+    """
+    share = max(1, num_labels) / (len(micro_batches) * data_parallel_size)
+    losses, corrects = [], []
+    for number, host_batch in enumerate(micro_batches):
+        heartbeat.mark(heartbeat.step, "forward-backward")
+        batch = host_batch.to(engine.device)
+        micro_key = key.fold("micro-step", number)
+        with timer.phase("forward_backward"):
+            output = engine(
+                batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=share, dropout_key=micro_key
+            )
+            engine.backward(output.loss)
+        losses.append(output.loss.detach())
+        corrects.append(output.num_correct)
+        heartbeat.mark(heartbeat.step, "optimizer")
+        with timer.phase("optimizer"):
+            engine.step()
+    return StepResult(torch.stack(losses).mean(), torch.stack(corrects).sum())
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Global norm of the last step's gradient, before clipping."""
+    return float(engine.get_global_grad_norm())
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """The current loss scale in fp16, None in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def memory_gib() -> float:
+    """Peak memory of this process's device since the last call, GiB; on a CPU the process's peak resident size."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = accelerator.max_memory_allocated() / 2**30
+    accelerator.reset_peak_memory_stats()
+    return peak

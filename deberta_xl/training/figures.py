@@ -1,0 +1,73 @@
+"""Pictures of a run: its loss curve, the words it confuses, and what it predicts for a few masked texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+CONFUSION_WORDS = 20
+EXAMPLES = 24
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_loss_curve(metrics_file: Path, picture: Path) -> None:
+    """Draw training and validation loss over steps from metrics.jsonl."""
+    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    for name, style in (
+        ("loss", {"label": "training", "linewidth": 1}),
+        ("valid_loss", {"label": "validation", "marker": "o"}),
+    ):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    entropies = [line["valid_unigram_entropy"] for line in lines if "valid_unigram_entropy" in line]
+    if entropies:
+        axes.axhline(
+            entropies[-1], color="grey", linestyle="--", linewidth=1, label="unigram entropy (reads no context)"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("masked-LM loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> Figure:
+    """How often each of the most frequent masked words is taken for which: rows are the truth, shares of the row."""
+    labels, guesses = label_L.numpy(), guess_L.numpy()
+    words, counts = np.unique(labels, return_counts=True)
+    words = words[np.argsort(-counts, kind="stable")][:CONFUSION_WORDS]
+    shares = np.array([[np.mean(guesses[labels == row] == column) for column in words] for row in words])
+    figure = new_figure(9, 8)
+    axes = figure.subplots()
+    image = axes.imshow(shares.reshape(len(words), len(words)), vmin=0, vmax=1, cmap="viridis")
+    names = [piece_of(int(word)) for word in words]
+    axes.set_xticks(range(len(words)), names, rotation=90)
+    axes.set_yticks(range(len(words)), names)
+    axes.set_xlabel("best guess")
+    axes.set_ylabel("masked word")
+    figure.colorbar(image, label="share of the row")
+    return figure
+
+
+def prediction_table(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> str:
+    """The first labelled tokens and the best guesses for them, as a Markdown table."""
+    rows: Sequence[str] = [
+        f"| `{piece_of(label)}` | `{piece_of(guess)}` | {'yes' if label == guess else ''} |"
+        for label, guess in zip(label_L[:EXAMPLES].tolist(), guess_L[:EXAMPLES].tolist(), strict=True)
+    ]
+    return "\n".join(["| masked word | best guess | right |", "|---|---|---|", *rows])

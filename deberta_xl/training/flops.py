@@ -1,0 +1,49 @@
+"""Floating-point operations of a training step, and the peak of known devices.
+
+Counted are the matrix products that the model needs by its definition (2 operations per multiply-add); the backward
+pass counts twice the forward. Recomputation under activation checkpointing is work, not progress: it is not counted.
+"""
+
+from __future__ import annotations
+
+from deberta_xl.config import DebertaConfig
+from deberta_xl.model.enhanced_mask_decoder import NUM_PASSES
+
+#: Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets, without sparsity).
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's bf16 peak, or None when it is not known."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+
+
+def forward_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: int) -> float:
+    """Operations of one forward over `rows` sequences with `num_labels` labelled positions altogether."""
+    hidden, inner, width = config.hidden_size, config.attention_size, config.intermediate_size
+    tokens = rows * sequence_length
+    terms = 2 if config.has_position_to_content else 1
+    table = 2 * config.relative_span
+
+    def query_side(queries: float) -> float:
+        """Query and output projection, scores and context, feed-forward."""
+        scores = 2 * sequence_length * inner + table * inner
+        return 2 * queries * (2 * hidden * inner + scores + 2 * hidden * width)
+
+    def key_side() -> float:
+        """Key and value projection, and the position-to-content product."""
+        return 2 * tokens * (2 * hidden * inner + (terms - 1) * table * inner)
+
+    relative = 2 * terms * table * hidden * inner
+    layers = config.num_layers if config.position_biased_input else config.num_layers - 1
+    total = layers * (query_side(tokens) + key_side() + relative)
+    if not config.position_biased_input:
+        total += key_side() + NUM_PASSES * (query_side(num_labels) + relative)
+    if config.conv_kernel_size:
+        total += 2 * tokens * config.conv_kernel_size * hidden * hidden / config.conv_groups
+    return total + 2 * num_labels * config.embedding_width * (hidden + config.vocab_size)
+
+
+def step_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: int) -> float:
+    """Operations of one optimizer step: forward and backward."""
+    return 3 * forward_flops(config, rows, sequence_length, num_labels)

@@ -1,0 +1,198 @@
+"""The pretraining loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import deepspeed
+import torch
+
+from deberta_xl.checkpoint.folders import prune_checkpoints
+from deberta_xl.checkpoint.store import save_checkpoint
+from deberta_xl.config import DebertaConfig, RunConfig
+from deberta_xl.data.loader import PretrainingData, prefetch
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.launch import Launch
+from deberta_xl.log import rank_zero
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.training.batches import step_batches
+from deberta_xl.training.engine import run_step, set_learning_rate
+from deberta_xl.training.evaluate import Evaluation, evaluate
+from deberta_xl.training.figures import confusion_figure, prediction_table, save_loss_curve
+from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.profiling import StepProfiler
+from deberta_xl.training.recorder import Recorder
+from deberta_xl.training.run_folder import RunFolder, State
+from deberta_xl.training.schedule import learning_rate
+from deberta_xl.training.signals import Agreement, StopRequest
+from deberta_xl.training.state import TrainState
+
+STEPS_AHEAD = 2
+"""Steps whose batches are prepared in the background."""
+
+
+@dataclass
+class Pretraining:
+    """A run, assembled: what the loop works with."""
+
+    config: RunConfig
+    architecture: DebertaConfig
+    launch: Launch
+    engine: deepspeed.DeepSpeedEngine
+    data: PretrainingData
+    valid: PretrainingData | None
+    tokenizer: Tokenizer
+    folder: RunFolder
+    state: TrainState
+    heartbeat: Heartbeat
+    stop: StopRequest
+    checkpoint_files: Mapping[str, Any]
+    """What rides along in every checkpoint: config.json and the tokenizer."""
+    fingerprints: Mapping[str, Any]
+    """What a checkpoint must agree with to be continued."""
+
+    def train(self) -> State:
+        """Train to the last step or until asked to stop; how it ended."""
+        config, state = self.config, self.state
+        writer = self.open_metrics()
+        recorder = Recorder(self.engine, config, self.architecture, self.data.num_rows, writer)
+        profiler = StepProfiler(config.train.profile_steps(), self.folder.profile, self.launch.rank)
+        agreement = Agreement()
+        key = DropoutKey(config.train.seed)
+        saved_step = state.step
+        batches = prefetch(self.batches(), STEPS_AHEAD)
+        self.engine.train()
+        while state.step < config.train.steps:
+            step = state.step + 1
+            self.heartbeat.mark(step, "data")
+            recorder.begin_step(step)
+            with recorder.timer.phase("data"):
+                micro_batches = next(batches)
+            num_labels, is_stopping = agreement.before_step(sum(b.num_labels for b in micro_batches), self.stop)
+            if is_stopping:
+                break
+            profiler.before_step(step)
+            rate = self.learning_rate(step)
+            set_learning_rate(self.engine, rate)
+            result = run_step(
+                self.engine,
+                micro_batches,
+                num_labels=num_labels,
+                data_parallel_size=self.launch.world_size,
+                key=key.fold("step", step, "rank", self.launch.rank),
+                heartbeat=self.heartbeat,
+                timer=recorder.timer,
+            )
+            state.advance(config.train.global_batch_size)
+            recorder.record(state, result, num_labels, rate)
+            profiler.after_step(step)
+            aside = time.perf_counter()
+            if self.is_due(config.evaluation.interval):
+                self.evaluate(writer)
+            if self.is_due(config.checkpoint.interval):
+                self.save()
+                saved_step = state.step
+            recorder.pause(time.perf_counter() - aside)
+        if saved_step != state.step:
+            self.save()
+        return self.finish(writer)
+
+    def batches(self) -> Any:
+        """This rank's micro-batches for every step from here on."""
+        return step_batches(
+            self.data,
+            self.config.train,
+            self.state.consumed_samples,
+            rank=self.launch.rank,
+            size=self.launch.world_size,
+            pin=self.engine.device.type == "cuda",
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update number `step`."""
+        return learning_rate(
+            step,
+            peak=self.config.optimizer.learning_rate,
+            total_steps=self.config.train.steps,
+            schedule=self.config.schedule,
+        )
+
+    def is_due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        return self.state.step % interval == 0 or self.state.step == self.config.train.steps
+
+    def open_metrics(self) -> MetricsWriter | None:
+        """The metrics of the run, on rank 0."""
+        if self.launch.rank != 0:
+            return None
+        return MetricsWriter(
+            self.folder.metrics,
+            self.folder.tensorboard,
+            first_step=self.state.step,
+            total_steps=self.config.train.steps,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint and drop the oldest ones. Collective."""
+        step = self.state.step
+        self.heartbeat.mark(step, "checkpoint")
+        start = time.perf_counter()
+        state = {**asdict(self.state), "fingerprints": dict(self.fingerprints)}
+        folder = save_checkpoint(self.engine, self.folder.checkpoints, state, extra_files=self.checkpoint_files)
+        prune_checkpoints(folder, self.config.checkpoint.keep)
+        rank_zero("checkpoint %s written in %.1f s", folder, time.perf_counter() - start)
+
+    def evaluate(self, writer: MetricsWriter | None) -> None:
+        """Measure the held-out loss and write it, with pictures. Collective."""
+        if self.valid is None:
+            return
+        self.heartbeat.mark(self.state.step, "evaluation")
+        self.engine.eval()
+        result = evaluate(
+            self.engine,
+            self.valid,
+            vocab_size=self.architecture.vocab_size,
+            device=self.engine.device,
+            max_samples=self.config.evaluation.max_samples,
+            micro_batch_size=self.config.train.micro_batch_size,
+            rank=self.launch.rank,
+            size=self.launch.world_size,
+        )
+        self.engine.train()
+        if writer is not None:
+            self.write_evaluation(writer, result)
+
+    def write_evaluation(self, writer: MetricsWriter, result: Evaluation) -> None:
+        """One evaluation to console, metrics, TensorBoard and the loss curve."""
+        step, piece_of = self.state.step, self.tokenizer.id_to_piece
+        values = {
+            "valid_loss": result.loss,
+            "valid_perplexity": result.perplexity,
+            "valid_accuracy": result.accuracy,
+            "valid_unigram_entropy": result.unigram_entropy,
+        }
+        writer.write(step, values)
+        writer.write_text(step, "valid/predictions", prediction_table(result.label_L, result.guess_L, piece_of))
+        writer.write_figure(step, "valid/confusion", confusion_figure(result.label_L, result.guess_L, piece_of))
+        save_loss_curve(self.folder.metrics, self.folder.path / "loss.png")
+        rank_zero(
+            "step %d  validation loss %.4f (unigram entropy %.4f)  perplexity %.2f  accuracy %.1f %%",
+            step, result.loss, result.unigram_entropy, result.perplexity, 100 * result.accuracy,
+        )  # fmt: skip
+
+    def finish(self, writer: MetricsWriter | None) -> State:
+        """Close the files and say how the run ended. Collective."""
+        ended: State = "done" if self.state.step >= self.config.train.steps else "stopped"
+        self.heartbeat.mark(self.state.step, ended)
+        torch.distributed.barrier()
+        if writer is not None:
+            writer.close()
+            if self.folder.metrics.exists():
+                save_loss_curve(self.folder.metrics, self.folder.path / "loss.png")
+            self.folder.write_state(ended)
+        self.heartbeat.close()
+        return ended

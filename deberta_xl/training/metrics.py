@@ -1,0 +1,111 @@
+"""What a run tells: console lines or a progress bar, metrics.jsonl, TensorBoard. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from deberta_xl.log import logger
+
+#: TensorBoard tag of each metric; those not named here stand under `train/`.
+TAGS = {
+    "tokens_per_second": "throughput/tokens_per_second",
+    "samples_per_second": "throughput/samples_per_second",
+    "model_flops_per_second": "throughput/model_flops_per_second",
+    "model_flops_utilization": "throughput/model_flops_utilization",
+    "step_seconds": "time/step_seconds",
+    "data_seconds": "time/data_seconds",
+    "forward_backward_seconds": "time/forward_backward_seconds",
+    "optimizer_seconds": "time/optimizer_seconds",
+    "memory_gib": "memory/peak_gib",
+    "consumed_samples": "progress/consumed_samples",
+    "consumed_tokens": "progress/consumed_tokens",
+    "epoch": "progress/epoch",
+    "valid_loss": "valid/loss",
+    "valid_perplexity": "valid/perplexity",
+    "valid_accuracy": "valid/accuracy",
+    "valid_unigram_entropy": "valid/unigram_entropy",
+}
+
+
+class MetricsWriter:
+    """Writes one line per logged step, continuing after step `first_step` of an earlier start."""
+
+    def __init__(self, metrics_file: Path, tensorboard: Path, *, first_step: int, total_steps: int):
+        self.metrics_file = metrics_file
+        drop_lines_after(metrics_file, first_step)
+        # TensorBoard hides what an interrupted start wrote after its last checkpoint.
+        self.tensorboard = SummaryWriter(str(tensorboard), purge_step=first_step + 1 if first_step else None)
+        self.total_steps = total_steps
+        self.bar = start_progress_bar(first_step, total_steps) if sys.stderr.isatty() else None
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Append the values of a step; None (not known here) is left out."""
+        values = {name: value for name, value in values.items() if value is not None}
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(TAGS.get(name, f"train/{name}"), value, step)
+        self.tensorboard.flush()
+
+    def show_step(self, step: int, values: Mapping[str, float | None]) -> None:
+        """One console line for a logged training step, or the progress bar's text on a terminal."""
+        left = timedelta(seconds=round(values["step_seconds"] * (self.total_steps - step)))
+        text = (
+            f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.1%}  lr {values['learning_rate']:.2e}  "
+            f"grad norm {values['grad_norm']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self.bar is None:
+            logger.info("step %d/%d  %s  left %s", step, self.total_steps, text, left)
+        else:
+            self.bar.update(self.bar.task_ids[0], completed=step, description=text)
+
+    def write_text(self, step: int, tag: str, text: str) -> None:
+        """A text for TensorBoard."""
+        self.tensorboard.add_text(tag, text, step)
+
+    def write_figure(self, step: int, tag: str, figure: Figure) -> None:
+        """A figure for TensorBoard."""
+        self.tensorboard.add_figure(tag, figure, step)
+
+    def close(self) -> None:
+        """Finish the files and the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+        self.tensorboard.close()
+
+
+def start_progress_bar(first_step: int, total_steps: int) -> Progress:
+    """A bar with steps, time gone and time left; lines logged meanwhile appear above it."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
+    bar.add_task("starting", total=total_steps, completed=first_step)
+    bar.start()
+    return bar
+
+
+def drop_lines_after(metrics_file: Path, step: int) -> None:
+    """Remove what an interrupted start logged after the checkpoint that the run now continues from."""
+    if not metrics_file.exists():
+        return
+    kept = [line for line in metrics_file.read_text(encoding="utf-8").splitlines() if is_up_to(line, step)]
+    partial = metrics_file.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, metrics_file)
+
+
+def is_up_to(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and belongs to a step up to `step`."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False

@@ -1,0 +1,75 @@
+"""AdamW with decay on matrices and tables only, and the original's form of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deberta_xl.config import OptimizerSection
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices and tables with decay; biases and norms, which are vectors, without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    """torch's AdamW, or the original's form without bias correction (for continuing released weights)."""
+    groups = parameter_groups(model, section.weight_decay)
+    options = {"lr": section.learning_rate, "betas": (section.beta1, section.beta2), "eps": section.epsilon}
+    if not section.bias_correction:
+        return AdamWithoutBiasCorrection(groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+class AdamWithoutBiasCorrection(torch.optim.Optimizer):
+    """The original release's optimizer (SPEC section 7).
+
+    m ← β1 m + (1 − β1) g,  v ← β2 v + (1 − β2) g²,  θ ← θ − lr (m / (√v + ε) + decay θ).
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "gradients come from the engine"
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self.update(parameters, group)
+
+    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """One update of one group."""
+        states = [self.state_of(p) for p in parameters]
+        gradients = [p.grad for p in parameters]
+        averages = [state["exp_avg"] for state in states]
+        squares = [state["exp_avg_sq"] for state in states]
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(averages, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(averages, denominators)
+        torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        for state in states:
+            state["step"] += 1
+
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The moments of a parameter, zero before its first update."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state

@@ -1,0 +1,114 @@
+"""The run folder: everything a run keeps, in one place, written so that a crash at any moment leaves it readable."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from deberta_xl.config import ConfigError, RunConfig
+from deberta_xl.config_file import load_run_config, to_toml
+from deberta_xl.log import logger
+
+State = Literal["running", "stopped", "done"]
+PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "tensorboard")
+
+
+class RunFolder:
+    """Paths and small files of a run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.environment = self.path / "environment.json"
+        self.state_file = self.path / "STATE"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.tokenizer = self.path / "tokenizer"
+        self.heartbeat = self.path / "heartbeat"
+        self.checkpoints = self.path / "checkpoints"
+        self.log = self.path / "log"
+        self.profile = self.path / "profile"
+
+    def prepare(self, config: RunConfig, tokenizer: Path, facts: Mapping[str, Any]) -> None:
+        """Create the folder, or take it over: the configuration that holds from now on, and what it runs on."""
+        for folder in (self.path, self.tensorboard, self.heartbeat, self.checkpoints, self.log):
+            make_folder(folder)
+        if self.config.exists():
+            report_changes(load_run_config(self.config), config)
+        write_text(self.config, to_toml(config))
+        write_text(self.environment, json.dumps(environment(facts), indent=2) + "\n")
+        if not self.tokenizer.exists():
+            partial = self.tokenizer.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(tokenizer, partial)
+            os.replace(partial, self.tokenizer)
+
+    def state(self) -> State | None:
+        """What the last start of this run came to; None for a new folder."""
+        return self.state_file.read_text().strip() if self.state_file.exists() else None
+
+    def write_state(self, state: State) -> None:
+        """`running`, `stopped` (asked to, will resume) or `done`."""
+        write_text(self.state_file, state + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder, with an error for people when that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.folder: cannot create {folder}: {error.strerror}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one piece."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def report_changes(before: RunConfig, now: RunConfig) -> None:
+    """Say which keys differ from the run's last start."""
+    old, new = to_toml(before).splitlines(), to_toml(now).splitlines()
+    changes = [line for line in new if line not in old] + [f"not {line}" for line in old if line not in new]
+    if changes:
+        logger.warning("this run continues with a changed configuration: %s", "; ".join(changes))
+
+
+def environment(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, revision and hardware of this start, with the caller's `facts` (layout, command, …)."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "git_revision": git_revision(),
+        "host": platform.node(),
+        "device": device,
+        "cores": os.cpu_count(),
+        **facts,
+    }
+
+
+def git_revision() -> str | None:
+    """Revision of the code, marked `+changes` when the work tree differs from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        revision = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+changes" if status else "")

@@ -1,0 +1,190 @@
+"""Training on DeepSpeed, under every ZeRO stage, equals a plain loop with torch's AdamW on one process."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import SmallDataset
+from ranks import run_ranks
+
+from deberta_xl.config import DataSection, DebertaConfig, OptimizerSection, TrainSection
+from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.training.batches import MicroBatch, step_batches
+from deberta_xl.training.engine import build_engine, gradient_norm, run_step, set_learning_rate
+from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.optimizer import build_optimizer
+from deberta_xl.training.timing import StepTimer
+
+STEPS, ROWS, LENGTH = 20, 8, 48
+OPTIMIZER = OptimizerSection(learning_rate=2e-3)
+# float32: the same sums in another order, over 20 steps of Adam.
+RELATIVE = 1e-5
+
+
+class Curve(NamedTuple):
+    """What two ways of training are compared by."""
+
+    losses: list[float]
+    norms: list[float]
+
+
+class Case(NamedTuple):
+    """One way to train."""
+
+    stage: int
+    accumulation: int
+    activation_checkpointing: bool = False
+    num_silent_rows: int = 0
+    """Rows at the start of each global batch that have no labels at all."""
+
+
+def architecture(vocab_size: int) -> DebertaConfig:
+    """Two layers with everything: convolution, buckets, shared projections; dropout off."""
+    return DebertaConfig(
+        vocab_size=vocab_size, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=64, position_buckets=8,
+        max_position_embeddings=LENGTH, conv_kernel_size=3, hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+
+
+def rate(step: int) -> float:
+    """Some schedule that changes at every step."""
+    return OPTIMIZER.learning_rate * min(step / 5, 1.0)
+
+
+def open_data(dataset: SmallDataset) -> PretrainingData:
+    """The training rows."""
+    return PretrainingData(TokenStore(dataset.train), dataset.tokenizer, DataSection(), LENGTH, seed=5)
+
+
+def silence(batch: MicroBatch, first_row: int, num_silent_rows: int) -> MicroBatch:
+    """Take away the labels of rows below `num_silent_rows` of the global batch."""
+    num_slots = batch.labelled.position_BM.shape[1]
+    is_kept = batch.labelled.slot_L // num_slots + first_row >= num_silent_rows
+    labelled = batch.labelled._replace(slot_L=batch.labelled.slot_L[is_kept], label_L=batch.labelled.label_L[is_kept])
+    return batch._replace(labelled=labelled)
+
+
+def train_plainly(dataset: SmallDataset, num_silent_rows: int = 0) -> Curve:
+    """The reference: one process, one forward per step, torch's AdamW and clipping."""
+    model = MaskedLanguageModel(architecture(dataset.tokenizer.vocab_size), seed=3)
+    optimizer = build_optimizer(model, OPTIMIZER)
+    train = TrainSection(global_batch_size=ROWS, micro_batch_size=ROWS)
+    batches = step_batches(open_data(dataset), train, 0, rank=0, size=1, pin=False)
+    curve = Curve([], [])
+    for step in range(1, STEPS + 1):
+        batch = silence(next(batches)[0], 0, num_silent_rows)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.zero_grad()
+        loss = model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled).loss
+        loss.backward()
+        curve.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        curve.losses.append(loss.item())
+    return curve
+
+
+def settings(case: Case, micro_batch_size: int, precision: str = "fp32") -> dict:
+    """DeepSpeed's configuration of a case."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": 1.0,
+        # Below the size of our tensors: nothing stays unpartitioned, and reductions come in several buckets.
+        "zero_optimization": {
+            "stage": case.stage,
+            "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": 10_000,
+        },
+        "bf16": {"enabled": precision == "bf16"},
+    }
+
+
+def train_with_engine(dataset: SmallDataset, folder: str, case: Case, precision: str = "fp32") -> Curve:
+    """The same run on this rank of an engine."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    micro = ROWS // (size * case.accumulation)
+    model = MaskedLanguageModel(architecture(dataset.tokenizer.vocab_size), seed=3)
+    if case.activation_checkpointing:
+        model.checkpoint_activations()
+    engine = build_engine(model, OPTIMIZER, settings(case, micro, precision))
+    train = TrainSection(global_batch_size=ROWS, micro_batch_size=micro)
+    batches = step_batches(open_data(dataset), train, 0, rank=rank, size=size, pin=False)
+    heartbeat, timer = Heartbeat(folder, rank), StepTimer(engine.device)
+    curve = Curve([], [])
+    for step in range(1, STEPS + 1):
+        micro_batches = [
+            silence(batch, (number * size + rank) * micro, case.num_silent_rows)
+            for number, batch in enumerate(next(batches))
+        ]
+        num_labels = torch.tensor(sum(b.num_labels for b in micro_batches))
+        torch.distributed.all_reduce(num_labels)
+        set_learning_rate(engine, rate(step))
+        result = run_step(
+            engine, micro_batches, num_labels=int(num_labels), data_parallel_size=size, key=DropoutKey(0),
+            heartbeat=heartbeat, timer=timer,
+        )  # fmt: skip
+        torch.distributed.all_reduce(result.loss)
+        curve.losses.append(result.loss.item() / size)
+        curve.norms.append(gradient_norm(engine))
+    heartbeat.close()
+    return curve
+
+
+def train_cases(dataset: SmallDataset, folder, cases: list[Case]) -> list[Curve]:
+    """Every case on this rank, one after the other."""
+    return [train_with_engine(dataset, folder, case) for case in cases]
+
+
+def assert_equal_curves(actual: Curve, expected: Curve, what: object, relative: float = RELATIVE) -> None:
+    """Losses and gradient norms of every step agree."""
+    for name in Curve._fields:
+        torch.testing.assert_close(
+            torch.tensor(getattr(actual, name)), torch.tensor(getattr(expected, name)), rtol=relative, atol=0,
+            msg=lambda text, name=name: f"{name} of {what}: {text}",
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain_curve(small_dataset: SmallDataset) -> Curve:
+    """The reference run; it must learn something, or its equality with anything would say little."""
+    curve = train_plainly(small_dataset)
+    assert curve.losses[-1] < curve.losses[0] - 0.3
+    return curve
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_zero_stage_and_accumulation_gives_the_plain_run(small_dataset, plain_curve, tmp_path, world_size):
+    cases = [Case(stage, accumulation) for stage in (1, 2, 3) for accumulation in (1, 4)]
+    for rank, curves in enumerate(run_ranks(train_cases, world_size, small_dataset, tmp_path, cases, timeout=300)):
+        for case, curve in zip(cases, curves, strict=True):
+            assert_equal_curves(curve, plain_curve, f"{case}, rank {rank} of {world_size}")
+
+
+def test_recomputing_activations_gives_the_plain_run(small_dataset, plain_curve, tmp_path):
+    cases = [Case(stage, 2, activation_checkpointing=True) for stage in (1, 2, 3)]
+    for curves in run_ranks(train_cases, 2, small_dataset, tmp_path, cases, timeout=300):
+        for case, curve in zip(cases, curves, strict=True):
+            assert_equal_curves(curve, plain_curve, case)
+
+
+def test_the_loss_is_the_global_mean_when_ranks_hold_different_numbers_of_labels(small_dataset, tmp_path):
+    # Rows 0 to 4 have no labels: with 2 ranks and no accumulation rank 0 has none at all, rank 1 those of 3 rows.
+    expected = train_plainly(small_dataset, num_silent_rows=5)
+    cases = [Case(1, 1, num_silent_rows=5), Case(3, 2, num_silent_rows=5)]
+    for curves in run_ranks(train_cases, 2, small_dataset, tmp_path, cases, timeout=300):
+        for case, curve in zip(cases, curves, strict=True):
+            assert_equal_curves(curve, expected, case)
+
+
+def test_bf16_follows_the_plain_run_within_rounding(small_dataset, plain_curve, tmp_path):
+    # bf16 keeps 8 bits: a relative 2^-8 = 4e-3 per rounding; the losses differ by less than that after 20 steps.
+    for stage in (1, 3):
+        for curve in run_ranks(train_with_engine, 2, small_dataset, tmp_path, Case(stage, 2), "bf16", timeout=300):
+            torch.testing.assert_close(torch.tensor(curve.losses), torch.tensor(plain_curve.losses), rtol=1e-2, atol=0)
+            torch.testing.assert_close(torch.tensor(curve.norms), torch.tensor(plain_curve.norms), rtol=0.1, atol=0)
