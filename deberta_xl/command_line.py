@@ -1,0 +1,45 @@
+"""What the tools share: how they explain themselves, and how they fail."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from deberta_xl.errors import UserError
+from deberta_xl.log import configure_logging
+
+
+def build_parser(documentation: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows a tool's docstring as it is written."""
+    return argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Run a tool's work; the exit status: 0, 2 after an error of the user's (one line on stderr), 130 after Ctrl-C."""
+    configure_logging()
+    try:
+        work(arguments)
+    except (UserError, OSError) as error:
+        complain(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        complain("error: interrupted; nothing was written")
+        return 130
+    return 0
+
+
+def complain(text: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(text + "\n")
+
+
+def report_bad_records(count: int, examples: list[str]) -> None:
+    """Say on standard error which records were skipped."""
+    if not count:
+        return
+    complain(f"warning: {count:,} bad records were skipped:")
+    for example in examples:
+        complain(f"  {example}")
+    if count > len(examples):
+        complain(f"  … and {count - len(examples):,} more")

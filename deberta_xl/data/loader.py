@@ -1,0 +1,165 @@
+"""Batches as a pure function of sample numbers: the same numbers give the same batch on any rank, at any time.
+
+All that a run must remember about its data is how many samples it has consumed.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from deberta_xl.config import DataSection
+from deberta_xl.data.errors import TokenStoreError
+from deberta_xl.data.masking import Masker
+from deberta_xl.data.packing import PackedRows
+from deberta_xl.data.random_numbers import derive
+from deberta_xl.data.sampler import sample_rows
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.data.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
+
+
+class Batch(NamedTuple):
+    """What the model is given; all int64 `[batch, sequence]`, on the host."""
+
+    input_ids: np.ndarray
+    """Token ids, some of them masked."""
+    segments: np.ndarray
+    """0 = padding, n = n-th document of the row."""
+    labels: np.ndarray
+    """The id to predict; 0 = not predicted."""
+
+
+class PretrainingData:
+    """A dataset, packed into rows, shuffled and masked.
+
+    A row's mask depends on (seed, epoch, row). Raises TokenStoreError for a dataset of another tokenizer, and for an id
+    outside the vocabulary.
+    """
+
+    def __init__(
+        self, store: TokenStore, tokenizer: Tokenizer, data_section: DataSection, sequence_length: int, seed: int
+    ):
+        store.check_tokenizer(tokenizer)
+        self.store = store
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.attend_across_documents = data_section.attend_across_documents
+        self.packed_rows = PackedRows(
+            store, sequence_length, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id, pad_id=tokenizer.pad_id
+        )
+        self.masker = Masker(
+            data_section, word_starts=tokenizer.word_starts, special=tokenizer.special, mask_id=tokenizer.mask_id
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return len(self.packed_rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the dataset, specials not counted."""
+        return self.store.num_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the dataset's content changes."""
+        return self.store.fingerprint
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """The global samples first_sample … first_sample + count − 1 of the run, shuffled anew in each epoch."""
+        epochs, rows = sample_rows(self.seed, self.num_rows, first_sample, count)
+        return self.masked(rows, epochs)
+
+    def fixed_batch(self, first_row: int, count: int) -> Batch:
+        """The rows first_row … first_row + count − 1 in the order of the dataset, always masked alike: for evaluation.
+
+        Rows behind the last are all padding, so that every rank can be given equally many batches of one shape.
+        """
+        rows = np.arange(first_row, min(first_row + count, self.num_rows))
+        missing = count - len(rows)
+        if len(rows) == 0:
+            return Batch(*np.zeros((3, count, self.packed_rows.sequence_length), np.int64))
+        return Batch(*(np.pad(part, ((0, missing), (0, 0))) for part in self.masked(rows, np.zeros_like(rows))))
+
+    def masked(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
+        """The given rows, masked as in the given epochs."""
+        input_ids, segments = self.packed_rows.rows(rows)
+        outside = (input_ids < 0) | (input_ids >= self.tokenizer.vocab_size)
+        if np.any(outside):
+            raise TokenStoreError(
+                f"dataset {self.store.prefix} holds token id {input_ids[outside][0]}, outside the tokenizer's "
+                f"0 … {self.tokenizer.vocab_size - 1}; it is damaged or was made with another tokenizer"
+            )
+        masked, labels = self.masker.mask(input_ids, segments, derive(self.seed, epochs, rows))
+        if self.attend_across_documents:
+            segments = np.minimum(segments, 1)
+        return Batch(masked, segments, labels)
+
+
+def rank_samples(
+    step_first_sample: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> range:
+    """First sample of each micro-batch of one rank within a step.
+
+    Micro-step m of rank r covers the samples first + (m·ranks + r)·micro_batch_size …, so a step's samples are the same
+    for every number of ranks.
+    """
+    per_pass = micro_batch_size * data_parallel_size
+    assert global_batch_size % per_pass == 0, "TrainSection.gradient_accumulation_steps refuses this"
+    first = step_first_sample + data_parallel_rank * micro_batch_size
+    return range(first, step_first_sample + global_batch_size, per_pass)
+
+
+class Failure(NamedTuple):
+    """Carries an exception from the prefetching thread to the consumer."""
+
+    error: BaseException
+
+
+END = object()
+
+
+def prefetch(iterable: Iterable[Item], depth: int) -> Iterator[Item]:
+    """The items of `iterable`, up to `depth` of them computed ahead in a thread.
+
+    An exception of the iterable is raised where its item would have come. Closing the generator (or dropping it) ends
+    the thread after the item it is at.
+    """
+    items: queue.Queue = queue.Queue(maxsize=max(1, depth))
+    is_abandoned = threading.Event()
+    thread = threading.Thread(target=produce, args=(iterable, items, is_abandoned), name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := items.get()) is not END:
+            if isinstance(item, Failure):
+                raise item.error
+            yield item
+    finally:
+        is_abandoned.set()
+        with items.mutex:
+            items.queue.clear()
+            items.not_full.notify_all()
+        thread.join()
+
+
+def produce(iterable: Iterable[Item], items: queue.Queue, is_abandoned: threading.Event) -> None:
+    """Fill the queue until the iterable ends, fails, or nobody listens any more."""
+    try:
+        for item in iterable:
+            items.put(item)
+            if is_abandoned.is_set():
+                return
+        items.put(END)
+    except BaseException as error:
+        items.put(Failure(error))

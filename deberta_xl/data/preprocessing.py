@@ -1,0 +1,262 @@
+"""From text files to a dataset: records are read in order, tokenised by worker processes, written in order.
+
+The output does not depend on the number of workers: the work is cut by the input alone. At most a few batches per
+worker are under way, so memory stays bounded whatever the size of the corpus.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deberta_xl.data.corpus import BadRecord, Record, TextFile, text_of
+from deberta_xl.data.errors import CorpusError, DataError
+from deberta_xl.data.token_store_writer import TokenStoreWriter
+from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
+
+#: Bytes of text, and number of records, after which a batch is handed to a worker.
+BATCH_BYTES = 2**20
+BATCH_RECORDS = 4096
+#: Batches under way per worker.
+BATCHES_PER_WORKER = 3
+#: Bad records that are described; the rest is only counted.
+MAX_REPORTED = 10
+
+
+class RecordBatch(NamedTuple):
+    """A part of one file, for one worker."""
+
+    path: Path
+    kind: str
+    records: list[Record]
+    num_bytes: int
+    """Bytes read from the disk since the last batch."""
+
+
+class TokenBatch(NamedTuple):
+    """A tokenised batch; documents back to back, without the empty ones."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    is_held_out: np.ndarray
+    """bool `[documents]`: goes to the held-out dataset."""
+    counts: Counter
+    bad: list[str]
+    num_bytes: int
+
+
+@dataclass
+class Summary:
+    """What became of the input."""
+
+    documents: int = 0
+    tokens: int = 0
+    unknown_tokens: int = 0
+    held_out_documents: int = 0
+    held_out_tokens: int = 0
+    empty_documents: int = 0
+    bad_records: int = 0
+    literal_specials: int = 0
+    """Times that the text itself says [CLS], [MASK], …: kept as ordinary text."""
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    reported: list[str] = field(default_factory=list)
+    """`file:line: reason` of the first bad records."""
+
+    def add(self, batch: TokenBatch) -> None:
+        """Count one batch."""
+        self.documents += len(batch.lengths)
+        self.tokens += len(batch.ids)
+        self.held_out_documents += int(batch.is_held_out.sum())
+        self.held_out_tokens += int(batch.lengths[batch.is_held_out].sum())
+        self.unknown_tokens += batch.counts["unknown"]
+        self.empty_documents += batch.counts["empty"]
+        self.literal_specials += batch.counts["literal"]
+        self.bad_records += len(batch.bad)
+        self.reported += batch.bad[: MAX_REPORTED - len(self.reported)]
+
+
+class BatchTokenizer:
+    """Turns record batches into token batches; one lives in every worker."""
+
+    def __init__(self, tokenizer: Tokenizer, json_key: str, valid_share: float):
+        self.tokenizer = tokenizer
+        self.json_key = json_key
+        self.valid_share = valid_share
+
+    def __call__(self, batch: RecordBatch) -> TokenBatch:
+        """Decode, tokenise and count one batch."""
+        texts, bad = [], []
+        for record in batch.records:
+            try:
+                texts.append(text_of(record, batch.kind, self.json_key))
+            except BadRecord as reason:
+                bad.append(f"{batch.path}:{record.line}: {reason}")
+        documents = self.tokenizer.encode_batch(texts)
+        filled = [number for number, ids in enumerate(documents) if ids.size]
+        ids = np.concatenate([documents[n] for n in filled]) if filled else np.zeros(0, np.int32)
+        counts = Counter(
+            unknown=int(np.count_nonzero(ids == self.tokenizer.unk_id)),
+            empty=len(documents) - len(filled),
+            literal=sum(text.count(piece) for text in texts for piece in (*SPECIAL_PIECES, MASK_PIECE)),
+        )
+        return TokenBatch(
+            ids,
+            np.array([documents[n].size for n in filled], np.int64),
+            np.array([is_held_out(texts[n], self.valid_share) for n in filled], bool),
+            counts,
+            bad,
+            batch.num_bytes,
+        )
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the held-out dataset: decided by a hash of its text, so copies stay together."""
+    if not share:
+        return False
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2.0**64
+
+
+def read_batches(paths: Sequence[Path], summary: Summary) -> Iterator[RecordBatch]:
+    """The records of the files in batches; notes each file in `summary.inputs` when it is done."""
+    for path in paths:
+        with TextFile(path) as file:
+            seen = 0
+            for records in batched(file.records()):
+                yield RecordBatch(path, file.kind, records, file.num_bytes - seen)
+                seen = file.num_bytes
+            summary.inputs.append(file.summary())
+
+
+def batched(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Runs of records of about BATCH_BYTES together."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.data or b"")
+        if size >= BATCH_BYTES or len(batch) >= BATCH_RECORDS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenized(batches: Iterable[RecordBatch], work: BatchTokenizer, workers: int) -> Iterator[TokenBatch]:
+    """`work` of each batch, in order, by `workers` processes (in this one when there is only one)."""
+    if workers <= 1:
+        yield from map(work, batches)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, set_up_worker, worker_arguments(work)) as pool:
+        under_way: deque[concurrent.futures.Future[TokenBatch]] = deque()
+        try:
+            for batch in batches:
+                with without_interrupts():
+                    under_way.append(pool.submit(work_in_worker, batch))
+                if len(under_way) >= BATCHES_PER_WORKER * workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise DataError("a worker process was killed (out of memory?); try fewer --workers") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back; worker processes that are started here never see it, so that only the main process reacts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def worker_arguments(work: BatchTokenizer) -> tuple[bytes, int, str, float]:
+    """What a worker needs to build its own BatchTokenizer."""
+    return work.tokenizer.spm_model, work.tokenizer.vocab_size, work.json_key, work.valid_share
+
+
+#: The worker process's own BatchTokenizer; unset in the main process.
+work_here: BatchTokenizer
+
+
+def set_up_worker(spm_model: bytes, vocab_size: int, json_key: str, valid_share: float) -> None:
+    """Build the worker's BatchTokenizer once; never outlive the main process."""
+    global work_here
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    work_here = BatchTokenizer(Tokenizer(spm_model, vocab_size), json_key, valid_share)
+
+
+def leave_with_parent() -> None:
+    """End this process when its parent has ended, however that happened."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def work_in_worker(batch: RecordBatch) -> TokenBatch:
+    """Tokenise one batch in a worker process."""
+    return work_here(batch)
+
+
+def preprocess(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    output: str | Path,
+    *,
+    json_key: str = "text",
+    workers: int = 1,
+    strict: bool = False,
+    overwrite: bool = False,
+    valid_output: str | Path | None = None,
+    valid_share: float = 0.0,
+    advance: Callable[[int, str], None] = lambda num_bytes, note: None,
+) -> Summary:
+    """Tokenise the documents of `paths` into the dataset `output`, and a share of them into `valid_output`.
+
+    `advance` is called with the bytes of input just done and a note. With `strict` the first bad record ends the work.
+    Raises DataError; then nothing is left behind, and an older dataset of that name is untouched.
+    """
+    summary = Summary()
+    work = BatchTokenizer(tokenizer, json_key, valid_share)
+    with contextlib.ExitStack() as stack:
+        outputs = [output] if valid_output is None else [output, valid_output]
+        writers = [stack.enter_context(TokenStoreWriter(o, tokenizer=tokenizer, overwrite=overwrite)) for o in outputs]
+        batches = stack.enter_context(contextlib.closing(tokenized(read_batches(paths, summary), work, workers)))
+        for batch in batches:
+            if strict and batch.bad:
+                raise CorpusError(f"{batch.bad[0]} (--strict stops at the first bad record)")
+            summary.add(batch)
+            for writer, is_meant in zip(writers, (~batch.is_held_out, batch.is_held_out), strict=False):
+                writer.add_many(batch.ids[np.repeat(is_meant, batch.lengths)], batch.lengths[is_meant])
+            advance(batch.num_bytes, f"{summary.documents:,} documents, {summary.tokens:,} tokens")
+        check(summary, valid_output)
+        for writer in writers:
+            writer.finish(summary.inputs)
+    return summary
+
+
+def check(summary: Summary, valid_output: str | Path | None) -> None:
+    """Refuse to publish datasets without documents."""
+    if not summary.documents:
+        reasons = "; ".join(summary.reported[:2]) or "no text in it"
+        raise CorpusError(f"the input holds no document ({summary.bad_records} bad records): {reasons}")
+    if valid_output is not None and summary.held_out_documents in (0, summary.documents):
+        raise CorpusError(
+            f"{summary.held_out_documents} of {summary.documents} documents fell to {valid_output}, which leaves a "
+            "dataset empty; give more documents, or another --valid_share"
+        )

@@ -1,0 +1,184 @@
+"""DeBERTa's tokenizer: SentencePiece pieces 0 … P−1 with PAD 0, CLS 1, SEP 2, UNK 3; [MASK] = P; then spare ids.
+
+A folder holds `spm.model` and `tokenizer_settings.json`. The `spm.model` of a released DeBERTa alone is enough, too.
+
+Literal special tokens in text, such as the letters "[MASK]", are ordinary text: SentencePiece cuts them into pieces
+like any other string, so no document can forge a special id. `tools/preprocess.py` counts them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from deberta_xl.data.errors import TokenizerError
+from deberta_xl.data.files import partial, publish, remove
+
+#: The specials by id; [MASK] comes after the pieces.
+SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+MASK_PIECE = "[MASK]"
+WORD_MARK = "\u2581"
+
+MODEL_FILE = "spm.model"
+SETTINGS_FILE = "tokenizer_settings.json"
+SETTINGS_VERSION = 1
+
+
+class Tokenizer:
+    """Text to ids and back. `spm_model` is the serialised SentencePiece model; `vocab_size` counts the whole table.
+
+    `word_starts` and `special` are bool `[vocab_size]`: ids that begin a word when whole words are masked; ids that are
+    never predicted (the specials and the spare ids).
+    """
+
+    pad_id, cls_id, sep_id, unk_id = range(4)
+
+    def __init__(self, spm_model: bytes, vocab_size: int | None = None, source: str = MODEL_FILE):
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
+        except RuntimeError as error:
+            raise TokenizerError(f"{source} is not a SentencePiece model, or is damaged") from error
+        self.spm_model = spm_model
+        self.num_pieces = self.processor.get_piece_size()
+        self.mask_id = self.num_pieces
+        self.vocab_size = vocab_size or self.num_pieces + 1
+        self.check(source)
+        ordinary = range(len(SPECIAL_PIECES), self.num_pieces)
+        self.special = np.ones(self.vocab_size, bool)
+        self.special[ordinary] = False
+        self.word_starts = np.ones(self.vocab_size, bool)
+        self.word_starts[ordinary] = [begins_word(self.processor.id_to_piece(i)) for i in ordinary]
+
+    def check(self, source: str) -> None:
+        """Refuse a model without DeBERTa's special ids, or a table too small for its pieces."""
+        found = tuple(self.processor.id_to_piece(i) for i in range(min(self.num_pieces, len(SPECIAL_PIECES))))
+        if found != SPECIAL_PIECES:
+            raise TokenizerError(
+                f"{source} is not a DeBERTa tokenizer: ids 0 to 3 are {' '.join(found)}, "
+                f"not {' '.join(SPECIAL_PIECES)}; train one with tools/train_tokenizer.py"
+            )
+        if self.vocab_size <= self.num_pieces:
+            raise TokenizerError(
+                f"vocab_size={self.vocab_size} is too small for {source}: "
+                f"{self.num_pieces} pieces and [MASK] need at least {self.num_pieces + 1}"
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
+        """Read a tokenizer folder; `vocab_size` only for a bare `spm.model` (default: pieces + 1).
+
+        Raises TokenizerError when files are missing, damaged or do not belong together.
+        """
+        folder = Path(folder)
+        model_path = folder / MODEL_FILE
+        if not model_path.is_file():
+            raise TokenizerError(f"{folder} holds no {MODEL_FILE}; make a tokenizer with tools/train_tokenizer.py")
+        spm_model = model_path.read_bytes()
+        settings_path = folder / SETTINGS_FILE
+        if settings_path.is_file():
+            settings = read_settings(settings_path)
+            if settings["spm_sha256"] != hashlib.sha256(spm_model).hexdigest():
+                raise TokenizerError(f"{model_path} is damaged, or not the model that {SETTINGS_FILE} was written for")
+            if vocab_size not in (None, settings["vocab_size"]):
+                raise TokenizerError(f"vocab_size={vocab_size}, but {settings_path} says {settings['vocab_size']}")
+            vocab_size = settings["vocab_size"]
+        return cls(spm_model, vocab_size, source=str(model_path))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `spm.model` and `tokenizer_settings.json`; the folder appears whole, replacing an older one."""
+        folder = Path(folder)
+        written = partial(folder)
+        remove(written)
+        written.mkdir(parents=True)
+        (written / MODEL_FILE).write_bytes(self.spm_model)
+        (written / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
+        publish(folder)
+
+    def settings(self) -> dict[str, Any]:
+        """What `tokenizer_settings.json` holds."""
+        return {
+            "version": SETTINGS_VERSION,
+            "vocab_size": self.vocab_size,
+            "pieces": self.num_pieces,
+            "mask_id": self.mask_id,
+            "spm_sha256": hashlib.sha256(self.spm_model).hexdigest(),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the model and the size of the table: equal fingerprints give equal ids."""
+        return hashlib.sha256(self.spm_model + f"vocab_size={self.vocab_size}".encode()).hexdigest()
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Name -> id of the specials."""
+        return {piece: number for number, piece in enumerate(SPECIAL_PIECES)} | {MASK_PIECE: self.mask_id}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 `[tokens]`, without [CLS] and [SEP]."""
+        return np.array(self.processor.encode(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, in one call and one thread (processes are the unit of parallel preprocessing)."""
+        return [np.array(ids, np.int32) for ids in self.processor.encode(list(texts), num_threads=1)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; [PAD], [CLS], [SEP] and spare ids are left out, [MASK] is written out."""
+        text = ""
+        for is_mask, run in itertools.groupby(map(int, ids), key=lambda i: i == self.mask_id):
+            shown = [i for i in run if is_mask or self.unk_id <= i < self.num_pieces]
+            if is_mask:
+                text += f" {MASK_PIECE}" * len(shown)
+            elif shown:
+                begins_with_space = self.processor.id_to_piece(shown[0]).startswith(WORD_MARK)
+                text += " " * begins_with_space + self.processor.decode(shown)
+        return text.strip()
+
+    def id_to_piece(self, token_id: int) -> str:
+        """The piece of an id; spare ids read `[SPARE n]`."""
+        if not 0 <= token_id < self.vocab_size:
+            raise TokenizerError(f"token id {token_id} is outside the table 0 … {self.vocab_size - 1}")
+        if token_id < self.num_pieces:
+            return self.processor.id_to_piece(int(token_id))
+        return MASK_PIECE if token_id == self.mask_id else f"[SPARE {token_id - self.mask_id}]"
+
+    def piece_to_id(self, piece: str) -> int:
+        """The id of a piece, [UNK]'s when it is not in the vocabulary."""
+        return self.mask_id if piece == MASK_PIECE else self.processor.piece_to_id(piece)
+
+
+def begins_word(piece: str) -> bool:
+    """Whether a piece starts a word: it carries the word mark, or is a lone space, control or punctuation character.
+
+    ASCII symbols such as `$` and `^` count as punctuation, as they did in BERT and the first release.
+    """
+    if piece.startswith(WORD_MARK):
+        return True
+    if len(piece) != 1:
+        return False
+    is_ascii_symbol = piece.isascii() and not piece.isalnum()
+    return is_ascii_symbol or unicodedata.category(piece)[0] in "PC" or unicodedata.category(piece) == "Zs"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """`tokenizer_settings.json`, checked."""
+    try:
+        settings = json.loads(path.read_bytes())
+        version = settings["version"]
+        complete = {"vocab_size", "spm_sha256"} <= settings.keys()
+    except (ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(f"{path} is damaged: {error!r}; restore it, or train the tokenizer again") from error
+    if version != SETTINGS_VERSION or not complete:
+        raise TokenizerError(
+            f"{path} has format version {version}; this program reads version {SETTINGS_VERSION} "
+            "(vocab_size and spm_sha256 are required)"
+        )
+    return settings

@@ -1,0 +1,120 @@
+"""Training a tokenizer with SentencePiece's unigram model and DeBERTa's special ids.
+
+`vocab_size` counts the whole table of the model to be trained: the pieces, [MASK], and spare ids that a later user may
+give a meaning without changing the table's shape. From 10,000 on, 100 ids are set aside as in the released DeBERTa-v2
+(128,100 = 128,000 pieces + [MASK] + 99 spare); below, 8.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from deberta_xl.data.errors import TokenizerError
+from deberta_xl.data.files import one_writer
+from deberta_xl.data.tokenizer import SPECIAL_PIECES, Tokenizer
+
+#: Lines that SentencePiece keeps in memory; more are sampled down. Ten million are a few GB, and plenty.
+MAX_LINES = 10_000_000
+#: Characters of a training line; longer ones are cut at a space (SentencePiece would skip them silently).
+MAX_LINE = 1000
+#: The result depends on the number of threads (sums in another order), so it is fixed, whatever the machine.
+NUM_THREADS = 8
+SEED = 1
+
+
+def reserved_ids(vocab_size: int) -> int:
+    """Ids of the table that are not pieces: [MASK] and the spare ones."""
+    return 100 if vocab_size >= 10_000 else 8
+
+
+def largest_vocab_size(num_pieces: int) -> int:
+    """The largest table that needs no more than `num_pieces` pieces."""
+    with_many = num_pieces + reserved_ids(10_000)
+    return with_many if with_many >= 10_000 else min(9_999, num_pieces + reserved_ids(0))
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, output: str | Path, *, max_lines: int = MAX_LINES, overwrite: bool = False
+) -> Tokenizer:
+    """Train on `texts` and save the tokenizer in the folder `output`; the same texts give the same tokenizer.
+
+    Raises TokenizerError, and writes nothing, when the folder holds files already (unless `overwrite`), or when the
+    text does not hold enough different words for the vocabulary; the message then names the largest that works.
+    """
+    output = Path(output).resolve()
+    with one_writer(output.with_name(f"{output.name}.lock")):
+        if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise TokenizerError(f"{output} exists; choose another output, or --overwrite to replace it")
+        tokenizer = Tokenizer(train_pieces(texts, vocab_size, max_lines), vocab_size)
+        tokenizer.save(output)
+    return tokenizer
+
+
+def train_pieces(texts: Iterable[str], vocab_size: int, max_lines: int) -> bytes:
+    """The serialised SentencePiece model."""
+    num_pieces = vocab_size - reserved_ids(vocab_size)
+    if num_pieces <= len(SPECIAL_PIECES):
+        raise TokenizerError(f"vocab_size={vocab_size} is too small for a vocabulary; choose some thousands")
+    if max_lines <= 100:
+        raise TokenizerError(f"max_lines={max_lines} is too few to learn from; SentencePiece needs more than 100")
+    pad, cls, sep, unk = SPECIAL_PIECES
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(SEED)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=training_lines(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=num_pieces,
+            normalization_rule_name="nmt_nfkc",
+            character_coverage=0.9995,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece=pad,
+            bos_piece=cls,
+            eos_piece=sep,
+            unk_piece=unk,
+            input_sentence_size=max_lines,
+            shuffle_input_sentence=True,
+            max_sentence_length=8 * MAX_LINE,
+            num_threads=NUM_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise TokenizerError(explain(str(error), vocab_size)) from error
+    return model.getvalue()
+
+
+def training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of the texts, none longer than MAX_LINE characters."""
+    for text in texts:
+        for line in text.splitlines():
+            while len(line) > MAX_LINE:
+                cut = line.rfind(" ", 1, MAX_LINE)
+                cut = cut if cut > 0 else MAX_LINE
+                yield line[:cut]
+                line = line[cut:]
+            if not line.isspace() and line:
+                yield line
+
+
+def explain(message: str, vocab_size: int) -> str:
+    """SentencePiece's complaint in a user's words."""
+    if found := re.search(r"too high \(\d+\).*?<= (\d+)", message):
+        return (
+            f"vocab_size={vocab_size} is more than this text can fill: it is too small or too repetitive; "
+            f"choose at most {largest_vocab_size(int(found[1]))}, or give more text"
+        )
+    if found := re.search(r"smaller than required_chars\D*(\d+) vs (\d+)", message):
+        needed = int(found[2]) + reserved_ids(vocab_size)
+        return f"vocab_size={vocab_size} does not even hold the characters of this text; choose at least {needed}"
+    if "!sentences_.empty()" in message:
+        return "the text holds no line to learn from; is the input empty, or is --json_key wrong?"
+    return f"SentencePiece could not train vocab_size={vocab_size} on this text: {message}"

@@ -1,0 +1,14 @@
+"""Errors that a user can cause and mend; they have one base."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something a user wrote or has on disk cannot be used; the message says what, and the way out.
+
+    Commands print the message alone and exit with status 2; anything else that is raised is a fault of ours.
+    """
+
+
+class ConfigError(UserError):
+    """What a user wrote cannot be run; the message names the key, the value and the way out."""

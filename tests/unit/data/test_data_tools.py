@@ -1,0 +1,141 @@
+"""The command-line tools of the data path, started as a user starts them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from deberta_xl.data import progress as progress_module
+from deberta_xl.data.python_corpus import DOCUMENT_LENGTH, cut, docstrings, python_corpus
+from deberta_xl.data.token_store import TokenStore
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def run(tool: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess:
+    """Start a tool in some folder."""
+    return subprocess.run(
+        [sys.executable, REPOSITORY / "tools" / f"{tool}.py", *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_text_becomes_a_tokenizer_and_a_dataset(tmp_path, texts):
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "b.jsonl").write_text("\n".join([json.dumps({"body": text}) for text in texts[:50]] + ["{"]))
+    inputs = "--input", "*.txt", "*.jsonl", "--json_key", "body"
+    trained = run("train_tokenizer", *inputs, "--vocab_size", 208, "--output", "tokenizer", folder=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "208 ids = 200 pieces + [MASK] (id 200) + 7 spare ids" in trained.stdout
+    assert "b.jsonl:51: invalid JSON" in trained.stderr
+    made = run(
+        "preprocess", *inputs, "--tokenizer", "tokenizer", "--output", "data/train", "--valid-output", "data/valid",
+        "--valid_share", 0.1, "--workers", 1, folder=tmp_path,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    train, valid = TokenStore(tmp_path / "data/train"), TokenStore(tmp_path / "data/valid")
+    assert len(train) + len(valid) == 350
+    assert f"data/train: {len(train)} documents, {train.num_tokens:,} tokens" in made.stdout
+    assert "1 bad records" in made.stdout
+    assert "b.jsonl:51: invalid JSON" in made.stderr
+    assert sorted(p.name for p in (tmp_path / "data").iterdir() if p.name.startswith("train")) == [
+        "train.bin", "train.idx", "train.manifest.json", "train.tokenizer"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("train_tokenizer", "--input none.txt --vocab_size 500 --output tokenizer", "none.txt: no such file"),
+        ("train_tokenizer", "--input few.txt --vocab_size 500 --output tokenizer", "choose at most"),
+        ("train_tokenizer", "--input few.txt --vocab_size 500 --output few.txt", "few.txt exists"),
+        ("preprocess", "--input few.txt --tokenizer none --output data", "none holds no spm.model"),
+        ("preprocess", "--input few.txt --tokenizer . --output d --workers 0", "--workers 0"),
+        (
+            "preprocess",
+            "--input few.txt --tokenizer . --output d --valid_output v --valid_share 1",
+            "--valid_share 1.0",
+        ),
+        ("preprocess", "--input few.txt --tokenizer . --output d --valid_output d", "two prefixes"),
+        ("preprocess", "--input few.txt --tokenizer . --output data/", "not the prefix of a dataset"),
+        ("extract_corpus", "--output few.txt", "must end with .jsonl"),
+        ("extract_corpus", "--output old.jsonl", "old.jsonl exists"),
+    ],
+)
+def test_a_users_error_is_one_line_and_changes_nothing(tmp_path, tool, arguments, message):
+    (tmp_path / "few.txt").write_text("only a few words")
+    (tmp_path / "old.jsonl").write_text("{}")
+    result = run(tool, *arguments.split(), folder=tmp_path)
+    assert result.returncode == 2
+    last_line = result.stderr.splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert message in last_line
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt", "old.jsonl"]
+
+
+@pytest.mark.parametrize("tool", ["train_tokenizer", "preprocess", "extract_corpus"])
+def test_help_shows_an_example(tmp_path, tool):
+    result = run(tool, "--help", folder=tmp_path)
+    assert result.returncode == 0
+    assert f"python tools/{tool}.py --" in result.stdout
+
+
+def test_the_python_corpus_is_english_without_repetitions(tmp_path, monkeypatch):
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in ("argparse.py", "logging/handlers.py", "test/copy.py", "copy_of_argparse.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(library / name if (library / name).exists() else library / "argparse.py", tmp_path / name)
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
+    documents = list(python_corpus())
+    texts = [document["text"] for document in documents]
+    assert len(set(texts)) == len(texts)
+    assert sum(text.count(" the ") for text in texts) > 3_000
+    files = {document["source"].split("#")[0] for document in documents}
+    assert {file for file in files if not file.startswith("pydoc_data.topics/")} == {
+        "argparse.py",
+        "logging/handlers.py",
+    }
+    assert len(files) > 50
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
+    with progress_module.progress("reading", 200) as advance:
+        advance(50, "some note")
+        advance(100)
+    assert capsys.readouterr().err == "reading: 25% some note\nreading: 75%\n"
+
+
+def test_docstrings_come_in_the_order_of_the_source_from_every_depth():
+    source = b'''"""Module."""
+class Outer:
+    """Outer."""
+    def method(self):
+        """Method."""
+        if True:
+            def inner():
+                """Inner."""
+    x = 1
+async def last():
+    """Last."""
+def silent(): pass
+'''
+    assert docstrings(source) == ["Module.", "Outer.", "Method.", "Inner.", "Last."]
+    assert docstrings(b"not python (") == []
+
+
+def test_long_texts_are_cut_between_paragraphs():
+    text = "\n\n".join(f"paragraph {n} " + "x" * 700 for n in range(30))
+    parts = list(cut(text))
+    assert "\n\n".join(parts) == text
+    assert all(DOCUMENT_LENGTH <= len(part) < DOCUMENT_LENGTH + 800 for part in parts[:-1])

@@ -1,0 +1,108 @@
+"""Tokenise text files into a dataset for pretraining: PREFIX.bin, .idx, .manifest.json and PREFIX.tokenizer/.
+
+Input files are .txt (documents separated by blank lines) or .jsonl (one document per line), each also .gz or .zst.
+The files have the format of Megatron's indexed datasets. Records that hold no text are skipped, counted and reported
+with file and line. The output is the same for any number of workers. Literal special tokens in the text, such as the
+letters [MASK], are tokenised like any other text.
+
+examples:
+  python tools/preprocess.py --input 'corpus/*.jsonl.zst' --tokenizer tokenizer/ --output data/wiki --workers 16
+  python tools/preprocess.py --input book.txt --tokenizer tokenizer/ --output data/train \\
+      --valid_output data/valid --valid_share 0.05
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from deberta_xl.command_line import build_parser, report_bad_records, run_tool
+from deberta_xl.data.corpus import expand_inputs, total_size
+from deberta_xl.data.errors import DataError
+from deberta_xl.data.preprocessing import Summary, preprocess
+from deberta_xl.data.progress import progress
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.data.token_store_format import dataset_paths
+from deberta_xl.data.tokenizer import Tokenizer
+
+#: Share of unknown tokens above which the tokenizer does not suit the text.
+MANY_UNKNOWN = 0.01
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, or quoted patterns")
+    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="made by tools/train_tokenizer.py")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="dataset to write")
+    parser.add_argument("--valid_output", "--valid-output", metavar="PREFIX", help="held-out dataset to write as well")
+    parser.add_argument(
+        "--valid_share",
+        "--valid-share",
+        type=float,
+        default=0.05,
+        help="share of the documents held out, chosen by a hash of their text (default: 0.05, as in the paper)",
+    )
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, {cores} here)")
+    parser.add_argument("--json_key", "--json-key", default="text", help="key of the text in .jsonl (default: text)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Tokenise, read the result back, and say what came out."""
+    check(arguments)
+    started = time.monotonic()
+    tokenizer = Tokenizer.load(arguments.tokenizer)
+    paths = expand_inputs(arguments.input)
+    with progress("tokenising", total_size(paths)) as advance:
+        summary = preprocess(
+            paths,
+            tokenizer,
+            arguments.output,
+            json_key=arguments.json_key,
+            workers=arguments.workers,
+            strict=arguments.strict,
+            overwrite=arguments.overwrite,
+            valid_output=arguments.valid_output,
+            valid_share=arguments.valid_share if arguments.valid_output else 0.0,
+            advance=advance,
+        )
+    report_bad_records(summary.bad_records, summary.reported)
+    for prefix in filter(None, (arguments.output, arguments.valid_output)):
+        store = TokenStore(prefix)
+        print(f"{prefix}: {len(store):,} documents, {store.num_tokens:,} tokens, read back")
+    report(summary, time.monotonic() - started)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse arguments that cannot be meant."""
+    for prefix in filter(None, (arguments.output, arguments.valid_output)):
+        dataset_paths(prefix)
+    if arguments.valid_output and not 0 < arguments.valid_share < 1:
+        raise DataError(f"--valid_share {arguments.valid_share} is not a share; allowed: between 0 and 1")
+    if arguments.valid_output == arguments.output:
+        raise DataError(f"--output and --valid_output are both {arguments.output}; choose two prefixes")
+    if arguments.workers < 1:
+        raise DataError(f"--workers {arguments.workers} is too few; allowed: 1 and more")
+
+
+def report(summary: Summary, seconds: float) -> None:
+    """Print the summary."""
+    share = summary.unknown_tokens / summary.tokens
+    print(
+        f"{sum(file['size'] for file in summary.inputs) / 1e6:,.1f} MB in {seconds:.1f} s, "
+        f"{summary.tokens / seconds:,.0f} tokens/s; skipped: {summary.bad_records:,} bad records, "
+        f"{summary.empty_documents:,} documents without tokens"
+    )
+    print(f"unknown tokens: {share:.3%}; literal special tokens kept as text: {summary.literal_specials:,}")
+    if share > MANY_UNKNOWN:
+        print("warning: the tokenizer lacks many characters of this text; train one on it", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(run, parse_arguments()))
