@@ -1,0 +1,203 @@
+"""Saving and loading the whole state of a training run: layout-free, atomic, verified (safetensors and JSON only).
+
+    checkpoints/step-00001000/
+      rank-00000.safetensors …   each rank's own pieces of master weights and Adam moments (rank_file.py)
+      state.json                 what the caller gave, and under "engine" what the optimizer needs besides tensors
+      …                          the caller's extra files (config.json, tokenizer/)
+      manifest.json              every file with size and hash, written last (manifest.py)
+
+Saving moves no tensor between ranks; loading reads the byte ranges a rank needs. Any ZeRO stage (1, 2, 3), precision
+and number of ranks can load what any other has saved, bit for bit in the state.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from deberta_xl.checkpoint.agreement import gathered, on_rank_zero, rank_and_size, together
+from deberta_xl.checkpoint.durable import sync_folder, write_files
+from deberta_xl.checkpoint.folders import partial_folder, remove_partial_folders
+from deberta_xl.checkpoint.fragments import (
+    Fragment,
+    NamedParameters,
+    adam_step,
+    create_adam_state,
+    engine_fragments,
+    fragment_values,
+    loss_scaler_state,
+    parameter_shape,
+    refresh_model_weights,
+    set_adam_step,
+    set_loss_scaler_state,
+)
+from deberta_xl.checkpoint.manifest import (
+    CheckpointError,
+    FileFacts,
+    file_facts,
+    inside,
+    read_manifest,
+    step_folder_name,
+    write_manifest,
+)
+from deberta_xl.checkpoint.rank_file import (
+    KINDS,
+    StoredIndex,
+    check_shapes,
+    fill,
+    is_rank_file,
+    rank_file_name,
+    read_indices,
+    write_rank_file,
+)
+
+STATE_NAME = "state.json"
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine,
+    checkpoints: Path,
+    state: Mapping[str, Any],
+    *,
+    extra_files: Mapping[str, Path | bytes],
+) -> Path:
+    """Write the checkpoint of step `state["step"]`; its folder. Collective, between two optimizer steps.
+
+    `state` is the caller's own, JSON values only; `load_checkpoint` gives it back. `extra_files` maps paths inside the
+    checkpoint to contents, or to files or folders to copy (read on rank 0). Everything is written to a hidden folder
+    beside, forced to the disk and renamed, so there is never half a checkpoint under its name.
+
+    Raises CheckpointError on every rank when any rank fails (RuntimeError when the cause is a bug); earlier
+    checkpoints are then as they were.
+    """
+    assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "gradients are being accumulated"
+    folder = partial_folder(checkpoints, state["step"])
+    try:
+        on_rank_zero(lambda: _make_empty(folder))
+        written = gathered(lambda: _write_files(engine, folder, state, extra_files))
+        files = {name: facts for of_rank in written for name, facts in of_rank.items()}
+        return on_rank_zero(lambda: _publish(folder, checkpoints / step_folder_name(state["step"]), files))
+    except (CheckpointError, RuntimeError) as failure:
+        if rank_and_size()[0] == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise type(failure)(f"step {state['step']} was not saved: {failure}") from failure
+
+
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+    """Put a checkpoint into the engine; the caller's `state` of `save_checkpoint`. Collective.
+
+    The engine may be fresh or have run, with any ZeRO stage, precision and number of ranks. Weights, Adam's moments and
+    step, loss scaler and counters are restored; learning rates and all other settings are the configuration's. The
+    files are not hashed again: `folder` comes from `newest_whole_checkpoint`, or went through `verify_checkpoint`.
+
+    Raises CheckpointError on every rank, before anything is changed, when parameters are missing or have other shapes.
+    """
+    state, stored = together(lambda: _read_state_and_index(engine, folder))
+    together(lambda: _fill_engine(engine, stored, state["engine"]))
+    refresh_model_weights(engine)
+    return {key: value for key, value in state.items() if key != "engine"}
+
+
+def _canonical_parameters(engine: DeepSpeedEngine) -> NamedParameters:
+    """The engine's parameters by the names the plain model gives them."""
+    return list(engine.module.named_parameters())
+
+
+def _make_empty(folder: Path) -> None:
+    """A fresh folder to write into; leftovers of saves that never finished are deleted."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_partial_folders(folder.parent)
+    folder.mkdir()
+
+
+def _write_files(
+    engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any], extra_files: Mapping[str, Path | bytes]
+) -> dict[str, FileFacts]:
+    """Write this rank's files; their facts, as they can be read back, by name."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not visible here; the run folder must be on a file system all ranks share")
+    rank, _ = rank_and_size()
+    fragments = engine_fragments(engine, _canonical_parameters(engine))
+    create_adam_state(engine)
+    try:
+        write_rank_file(folder / rank_file_name(rank), [f.piece for f in fragments], _snapshot(engine, fragments))
+        names = [rank_file_name(rank)]
+        if rank == 0:
+            shared = {STATE_NAME: json.dumps({**state, "engine": _engine_facts(engine)}, indent=1).encode()}
+            names += write_files(folder, {**extra_files, **shared})
+        return {name: file_facts(folder / name) for name in names}
+    except OSError as error:
+        free = shutil.disk_usage(folder.parent).free
+        raise CheckpointError(f"{error} ({free / 2**20:.0f} MiB are free in {folder.parent})") from error
+
+
+def _snapshot(engine: DeepSpeedEngine, fragments: Sequence[Fragment]) -> dict[str, Tensor]:
+    """A copy, on the CPU, of this rank's elements: for each kind one flat tensor, in the order of the fragments."""
+    total = sum(fragment.piece.numel for fragment in fragments)
+    copies = {kind: torch.empty(total, dtype=torch.float32) for kind in KINDS}
+    for kind, copy in copies.items():
+        position = 0
+        for piece, values in fragment_values(engine, fragments, kind):
+            copy[position : position + piece.numel].copy_(values)
+            position += piece.numel
+    return copies
+
+
+def _engine_facts(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What the engine needs besides tensors, and the layout it had (which is information only)."""
+    return {
+        "adam_step": adam_step(engine),
+        "loss_scaler": loss_scaler_state(engine),
+        "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples,
+        "micro_steps": engine.micro_steps,
+        "skipped_steps": engine.skipped_steps,
+        "layout": {
+            "world_size": rank_and_size()[1],
+            "zero_stage": engine.zero_optimization_stage(),
+            "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
+        },
+    }
+
+
+def _publish(folder: Path, target: Path, files: Mapping[str, FileFacts]) -> Path:
+    """Write the manifest and give the folder its name; a folder that had the name (a damaged one) is replaced."""
+    write_manifest(folder, files)
+    replaced = target.with_name(f".{target.name}.replaced.partial")
+    if target.exists():
+        target.rename(replaced)
+    folder.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def _read_state_and_index(engine: DeepSpeedEngine, folder: Path) -> tuple[dict[str, Any], StoredIndex]:
+    """`state.json` and where each parameter's elements lie, checked against the engine's parameters."""
+    files = read_manifest(folder)
+    stored = read_indices(inside(folder, name) for name in files if is_rank_file(name))
+    expected = {name: parameter_shape(parameter) for name, parameter in _canonical_parameters(engine)}
+    check_shapes(folder, stored, expected)
+    return json.loads((folder / STATE_NAME).read_bytes()), stored
+
+
+def _fill_engine(engine: DeepSpeedEngine, stored: StoredIndex, facts: Mapping[str, Any]) -> None:
+    """Copy this rank's elements from the files into the engine, and set its counters."""
+    fragments = engine_fragments(engine, _canonical_parameters(engine))
+    create_adam_state(engine)
+    for kind in KINDS:
+        fill(fragment_values(engine, fragments, kind), stored, kind)
+    set_adam_step(engine, facts["adam_step"])
+    set_loss_scaler_state(engine, facts["loss_scaler"])
+    engine.global_steps = facts["global_steps"]
+    engine.global_samples = facts["global_samples"]
+    engine.skipped_steps = facts["skipped_steps"]
+    # Not the saved number: with another accumulation it may not lie between two optimizer steps.
+    engine.micro_steps = facts["global_steps"] * engine.gradient_accumulation_steps()
