@@ -14,9 +14,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
-from deberta_xl.config import ConfigError, RunConfig
+from deberta_xl.config import RunConfig
+from deberta_xl.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -152,21 +151,16 @@ def build_run_config(tree: dict[str, Any], source: str) -> RunConfig:
     sections = {name: build_section(name, tree.get(name, {}), source) for name in section_types()}
     try:
         return RunConfig(**sections)
-    except ValidationError as error:
-        raise ConfigError(f"{error.errors()[0]['ctx']['error']} (from {source} and its overrides)") from None
+    except ConfigError as error:
+        raise ConfigError(f"{error} (from {source} and its overrides)") from None
 
 
 def build_section(name: str, values: dict[str, Any], source: str) -> Any:
-    """One section from its values; pydantic's findings are put in a user's words."""
-    cls = section_types()[name]
+    """One section from its values; complaints name the section and where they came from."""
     try:
-        return cls(**values)
-    except ValidationError as error:
-        finding = error.errors()[0]
-        if isinstance(cause := finding.get("ctx", {}).get("error"), ConfigError):
-            raise ConfigError(f"{name}: {cause} (from {source} and its overrides)") from None
-        key = ".".join([name, *map(str, finding["loc"][:1])])
-        raise ConfigError(f"{key}={finding['input']!r}: {finding['msg']} (from {source} and its overrides)") from None
+        return section_types()[name](**values)
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error} (from {source} and its overrides)") from None
 
 
 def to_toml(config: RunConfig) -> str:

@@ -6,9 +6,8 @@ The rank comes from the launcher's environment, so the logger works before (and 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-
-from deberta_xl.launch import read_launch
 
 logger = logging.getLogger("deberta_xl")
 
@@ -20,6 +19,12 @@ class StandardError(logging.Handler):
         """Write one record as one line."""
         sys.stderr.write(self.format(record) + "\n")
         sys.stderr.flush()
+
+
+def current_rank() -> int:
+    """This process's rank as its launcher states it (`launch.py` checks the statement), 0 when alone."""
+    stated = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(stated) if stated.isdigit() else 0
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -36,7 +41,7 @@ class RankFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line for one record."""
-        rank = read_launch().rank
+        rank = current_rank()
         marks = [self.formatTime(record, "%H:%M:%S")]
         marks += [f"[rank {rank}]"] if rank else []
         marks += [f"{record.levelname}:"] if record.levelno != logging.INFO else []
@@ -46,5 +51,5 @@ class RankFormatter(logging.Formatter):
 
 def rank_zero(message: str, *args: object, level: int = logging.INFO) -> None:
     """Log what the world needs once: on rank 0 only."""
-    if read_launch().rank == 0:
+    if current_rank() == 0:
         logger.log(level, message, *args)
