@@ -14,7 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 HOMES = {
-    "DebertaConfig": "deberta_xl.config",
+    "DebertaConfig": "deberta_xl.architecture",
     "DebertaForMaskedLM": "deberta_xl.pretrained",
     "Tokenizer": "deberta_xl.data.tokenizer",
 }

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from deberta_xl.config import ConfigError, DebertaConfig, RunConfig
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_run_config, preset_names
-from deberta_xl.data.errors import DataError
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
+from deberta_xl.errors import ConfigError, UserError
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
 
@@ -68,7 +69,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(arguments: argparse.Namespace) -> Inputs:
-    """Read and check configuration, launcher, tokenizer and datasets. Raises ConfigError or DataError."""
+    """Read and check configuration, launcher, tokenizer and datasets. Raises UserError."""
     config = load_run_config(arguments.config, arguments.overrides)
     engine = load_deepspeed_config(arguments.deepspeed_config, config)
     launch = read_launch()
@@ -194,7 +195,7 @@ def run(inputs: Inputs) -> None:
             run.folder.write_state("running")
         ended = run.train()
         rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         logger.error("rank %d, %s: %s", inputs.launch.rank, place(run), error)
         leave(2)
     except BaseException as error:
@@ -221,7 +222,7 @@ def main() -> None:
     configure_logging()
     try:
         inputs = read_inputs(arguments)
-    except (ConfigError, DataError) as error:
+    except UserError as error:
         # Once per node: what is wrong with a file may be wrong on one node only.
         if read_launch().local_rank == 0:
             logger.error("%s", error)

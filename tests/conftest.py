@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import NamedTuple
 
+# Tests run beside each other and start ranks of their own: threads would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pydoc_data.topics import topics
+
 import pytest
 import sentencepiece
-from pydoc_data.topics import topics
 
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import Tokenizer

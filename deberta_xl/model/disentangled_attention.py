@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from deberta_xl.config import DebertaConfig
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.kernels.reference import disentangled_attention
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 

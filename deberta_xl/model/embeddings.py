@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deberta_xl.config import ConfigError, DebertaConfig
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.errors import ConfigError
 from deberta_xl.model.dropout import Dropout, DropoutKey
 
 PAD_ID = 0

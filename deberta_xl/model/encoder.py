@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deberta_xl.config import DebertaConfig
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.disentangled_attention import Pairs
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.layer import EncoderLayer

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deberta_xl.config import Activation, DebertaConfig
+from deberta_xl.architecture import Activation, DebertaConfig
 from deberta_xl.model.disentangled_attention import DisentangledAttention, Memory, Pairs
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 

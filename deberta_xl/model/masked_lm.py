@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deberta_xl.config import DebertaConfig
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.disentangled_attention import Pairs
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deberta_xl.config import DebertaConfig
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import Dropout, DropoutKey
 from deberta_xl.model.layer import ACTIVATIONS
 

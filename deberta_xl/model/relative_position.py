@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from deberta_xl.config import DebertaConfig
+from deberta_xl.architecture import DebertaConfig
 
 
 def log_bucket(offset: Tensor, position_buckets: int, reach: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import resource
@@ -15,7 +17,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from deberta_xl.config import ConfigError, OptimizerSection
+from deberta_xl.config import OptimizerSection
+from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch, export_launch
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.training.batches import MicroBatch
@@ -68,9 +71,11 @@ def check_precision(precision: str) -> None:
 
 def build_engine(model: nn.Module, optimizer: OptimizerSection, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The engine around a plain model; `settings` is DeepSpeed's configuration with every "auto" filled in."""
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, optimizer), config=settings, dist_init_required=False
-    )
+    # Some of DeepSpeed's optimizers print their memory use when they are built.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(model, optimizer), config=settings, dist_init_required=False
+        )
     return engine
 
 

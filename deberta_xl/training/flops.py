@@ -6,7 +6,7 @@ pass counts twice the forward. Recomputation under activation checkpointing is w
 
 from __future__ import annotations
 
-from deberta_xl.config import DebertaConfig
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.enhanced_mask_decoder import NUM_PASSES
 
 #: Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets, without sparsity).

@@ -10,9 +10,10 @@ from typing import Any
 import deepspeed
 import torch
 
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.folders import prune_checkpoints
 from deberta_xl.checkpoint.store import save_checkpoint
-from deberta_xl.config import DebertaConfig, RunConfig
+from deberta_xl.config import RunConfig
 from deberta_xl.data.loader import PretrainingData, prefetch
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.launch import Launch

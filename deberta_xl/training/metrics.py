@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -49,8 +50,10 @@ class MetricsWriter:
         self.bar = start_progress_bar(first_step, total_steps) if sys.stderr.isatty() else None
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Append the values of a step; None (not known here) is left out."""
-        values = {name: value for name, value in values.items() if value is not None}
+        """Append the values of a step; None (not known here) is left out, and so is what is not a number."""
+        for name in [name for name, value in values.items() if value is not None and not math.isfinite(value)]:
+            logger.warning("step %d: %s is %s", step, name, values[name])
+        values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():

@@ -8,7 +8,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from deberta_xl.config import DebertaConfig, RunConfig
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.config import RunConfig
 from deberta_xl.training.engine import StepResult, gradient_norm, loss_scale, memory_gib
 from deberta_xl.training.flops import peak_flops, step_flops
 from deberta_xl.training.metrics import MetricsWriter

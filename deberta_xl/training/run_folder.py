@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from deberta_xl.config import ConfigError, RunConfig
+from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_run_config, to_toml
+from deberta_xl.errors import ConfigError
 from deberta_xl.log import logger
 
 State = Literal["running", "stopped", "done"]

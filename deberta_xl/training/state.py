@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deberta_xl.config import ConfigError
+from deberta_xl.errors import ConfigError
 
 
 @dataclass

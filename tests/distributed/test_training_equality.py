@@ -9,7 +9,8 @@ import torch
 from conftest import SmallDataset
 from ranks import run_ranks
 
-from deberta_xl.config import DataSection, DebertaConfig, OptimizerSection, TrainSection
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.config import DataSection, OptimizerSection, TrainSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.dropout import DropoutKey

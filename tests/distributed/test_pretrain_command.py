@@ -1,0 +1,282 @@
+"""The pretraining command as a user starts it: by every launcher, interrupted, resumed, and with things going wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import SmallDataset
+
+from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = str(ROOT / "deberta_xl" / "pretrain.py")
+BIN = Path(sys.executable).parent
+TINY = [
+    "model.hidden_size=32", "model.num_layers=2", "model.intermediate_size=64", "model.position_buckets=8",
+    "model.sequence_length=48", "model.max_position_embeddings=48", "train.global_batch_size=8",
+    "train.micro_batch_size=2", "train.log_interval=1", "train.steps=8", "schedule.warmup_steps=2",
+    "checkpoint.interval=3", "evaluation.interval=4", "evaluation.max_samples=6",
+]  # fmt: skip
+SECONDS = 180
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The test's environment without what a launcher would set; one thread per rank."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in ("RANK", "WORLD_SIZE")}
+    path = f"{BIN}{os.pathsep}{kept.get('PATH', '')}"
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def deepspeed(num_ranks: int) -> list[str]:
+    """The deepspeed launcher, on a port of its own."""
+    return ["deepspeed", "--num_accelerators", str(num_ranks), "--master_port", str(free_port()), SCRIPT]
+
+
+def torchrun(num_ranks: int) -> list[str]:
+    """torch's launcher, on a port of its own."""
+    return ["torchrun", "--nproc_per_node", str(num_ranks), "--master_port", str(free_port()), SCRIPT]
+
+
+def arguments(dataset: SmallDataset, folder: Path, *overrides: str, engine: str = "cpu_debug") -> list[str]:
+    """Arguments of a tiny run in `folder`."""
+    settings = str(ROOT / "deepspeed_configs" / f"{engine}.json")
+    data = [f"data.train={dataset.train}", f"data.valid={dataset.valid}", f"run.folder={folder}"]
+    return ["--config", "debug", "--deepspeed_config", settings, *TINY, *data, *overrides]
+
+
+def run(command: Sequence[str], **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end; its output in one text."""
+    return subprocess.run(
+        command, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS
+    )
+
+
+def metrics(folder: Path, name: str) -> dict[int, float]:
+    """Step -> value of a metric."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of the newest checkpoint of a run."""
+    return read_weights(find_weights_folder(folder))
+
+
+def assert_same_weights(folder: Path, reference: Path) -> None:
+    """Every weight is equal, bit for bit."""
+    weights, expected = final_weights(folder), final_weights(reference)
+    assert weights.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(weights[name], expected[name])]
+    assert not different
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Wait until a run has logged `step`."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the run ended before step {step}:\n{process.stdout.read()}"
+        if (folder / "metrics.jsonl").exists() and step in metrics(folder, "loss"):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {SECONDS} s")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_dataset, tmp_path_factory) -> Path:
+    """A run of two ranks with dropout, from the first to the last step at once."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = run([*deepspeed(2), *arguments(small_dataset, folder)])
+    assert result.returncode == 0, result.stdout
+    return folder
+
+
+def test_a_run_leaves_everything_in_its_folder(uninterrupted):
+    assert (uninterrupted / "STATE").read_text() == "done\n"
+    assert sorted(metrics(uninterrupted, "loss")) == list(range(1, 9))
+    assert sorted(metrics(uninterrupted, "valid_loss")) == [4, 8]
+    folders = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert folders == ["step-00000003", "step-00000006", "step-00000008"]
+    for name in ("config.toml", "environment.json", "tokenizer/spm.model", "loss.png"):
+        assert (uninterrupted / name).stat().st_size > 0, name
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+    for rank in range(2):
+        beat = json.loads((uninterrupted / "heartbeat" / f"rank-{rank:05d}.json").read_text())
+        assert (beat["rank"], beat["step"], beat["phase"]) == (rank, 8, "done")
+
+
+def test_tensorboard_reads_what_a_run_wrote(uninterrupted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(uninterrupted / "tensorboard")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == pytest.approx(metrics(uninterrupted, "loss"), rel=1e-6)
+    assert {"train/grad_norm", "throughput/tokens_per_second", "valid/loss"} <= set(events.Tags()["scalars"])
+    assert "valid/confusion" in events.Tags()["images"]
+
+
+def test_the_same_command_once_more_finds_the_run_done(small_dataset, uninterrupted):
+    before = final_weights(uninterrupted)
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "train.micro_batch_size=4")])
+    assert result.returncode == 0, result.stdout
+    assert "done at step 8" in result.stdout
+    assert all(torch.equal(before[name], weight) for name, weight in final_weights(uninterrupted).items())
+
+
+def test_a_killed_run_resumes_to_identical_weights(small_dataset, uninterrupted, tmp_path):
+    command = [*deepspeed(2), *arguments(small_dataset, tmp_path)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(tmp_path, 5, process)
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        child.kill()
+    process.wait()
+    result = run(command)
+    assert result.returncode == 0, result.stdout
+    assert "resumed from" in result.stdout
+    assert_same_weights(tmp_path, uninterrupted)
+    assert metrics(tmp_path, "loss") == metrics(uninterrupted, "loss")
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+def test_a_signal_to_one_rank_saves_stops_all_and_resumes_to_identical_weights(
+    small_dataset, uninterrupted, tmp_path, stop_signal
+):
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, "checkpoint.interval=1000")]
+    processes = [
+        subprocess.Popen(
+            command, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **ranks),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    wait_for_step(tmp_path, 2, processes[0])
+    processes[1].send_signal(stop_signal)
+    outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert (tmp_path / "STATE").read_text() == "stopped\n"
+    # A run of the same seed at the same layout, started by another launcher.
+    result = run([*torchrun(2), *arguments(small_dataset, tmp_path)])
+    assert result.returncode == 0, result.stdout
+    assert_same_weights(tmp_path, uninterrupted)
+
+
+def test_ranks_started_as_srun_does_train_alike(small_dataset, uninterrupted, tmp_path):
+    command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path)]
+    step = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            command, env=environment(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **step),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert_same_weights(tmp_path, uninterrupted)
+
+
+def test_another_stage_and_number_of_ranks_continues_the_curve(small_dataset, uninterrupted, tmp_path):
+    result = run([*deepspeed(2), *arguments(small_dataset, tmp_path, "model.dropout=0", "train.steps=4")])
+    assert result.returncode == 0, result.stdout
+    more = arguments(small_dataset, tmp_path, "model.dropout=0", engine="zero3_fp32")
+    result = run([sys.executable, SCRIPT, *more])
+    assert result.returncode == 0, result.stdout
+    whole = tmp_path / "whole"
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, whole, "model.dropout=0")])
+    assert result.returncode == 0, result.stdout
+    # Steps 1 to 4 decay towards another last step; from step 5 on the schedules agree, the weights differ a little.
+    assert metrics(tmp_path, "learning_rate")[8] == metrics(whole, "learning_rate")[8]
+    assert metrics(tmp_path, "loss")[1] == pytest.approx(metrics(whole, "loss")[1], rel=1e-5)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(small_dataset, uninterrupted, tmp_path):
+    command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path)]
+    assert run([*command, "train.steps=6"]).returncode == 0
+    newest = tmp_path / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    result = run([*command, "train.steps=6"])
+    assert result.returncode == 0, result.stdout
+    assert "step-00000006" in result.stdout
+    assert "passed over" in result.stdout
+    assert "resumed from" in result.stdout
+    assert "step-00000003" in result.stdout
+
+
+def test_a_second_phase_starts_from_the_first_ones_weights_at_another_length(small_dataset, uninterrupted, tmp_path):
+    first = final_weights(uninterrupted)
+    second_phase = ["model.sequence_length=32", "train.global_batch_size=4", "train.steps=1", "schedule.warmup_steps=0"]
+    quiet = ["optimizer.learning_rate=0.0", f"train.init={uninterrupted}"]
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, *second_phase, *quiet)])
+    assert result.returncode == 0, result.stdout
+    assert all(torch.equal(first[name], weight) for name, weight in final_weights(tmp_path).items())
+
+
+def test_a_rank_that_fails_ends_the_job_and_names_rank_step_and_phase(small_dataset, tmp_path):
+    # Rank 1 alone cannot import what training needs at step 3: its heartbeat of that step finds a broken patch.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from deberta_xl.training import heartbeat\n"
+        "    mark = heartbeat.Heartbeat.mark\n"
+        "    def fail(self, step, phase):\n"
+        "        mark(self, step, phase)\n"
+        "        if step == 3 and phase == 'optimizer':\n"
+        "            raise RuntimeError('the disk is on fire')\n"
+        "    heartbeat.Heartbeat.mark = fail\n"
+    )
+    started = time.monotonic()
+    result = run(
+        [*deepspeed(2), *arguments(small_dataset, tmp_path / "run")], PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"
+    )
+    assert result.returncode != 0
+    assert "rank 1 failed at step 3, phase optimizer: RuntimeError: the disk is on fire" in result.stdout
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.stps=3"], ["unknown key train.stps", "did you mean 'steps'"]),
+        (["train.global_batch_size=9"], ["9 is not a multiple", "2 x 1 = 2", "8 or 10"]),
+        (["data.train=/nowhere/data"], ["/nowhere/data"]),
+        (["model.sequence_length=64"], ["sequence_length=64", "max_position_embeddings=48"]),
+        (["model.vocab_size=100"], ["model.vocab_size=100", "504"]),
+        (["train.init=/nowhere"], ["/nowhere"]),
+    ],
+    ids=lambda value: value[0] if value[0][0] in "tmd" else None,
+)
+def test_what_cannot_run_is_refused_with_a_message(small_dataset, tmp_path, overrides, words):
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path / "run", *overrides)])
+    assert result.returncode == 2
+    for word in words:
+        assert word in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_half_precision_is_refused_where_the_device_has_none(small_dataset, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this device has fp16")
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path / "run", engine="fp16")])
+    assert result.returncode == 2
+    assert "fp16 is not supported on this device" in result.stdout
+    assert "Traceback" not in result.stdout

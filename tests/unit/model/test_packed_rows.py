@@ -1,0 +1,105 @@
+"""Several documents in one row are as good as each of them alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model.embeddings import position_ids
+from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
+
+LENGTHS = (11, 17, 7)
+PADDING = 5
+
+
+def build_model(**options: object) -> MaskedLanguageModel:
+    """A small model in float64, so that equality can be asked for closely."""
+    config = DebertaConfig(
+        vocab_size=90, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48, position_buckets=8,
+        max_position_embeddings=64, conv_kernel_size=3, **options,
+    )  # fmt: skip
+    return MaskedLanguageModel(config, seed=1).double().eval()
+
+
+def documents() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Ids and labels of some documents."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(4, 90, (length,), generator=generator) for length in LENGTHS]
+    labels = [torch.where(torch.rand(len(i), generator=generator) < 0.3, i, 0) for i in ids]
+    return ids, labels
+
+
+def packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, segments and labels of one row that holds them all."""
+    ids, labels = documents()
+    segments = [torch.full((length,), number) for number, length in enumerate(LENGTHS, 1)]
+    padding = torch.zeros(PADDING, dtype=torch.int64)
+    return tuple(torch.cat([*parts, padding]).unsqueeze(0) for parts in (ids, segments, labels))
+
+
+@pytest.mark.parametrize("conv_kernel_size_and_groups", [1, 4])
+def test_a_packed_row_gives_the_logits_and_gradients_of_its_documents(conv_kernel_size_and_groups):
+    model = build_model(conv_groups=conv_kernel_size_and_groups)
+    ids, segments, labels = packed()
+    output = model(ids, segments, labels=labels)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    total = len(output.logits)
+    alone = [model(i[None], labels=label[None], label_count=total) for i, label in zip(*documents(), strict=True)]
+    sum(o.loss for o in alone).backward()
+    torch.testing.assert_close(output.logits, torch.cat([o.logits for o in alone]), rtol=0, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-12, msg=name)
+
+
+def test_without_segments_documents_do_see_each_other():
+    model = build_model()
+    ids, segments, labels = packed()
+    apart = model(ids, segments, labels=labels).loss
+    together = model(ids, (segments > 0).long(), labels=labels).loss
+    assert abs(apart - together) > 1e-4
+
+
+def test_padding_changes_nothing():
+    model = build_model()
+    ids, segments, labels = packed()
+    cut = sum(LENGTHS)
+    expected = model(ids[:, :cut], segments[:, :cut], labels=labels[:, :cut]).logits
+    torch.testing.assert_close(model(ids, segments, labels=labels).logits, expected, rtol=0, atol=1e-12)
+
+
+def test_positions_restart_with_each_document_and_not_after_a_gap():
+    segments = torch.tensor([[1, 1, 1, 2, 2, 0, 0], [1, 0, 1, 1, 2, 3, 3]])
+    assert position_ids(segments).tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 0, 1]]
+
+
+def test_labelled_positions_are_found_row_by_row():
+    labels = torch.tensor([[0, 7, 0, 8], [-100, 0, 0, -100], [9, 0, 0, 0]])
+    found = LabelledPositions.of(labels)
+    assert found.position_BM.tolist() == [[1, 3], [0, 0], [0, 0]]
+    assert found.slot_L.tolist() == [0, 1, 4]
+    assert found.label_L.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_batch_without_labels_has_a_loss_of_zero_and_zero_gradients(is_training):
+    model = build_model().train(is_training)
+    ids, segments, labels = packed()
+    output = model(ids, segments, labels=torch.zeros_like(labels))
+    output.loss.backward()
+    assert output.loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_sequence_longer_than_the_position_table_is_refused_with_both_lengths():
+    with pytest.raises(ValueError, match=r"65 tokens.*max_position_embeddings=64"):
+        build_model()(torch.ones(1, 65, dtype=torch.int64))
+
+
+def test_the_padding_label_minus_100_of_transformers_means_the_same_as_0():
+    model = build_model()
+    ids, segments, labels = packed()
+    foreign = torch.where(labels == 0, -100, labels)
+    assert model(ids, segments, labels=foreign).loss == model(ids, segments, labels=labels).loss

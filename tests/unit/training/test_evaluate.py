@@ -1,0 +1,66 @@
+"""Evaluation over any number of ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.config import DataSection
+from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.training.evaluate import entropy, evaluate, evaluation_batches
+
+
+@pytest.fixture(scope="module")
+def data(small_dataset) -> PretrainingData:
+    """The held-out rows."""
+    return PretrainingData(TokenStore(small_dataset.valid), small_dataset.tokenizer, DataSection(), 64, seed=1)
+
+
+def build_model(vocab_size: int) -> MaskedLanguageModel:
+    """A small model with fresh weights."""
+    config = DebertaConfig(
+        vocab_size=vocab_size, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, position_buckets=8,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return MaskedLanguageModel(config).eval()
+
+
+@pytest.mark.parametrize(("max_samples", "micro", "size"), [(0, 8, 1), (10, 4, 2), (10, 3, 3), (5, 8, 4)])
+def test_ranks_cover_every_row_once_in_equally_many_batches(data, max_samples, micro, size):
+    options = {"max_samples": max_samples, "micro_batch_size": micro}
+    per_rank = [list(evaluation_batches(data, rank=rank, size=size, **options)) for rank in range(size)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    expected = data.fixed_batch(0, max_samples or data.num_rows)
+    labels = sum(batch.num_labels for batches in per_rank for batch in batches)
+    assert labels == (expected.labels > 0).sum()
+
+
+def test_an_untrained_model_is_as_good_as_guessing(data):
+    vocab_size = data.tokenizer.vocab_size
+    options = {"vocab_size": vocab_size, "device": torch.device("cpu"), "max_samples": 12, "micro_batch_size": 5}
+    result = evaluate(build_model(vocab_size), data, **options)
+    # Fresh logits have a spread of about 0.1.
+    assert result.loss == pytest.approx(math.log(vocab_size), abs=0.05)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result.num_labels == len(result.label_L) == len(result.guess_L)
+    assert result.accuracy == (result.label_L == result.guess_L).double().mean().item()
+    assert 3 < result.unigram_entropy < math.log(vocab_size)
+    assert result[:4] == evaluate(build_model(vocab_size), data, **options)[:4], "masks are fixed"
+
+
+def test_the_batch_size_does_not_matter(data):
+    options = {"vocab_size": data.tokenizer.vocab_size, "device": torch.device("cpu"), "max_samples": 12}
+    model = build_model(data.tokenizer.vocab_size)
+    one, many = (evaluate(model, data, micro_batch_size=micro, **options) for micro in (1, 12))
+    assert one.loss == pytest.approx(many.loss, rel=1e-6)
+    assert one.num_labels == many.num_labels
+
+
+def test_entropy_of_simple_counts():
+    assert entropy(torch.tensor([3, 3, 0, 0])) == pytest.approx(math.log(2))
+    assert entropy(torch.zeros(4, dtype=torch.int64)) == 0

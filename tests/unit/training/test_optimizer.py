@@ -1,0 +1,49 @@
+"""AdamW's groups, and the original's form of Adam."""
+
+from __future__ import annotations
+
+import torch
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.config import OptimizerSection
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.training.optimizer import AdamWithoutBiasCorrection, build_optimizer, parameter_groups
+
+SECTION = OptimizerSection(learning_rate=0.01, weight_decay=0.1, bias_correction=False)
+
+
+def test_norms_and_biases_do_not_decay_and_everything_else_does():
+    config = DebertaConfig(
+        vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, position_buckets=4,
+        conv_kernel_size=3,
+    )  # fmt: skip
+    model = MaskedLanguageModel(config)
+    decayed, free = ({id(p) for p in group["params"]} for group in parameter_groups(model, 0.1))
+    for name, parameter in model.named_parameters():
+        is_free = "norm" in name or name.endswith("bias")
+        assert (id(parameter) in free) == is_free, name
+        assert (id(parameter) in decayed) != is_free, name
+
+
+def test_without_bias_correction_an_update_is_the_originals_formula():
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, SECTION)
+    assert isinstance(optimizer, AdamWithoutBiasCorrection)
+    weight, m, v = model.weight.detach().clone(), torch.zeros(2, 3), torch.zeros(2, 3)
+    for _ in range(3):
+        gradient = torch.randn(2, 3, generator=generator)
+        model.weight.grad, model.bias.grad = gradient.clone(), torch.zeros(2)
+        optimizer.step()
+        m = 0.9 * m + 0.1 * gradient
+        v = 0.999 * v + 0.001 * gradient**2
+        weight = weight - 0.01 * (m / (v.sqrt() + 1e-6) + 0.1 * weight)
+        torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-6, atol=1e-7)
+    assert optimizer.state[model.weight]["step"] == 3
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    build_optimizer(model, SECTION).step()
+    assert torch.equal(model.weight, before)

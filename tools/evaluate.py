@@ -1,0 +1,107 @@
+"""Masked-LM loss, perplexity and accuracy of a checkpoint on a held-out dataset.
+
+CHECKPOINT is a run folder (its newest whole checkpoint), a step or weights folder, or a folder in the original
+release's or Hugging Face's layout. DATA is the prefix of a dataset made by tools/preprocess.py with the same tokenizer.
+Masks are fixed, so that checkpoints can be compared; the numbers do not depend on the number of ranks.
+
+examples:
+  python tools/evaluate.py runs/first data/valid
+  torchrun --nproc_per_node 2 tools/evaluate.py runs/first data/valid --max_samples 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.config import DataSection
+from deberta_xl.config_file import load_run_config
+from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.errors import ConfigError
+from deberta_xl.launch import Launch, export_launch, read_launch
+from deberta_xl.pretrained import DebertaForMaskedLM
+from deberta_xl.training.evaluate import Evaluation, evaluate
+
+DEFAULT_SEED = 1
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a run, checkpoint or weights")
+    parser.add_argument("data", metavar="DATA", help="prefix of the held-out dataset")
+    parser.add_argument(
+        "--sequence_length", type=int, help="tokens in a row (default: the run's own, or the longest possible)"
+    )
+    parser.add_argument("--max_samples", type=int, default=0, help="rows to use; 0, the default, uses all")
+    parser.add_argument("--micro_batch_size", type=int, default=8, help="rows in one forward (default: 8)")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"seed of the masks (default: {DEFAULT_SEED})")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(arguments)
+
+
+def choose_length(arguments: argparse.Namespace, longest: int) -> int:
+    """The sequence length asked for, the run's own, or the longest."""
+    run_config = arguments.checkpoint / "config.toml"
+    if arguments.sequence_length is None:
+        return load_run_config(run_config).model.sequence_length if run_config.is_file() else longest
+    if not 8 <= arguments.sequence_length <= longest:
+        raise ConfigError(f"--sequence_length {arguments.sequence_length} does not fit; the model allows 8 … {longest}")
+    return arguments.sequence_length
+
+
+def join_ranks(launch: Launch) -> torch.device:
+    """This rank's device; with several ranks, after meeting the others."""
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", launch.local_rank) if has_gpu else torch.device("cpu")
+    if launch.world_size > 1:
+        export_launch(launch)
+        torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
+    return device
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate and print, as text and as one line of JSON."""
+    launch = read_launch()
+    store = TokenStore(arguments.data)
+    model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
+    length = choose_length(arguments, model.config.max_position_embeddings)
+    data = PretrainingData(store, store.tokenizer, DataSection(), length, arguments.seed)
+    if data.tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"{arguments.data} was tokenised with a vocabulary of {data.tokenizer.vocab_size}, "
+            f"the model has {model.config.vocab_size}"
+        )
+    device = join_ranks(launch)
+    result = evaluate(
+        model.to(device),
+        data,
+        vocab_size=model.config.vocab_size,
+        device=device,
+        max_samples=arguments.max_samples,
+        micro_batch_size=arguments.micro_batch_size,
+        rank=launch.rank,
+        size=launch.world_size,
+    )
+    if launch.rank == 0:
+        report(arguments, length, result)
+
+
+def report(arguments: argparse.Namespace, length: int, result: Evaluation) -> None:
+    """Print the result."""
+    print(f"{arguments.checkpoint} on {arguments.data}, rows of {length} tokens, {result.num_labels:,} masked tokens")
+    print(f"  loss        {result.loss:.4f} nats (unigram entropy of the same tokens: {result.unigram_entropy:.4f})")
+    print(f"  perplexity  {result.perplexity:.2f}")
+    print(f"  accuracy    {result.accuracy:.2%}")
+    names = ("loss", "perplexity", "accuracy", "unigram_entropy", "num_labels")
+    print(json.dumps({name: getattr(result, name) for name in names}))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(run, parse_arguments()))

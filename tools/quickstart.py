@@ -1,0 +1,138 @@
+"""The whole pipeline in minutes on two CPU cores: text, tokenizer, dataset, pretraining on two ranks, fill-mask.
+
+The text is the English that comes with Python (its language reference and docstrings), or your own with --corpus.
+Everything goes to one folder; what is there already is not made again, and an interrupted training resumes.
+
+example:
+  python tools/quickstart.py --folder quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = 2
+VOCAB_SIZE = 4000
+STEPS = 700
+TRAINING = [
+    f"train.steps={STEPS}",
+    "schedule.warmup_steps=50",
+    "optimizer.learning_rate=2e-3",
+    # A few passes over two megabytes: the model is far from learning them by heart.
+    "model.dropout=0",
+    "train.log_interval=20",
+]
+SENTENCES = [
+    "Return a list [MASK] the names in the current scope.",
+    "If the argument is not a string, a TypeError [MASK] raised.",
+    "The function returns the number [MASK] bytes.",
+]
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where to work (default: quickstart)")
+    parser.add_argument("--corpus", nargs="+", help="your own .txt or .jsonl files (also .gz, .zst)")
+    parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help=f"default: {VOCAB_SIZE}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="passed on to training")
+    return parser.parse_args(arguments)
+
+
+def announce(title: str) -> None:
+    """A heading for the next stage."""
+    print(f"\n== {title}", flush=True)
+
+
+def execute(*command: str | Path) -> None:
+    """Show a command as a user would type it, run it, and stop when it fails."""
+    words = [str(word) for word in command]
+    print(f"$ {' '.join(words)}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    scripts = Path(sys.executable).parent
+    environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
+    program = words[0] if words[0] != "python" else sys.executable
+    status = subprocess.run([program, *words[1:]], env=environment, cwd=ROOT).returncode
+    if status:
+        raise UserError(f"the command above failed with status {status}; mend it and start the quickstart again")
+
+
+def prepare_data(folder: Path, corpus: list[str] | None, vocab_size: int) -> None:
+    """Corpus, tokenizer, training and held-out dataset."""
+    if not corpus:
+        corpus = [str(folder / "corpus.jsonl")]
+        if not Path(corpus[0]).exists():
+            announce("1. Text: the English that comes with Python")
+            execute("python", "tools/extract_corpus.py", "--output", corpus[0])
+    if not (folder / "tokenizer").exists():
+        announce("2. Tokenizer: SentencePiece with DeBERTa's special ids")
+        options = ["--vocab_size", str(vocab_size), "--output", folder / "tokenizer"]
+        execute("python", "tools/train_tokenizer.py", "--input", *corpus, *options)
+    if not (folder / "data" / "valid.manifest.json").exists():
+        announce("3. Dataset: tokenised, indexed, memory-mapped; 5 % of the documents held out")
+        outputs = ["--output", folder / "data/train", "--valid_output", folder / "data/valid", "--overwrite"]
+        execute("python", "tools/preprocess.py", "--input", *corpus, "--tokenizer", folder / "tokenizer", *outputs)
+
+
+def train(folder: Path, overrides: list[str]) -> None:
+    """Pretraining by DeepSpeed on two ranks; continues where an earlier start left off."""
+    announce(f"4. Pretraining: DeBERTa with enhanced mask decoder, DeepSpeed ZeRO-1 on {RANKS} ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data = [f"data.train={folder}/data/train", f"data.valid={folder}/data/valid", f"run.folder={folder}/run"]
+    launcher = ["deepspeed", "--num_accelerators", str(RANKS), "--master_port", str(port)]
+    settings = ["--config", "debug", "--deepspeed_config", "deepspeed_configs/cpu_debug.json"]
+    execute(*launcher, "deberta_xl/pretrain.py", *settings, *data, *TRAINING, *overrides)
+
+
+def use(folder: Path, sentences: list[str]) -> None:
+    """Export to Hugging Face's layout and fill masks with the exported model."""
+    announce("5. Export to Hugging Face's layout")
+    exported = folder / "huggingface"
+    if not exported.exists():
+        execute("python", "tools/convert.py", "--from", "native", "--to", "huggingface", folder / "run", exported)
+    announce("6. Fill the mask, with the exported model")
+    for sentence in sentences:
+        execute("python", "tools/fill_mask.py", exported, sentence, "--top_k", "5")
+
+
+def report(folder: Path, seconds: float) -> None:
+    """What came out, in a few lines."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(line["loss"] for line in lines if "loss" in line)
+    last = [line for line in lines if "valid_loss" in line][-1]
+    announce(f"Done in {seconds / 60:.1f} minutes")
+    print(f"training loss at the start  {first:.3f} nats per masked token")
+    print(f"validation loss at the end  {last['valid_loss']:.3f} (step {last['step']})")
+    print(f"unigram entropy             {last['valid_unigram_entropy']:.3f}: the best possible without reading context")
+    print(f"masked words guessed right  {last['valid_accuracy']:.1%}")
+    print(f"loss curve                  {folder / 'run' / 'loss.png'}")
+    print(f"TensorBoard                 tensorboard --logdir {folder / 'run'}")
+    print(f"Hugging Face model          {folder / 'huggingface'}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """All stages."""
+    started = time.monotonic()
+    folder = arguments.folder.resolve()
+    corpus = [str(Path(path).resolve()) for path in arguments.corpus] if arguments.corpus else None
+    prepare_data(folder, corpus, arguments.vocab_size)
+    train(folder, arguments.overrides)
+    use(folder, SENTENCES)
+    report(folder, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(run, parse_arguments()))
