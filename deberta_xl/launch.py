@@ -10,7 +10,7 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
-from deberta_xl.config import ConfigError
+from deberta_xl.errors import ConfigError
 
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM_KEYS = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")

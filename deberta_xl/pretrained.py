@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -11,13 +9,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.foreign import find_foreign_config, is_foreign_folder, read_foreign_weights
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.native_config import native_config, read_native_config
 from deberta_xl.checkpoint.weights import find_weights_folder, read_weights, write_weights
-from deberta_xl.config import ConfigError, DebertaConfig
+from deberta_xl.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-
-MODEL_TYPE = "deberta_xl"
 
 
 class DebertaForMaskedLM(MaskedLanguageModel):
@@ -49,21 +47,6 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         """
         weights = {name: p.detach() for name, p in self.named_parameters()}
         write_weights(Path(directory), weights, native_config(self.config), Path(tokenizer) if tokenizer else None)
-
-
-def native_config(config: DebertaConfig) -> dict[str, object]:
-    """Contents of a native `config.json`. Were it `deberta-v2`, transformers would load it and keep no weight."""
-    return {"model_type": MODEL_TYPE, **dataclasses.asdict(config)}
-
-
-def read_native_config(path: Path) -> DebertaConfig:
-    """The architecture in a native `config.json`."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        assert fields.pop("model_type") == MODEL_TYPE
-        return DebertaConfig(**fields)
-    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise CheckpointError(f"{path} is not a configuration of a {MODEL_TYPE} model: {error}") from error
 
 
 def read_pretrained(directory: Path) -> tuple[DebertaConfig, dict[str, Tensor], Path]:

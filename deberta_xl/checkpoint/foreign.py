@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.foreign_config import from_foreign_config
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.names import from_microsoft
-from deberta_xl.config import DebertaConfig
+from deberta_xl.checkpoint.native_config import explain
 from deberta_xl.log import logger
 
 CONFIG_NAMES = ("config.json", "model_config.json")
@@ -25,9 +26,12 @@ def read_config_fields(folder: Path) -> dict[str, object] | None:
     for name in CONFIG_NAMES:
         if (folder / name).is_file():
             try:
-                return json.loads((folder / name).read_text(encoding="utf-8"))
+                fields = json.loads((folder / name).read_text(encoding="utf-8"))
             except ValueError as error:
                 raise CheckpointError(f"{folder / name} is not JSON: {error}") from error
+            if not isinstance(fields, dict):
+                raise CheckpointError(f"{folder / name} holds no JSON object")
+            return fields
     return None
 
 
@@ -38,10 +42,13 @@ def is_foreign_folder(folder: Path) -> bool:
 
 
 def find_foreign_config(folder: Path) -> DebertaConfig:
-    """The architecture of a foreign folder."""
+    """The architecture of a foreign folder. Raises CheckpointError when it is none that we have."""
     fields = read_config_fields(folder)
     assert fields is not None, "asked for a folder that is_foreign_folder accepts"
-    return from_foreign_config(fields)
+    try:
+        return from_foreign_config(fields)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} does not describe a DeBERTa that can be loaded: {explain(error)}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -68,7 +75,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 
 def read_foreign_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a foreign folder under our names; tensors that are no parameters of ours are left out, and named."""
+    """All weights of a foreign folder under our names; other tensors are left out, with a warning that names them."""
     weights: dict[str, Tensor] = {}
     ignored = []
     for file in weight_files(folder):

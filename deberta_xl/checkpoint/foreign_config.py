@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deberta_xl.config import ConfigError, DebertaConfig
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.errors import ConfigError
 
 #: Fields that differ in name only.
 RENAMED = {

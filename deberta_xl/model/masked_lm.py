@@ -97,10 +97,13 @@ class MaskedLanguageModel(nn.Module):
         """Fresh weights from `seed`. Under `torch.device("meta")` nothing is allocated or initialised."""
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
-        self.head = MaskedLanguageModelHead(config)
-        if not self.head.bias.is_meta:
+        device = torch.get_default_device()
+        with torch.device("meta"):  # torch's own initialisation would be thrown away
+            self.embeddings = Embeddings(config)
+            self.encoder = Encoder(config)
+            self.head = MaskedLanguageModelHead(config)
+        if device.type != "meta":
+            self.to_empty(device=device)
             initialize_weights(self, config.initializer_range, seed)
 
     def checkpoint_activations(self) -> None:

@@ -1,0 +1,135 @@
+"""Filling masks: what the pretrained model, with its enhanced mask decoder, proposes for each [MASK] of a text.
+
+Shape suffixes of this file:
+    L masks in the text   V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
+
+from deberta_xl.checkpoint.weights import TOKENIZER_NAME
+from deberta_xl.data.tokenizer import MASK_PIECE, MODEL_FILE, WORD_MARK, Tokenizer
+from deberta_xl.errors import UserError
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+
+
+class FillMaskError(UserError):
+    """A text, or a checkpoint, with which no mask can be filled."""
+
+
+class Guess(NamedTuple):
+    """One proposal for one mask."""
+
+    token_id: int
+    """Its id; never a special or a spare one."""
+    piece: str
+    """SentencePiece's piece; U+2581 at its beginning stands for the space before a word."""
+    probability: float
+    """Share among the ordinary pieces."""
+    text: str
+    """The text with the mask replaced; other masks are left as they are."""
+
+
+def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, *, top_k: int = 5) -> list[list[Guess]]:
+    """For each `[MASK]` of `text`, from left to right, the `top_k` most probable pieces, best first.
+
+    Masks are filled independently of each other. `[MASK]` stands for one piece with the space before it; a longer word
+    takes several masks.
+
+    Raises FillMaskError for a text without mask or longer than the position table, an impossible `top_k`, or a
+    tokenizer larger than the model's vocabulary.
+    """
+    ordinary = check(model, tokenizer, text, top_k)
+    input_ids = encode_with_masks(tokenizer, text)
+    if len(input_ids) > model.config.max_position_embeddings:
+        raise FillMaskError(
+            f"the text has {len(input_ids)} tokens, the model's position table {model.config.max_position_embeddings}; "
+            "shorten the text"
+        )
+    device = model.head.bias.device
+    input_ids_1S = torch.tensor([input_ids], device=device)
+    # Any label above 0 asks for a prediction; the loss is not used.
+    is_mask_1S = (input_ids_1S == tokenizer.mask_id).long()
+    with torch.no_grad():
+        logits_LV = model(input_ids_1S, labels=is_mask_1S).logits
+    allowed_V = torch.from_numpy(ordinary).to(device)
+    best = torch.softmax(logits_LV[:, allowed_V], dim=-1).topk(top_k)
+    pieces = zip(best.values.tolist(), allowed_V[best.indices].tolist(), strict=True)
+    return [list(guesses(tokenizer, text, number, *found)) for number, found in enumerate(pieces)]
+
+
+def check(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, top_k: int) -> np.ndarray:
+    """The ids that may be proposed, after refusing what cannot be meant."""
+    ordinary = np.flatnonzero(~tokenizer.special)
+    if MASK_PIECE not in text:
+        raise FillMaskError(f"the text has no {MASK_PIECE}; write it where a piece is wanted: The capital of [MASK] is")
+    if not 1 <= top_k <= ordinary.size:
+        raise FillMaskError(f"top_k={top_k} is impossible; allowed: 1 … {ordinary.size} (the tokenizer's pieces)")
+    if tokenizer.mask_id >= model.config.vocab_size:
+        raise FillMaskError(
+            f"the tokenizer has {tokenizer.mask_id + 1} ids, the model only {model.config.vocab_size}: "
+            "give the tokenizer that the model was trained with"
+        )
+    return ordinary
+
+
+def guesses(
+    tokenizer: Tokenizer, text: str, number: int, probabilities: list[float], ids: list[int]
+) -> Iterator[Guess]:
+    """The proposals for mask `number`."""
+    for probability, token_id in zip(probabilities, ids, strict=True):
+        piece = tokenizer.id_to_piece(token_id)
+        yield Guess(token_id, piece, probability, put(piece, text, number))
+
+
+def put(piece: str, text: str, number: int) -> str:
+    """`text` with mask `number` replaced: the piece brings its own space, or stands close to what is before it."""
+    parts = text.split(MASK_PIECE)
+    before = MASK_PIECE.join(parts[: number + 1]).rstrip()
+    space = " " if before and piece.startswith(WORD_MARK) else ""
+    return before + space + piece.removeprefix(WORD_MARK) + MASK_PIECE.join(parts[number + 1 :])
+
+
+def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text between [CLS] and [SEP], each literal `[MASK]` one mask id, the rest as pretraining saw it.
+
+    A masked word took its space along, so spaces before a mask vanish; what follows a mask begins a word only after a
+    space ("the [MASK] ing" and "the [MASK]ing" differ), whereas SentencePiece would begin a word with every part.
+    """
+    pieces_of = plain_processor(tokenizer)
+    normalize = tokenizer.processor.normalize
+    first, *others = (part.rstrip() for part in text.split(MASK_PIECE))
+    ids = pieces_of.encode(normalize(first))
+    for other in others:
+        # Behind a digit, with which nothing combines, a part keeps a space at its beginning, and gets none.
+        ids += [tokenizer.mask_id, *pieces_of.encode(normalize("0" + other).split("0", 1)[1])]
+    return [tokenizer.cls_id, *ids, tokenizer.sep_id]
+
+
+def plain_processor(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer's pieces for text that is normalised already."""
+    model = ModelProto.FromString(tokenizer.spm_model)
+    as_it_is = NormalizerSpec(
+        name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=False
+    )
+    model.normalizer_spec.CopyFrom(as_it_is)
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def find_tokenizer(checkpoint: Path) -> Path:
+    """The tokenizer's folder of a checkpoint: `tokenizer/` in our layouts, the folder itself in the others.
+
+    Raises FillMaskError when there is none.
+    """
+    for folder in (checkpoint / TOKENIZER_NAME, checkpoint):
+        if (folder / MODEL_FILE).is_file():
+            return folder
+    raise FillMaskError(f"{checkpoint} has no tokenizer ({MODEL_FILE}); give its folder with --tokenizer")

@@ -1,0 +1,458 @@
+"""The Hugging Face folder, as transformers itself reads it: hidden states, head, token ids, and back again."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from safetensors.torch import load_file
+from small_checkpoint import write_state
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.durable import write_files
+from deberta_xl.checkpoint.export import export_huggingface
+from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
+from deberta_xl.checkpoint.names import to_microsoft
+from deberta_xl.checkpoint.native_config import native_config
+from deberta_xl.checkpoint.rank_file import KINDS
+from deberta_xl.checkpoint.tokenizer_export import huggingface_tokenizer
+from deberta_xl.command_line import run_tool
+from deberta_xl.data.errors import TokenizerError
+from deberta_xl.data.python_corpus import python_corpus
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer_training import train_tokenizer
+from deberta_xl.fill_mask import encode_with_masks
+from deberta_xl.pretrained import DebertaForMaskedLM
+
+VOCAB_SIZE = 1008
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "intermediate_size": 128}
+LAYOUTS = {
+    "v2 with convolution": {"conv_kernel_size": 3, "position_buckets": 64},
+    "v2": {},
+    "own position projections": {"share_att_key": False, "normalize_relative_table": False, "position_buckets": 0},
+    "c2p only": {"pos_att_type": "c2p", "position_buckets": 32},
+    "all in the input": {"position_biased_input": True, "type_vocab_size": 2},
+}
+# float32 sums in another order, over states and logits of size 4 to 7: a few units of 5e-7 each, with room.
+TOLERANCE = 2e-5
+# Lines that normalisation changes, or where spaces, unknown characters and borders might be treated differently.
+EDGES = [
+    "Ｆｕｌｌ－ｗｉｄｔｈ　ｔｅｘｔ",
+    "ﬁne ﬂow of oﬃcial ligatures",
+    "“Smart” ‘quotes’ – and — dashes…",
+    "café naïve Ünïcödé ß ſ",
+    "¹²³ ½ Ⅷ ㎏ ™ © ®",
+    "😀 😃a😀b",
+    "👨\u200d👩\u200d👧\u200d👦 ❤\ufe0f 1\ufe0f\u20e3",
+    "日本語のテスト 中文 한국어 텍스트",
+    "Русский текст العربية",
+    "xx--yy..zz,,!? a_b.c(d)[e]{f} $5.00 & 10% #@^~`",
+]
+SPACES = [
+    "",
+    " ",
+    "   ",
+    "\t",
+    " a",
+    "  a  b  ",
+    "a\tb\t",
+    "a\nb\n",
+    "a\r\nb",
+    "a\u00a0b\u00a0",
+    "\u00a0a",
+    "\u3000a\u3000",
+]
+INVISIBLE = [
+    "a\x00b",
+    "\x07a\x1bb",
+    "a\u200bb",
+    "\u200ba\u200b",
+    "a\u200b b",
+    "a\u200db",
+    "\ufeffa",
+    "a\u2028b\u2029",
+    "\x85a",
+]
+# Rules such as "======": several cuttings weigh the same there, and rounding decides between them.
+RULER = re.compile(r"([^ ])\1{5}")
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    """Some thousand lines of English text and code."""
+    documents = itertools.islice(python_corpus(), 0, 160, 2)
+    return [line for document in documents for line in document["text"].split("\n")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(lines, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "tokenizer"
+    train_tokenizer([*lines, *EDGES * 3], VOCAB_SIZE, folder)
+    return folder
+
+
+def random_model(layout: str) -> DebertaForMaskedLM:
+    """A model in which every parameter, norms and biases included, has an influence of its own."""
+    model = DebertaForMaskedLM(DebertaConfig(**SIZES | LAYOUTS[layout])).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def exported(request, tokenizer_folder, tmp_path_factory) -> tuple[DebertaForMaskedLM, Path]:
+    """A model of each layout and its Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("layout")
+    model = random_model(request.param)
+    model.save_pretrained(folder / "native", tokenizer=tokenizer_folder)
+    export_huggingface(folder / "native", folder / "exported")
+    return model, folder / "exported"
+
+
+@pytest.fixture(scope="module")
+def native(tokenizer_folder, tmp_path_factory) -> tuple[DebertaForMaskedLM, Path]:
+    """One model and its weights folder."""
+    model = random_model("v2")
+    folder = tmp_path_factory.mktemp("native") / "weights"
+    model.save_pretrained(folder, tokenizer=tokenizer_folder)
+    return model, folder
+
+
+def test_embeddings_of_another_width_reach_the_encoder_and_come_back(tokenizer_folder, tmp_path, caplog):
+    model = DebertaForMaskedLM(DebertaConfig(**SIZES, position_biased_input=True, embedding_size=32)).eval()
+    model.save_pretrained(tmp_path / "native", tokenizer=tokenizer_folder)
+    export_huggingface(tmp_path / "native", tmp_path / "out")
+    assert "AutoModelForMaskedLM" in caplog.text
+    input_ids, mask = batch(40)
+    back = DebertaForMaskedLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        ours = back(input_ids, mask, output_hidden_states=True).hidden_states[-1]
+        theirs = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()(input_ids, attention_mask=mask)
+    assert largest_difference(ours, theirs.last_hidden_state, mask) <= TOLERANCE
+
+
+def batch(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows: one full, one half full, one nearly empty."""
+    generator = torch.Generator().manual_seed(length)
+    mask = (torch.arange(length) < torch.tensor([length, length // 2, 5]).unsqueeze(1)).long()
+    return torch.randint(4, VOCAB_SIZE, (3, length), generator=generator) * mask, mask
+
+
+def largest_difference(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor) -> float:
+    """At valid positions; the others mean nothing, and transformers fills them differently."""
+    return (ours - theirs)[mask > 0].abs().max().item()
+
+
+# The model.
+
+
+@pytest.mark.parametrize("length", [24, 129, 512])
+def test_transformers_computes_the_same_hidden_states(exported, length):
+    model, folder = exported
+    theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    assert type(theirs).__name__ == "DebertaV2Model"
+    input_ids, mask = batch(length)
+    with torch.no_grad():
+        our_states = model(input_ids, mask, labels=torch.zeros_like(input_ids), output_hidden_states=True).hidden_states
+        their_states = theirs(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert len(our_states) == len(their_states) == SIZES["num_layers"] + 1
+    for ours, others in zip(our_states, their_states, strict=True):
+        assert largest_difference(ours, others, mask) <= TOLERANCE
+
+
+def test_transformers_applies_the_head_to_the_last_layer_and_misses_no_weight(exported):
+    model, folder = exported
+    theirs, report = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["mismatched_keys"]
+    assert not report["unexpected_keys"]
+    input_ids, mask = batch(48)
+    with torch.no_grad():
+        states = model(input_ids, mask, labels=torch.zeros_like(input_ids), output_hidden_states=True).hidden_states
+        expected = model.head(states[-1], model.embeddings.word)
+        logits = theirs.eval()(input_ids, attention_mask=mask).logits
+    assert largest_difference(expected, logits, mask) <= TOLERANCE
+
+
+def test_the_encoder_alone_misses_no_weight_and_leaves_only_the_head(exported):
+    _, folder = exported
+    _, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert all(name.startswith("lm_predictions.") for name in report["unexpected_keys"])
+
+
+def test_the_way_back_gives_the_same_model_to_the_bit(exported):
+    model, folder = exported
+    back = DebertaForMaskedLM.from_pretrained(folder)
+    expected = dict(model.named_parameters())
+    assert {name for name, _ in back.named_parameters()} == set(expected)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in back.named_parameters())
+    input_ids, mask = batch(40)
+    with torch.no_grad():
+        assert torch.equal(back(input_ids, mask).logits, model(input_ids, mask).logits)
+
+
+def test_the_word_table_is_stored_once_and_every_tensor_has_the_original_releases_name(native, tmp_path):
+    model, folder = native
+    export_huggingface(folder, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(tensors) == {to_microsoft(name) for name, _ in model.named_parameters()}
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_rounded_to_the_type_asked_for_and_transformers_loads_them_in_it(native, tmp_path, dtype):
+    model, folder = native
+    export_huggingface(folder, tmp_path / "out", dtype=dtype)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensors[to_microsoft(n)], p.to(dtype)) for n, p in model.named_parameters())
+    assert transformers.AutoModel.from_pretrained(tmp_path / "out").dtype == dtype
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint_of_any_layout(native, tmp_path):
+    model, folder = native
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for step, factor in {1: 3.0, 2: 1.0}.items():
+        checkpoint = tmp_path / "run" / "checkpoints" / step_folder_name(step)
+        state = {kind: {name: factor * weight for name, weight in weights.items()} for kind in KINDS}
+        names = [path.name for path in write_state(checkpoint, state, cuts=[1000, 77777])]
+        config = json.dumps(native_config(model.config)).encode()
+        names += write_files(checkpoint, {"config.json": config, "tokenizer": folder / "tokenizer"})
+        write_manifest(checkpoint, {name: file_facts(checkpoint / name) for name in names})
+    export_huggingface(tmp_path / "run", tmp_path / "out")
+    back = DebertaForMaskedLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in back.named_parameters())
+
+
+# What is refused, with nothing left behind.
+
+
+def refuses(source: Path, destination: Path, words: str, **options: torch.dtype) -> None:
+    """The export fails with `words`; what was at the destination, or not, stays as it was."""
+    before = sorted(destination.parent.iterdir())
+    with pytest.raises(CheckpointError, match=words):
+        export_huggingface(source, destination, **options)
+    assert sorted(destination.parent.iterdir()) == before
+
+
+def test_an_existing_destination_is_refused_and_kept(native, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    refuses(native[1], tmp_path / "out", "exists already")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_is_exported_already_is_refused(native, tmp_path):
+    export_huggingface(native[1], tmp_path / "once")
+    refuses(tmp_path / "once", tmp_path / "twice", "already")
+
+
+def test_a_missing_source_is_refused(tmp_path):
+    refuses(tmp_path / "nowhere", tmp_path / "out", "nowhere")
+
+
+def test_weights_too_large_for_float16_are_refused_by_name(tmp_path):
+    model = random_model("v2")
+    with torch.no_grad():
+        model.encoder.layers[1].feed_forward.up.bias[3] = 1e5
+    model.save_pretrained(tmp_path / "native")
+    refuses(tmp_path / "native", tmp_path / "out", r"layers\.1\.feed_forward\.up\.bias.*bfloat16", dtype=torch.float16)
+
+
+def test_damaged_weights_are_refused(native, tmp_path):
+    native[0].save_pretrained(tmp_path / "native")
+    file = tmp_path / "native" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    refuses(tmp_path / "native", tmp_path / "out", "damaged")
+
+
+def test_an_attention_that_transformers_lacks_is_refused(tmp_path):
+    DebertaForMaskedLM(DebertaConfig(**SIZES, head_dim=8)).save_pretrained(tmp_path / "native")
+    refuses(tmp_path / "native", tmp_path / "out", "hidden_size=64")
+
+
+def test_a_failed_write_leaves_nothing(native, tmp_path, monkeypatch):
+    def full_disk(*_arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("deberta_xl.checkpoint.export.save_file", full_disk)
+    refuses(native[1], tmp_path / "out", "no space left")
+
+
+def test_a_model_without_tokenizer_is_exported_without_one(native, tmp_path, caplog):
+    native[0].save_pretrained(tmp_path / "native")
+    export_huggingface(tmp_path / "native", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert "no tokenizer" in caplog.text
+
+
+# The tokenizer.
+
+
+@pytest.fixture(scope="module")
+def automatic(tokenizer_folder, tmp_path_factory) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that a user of transformers gets from an exported folder."""
+    folder = tmp_path_factory.mktemp("automatic")
+    random_model("v2").save_pretrained(folder / "native", tokenizer=tokenizer_folder)
+    export_huggingface(folder / "native", folder / "exported")
+    return transformers.AutoTokenizer.from_pretrained(folder / "exported")
+
+
+def test_transformers_gives_sentencepieces_ids_on_thousands_of_real_lines(automatic, tokenizer_folder, lines):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    plain = [line for line in [*lines, *EDGES, *SPACES, *INVISIBLE] if not RULER.search(line)]
+    assert len(plain) > 4000
+    theirs = automatic(plain, add_special_tokens=False).input_ids
+    different = [line for line, ids in zip(plain, theirs, strict=True) if tokenizer.encode(line).tolist() != ids]
+    assert not different
+
+
+def test_rules_of_one_repeated_character_are_cut_into_the_same_pieces_in_some_order(automatic, tokenizer_folder, lines):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    rulers = [line for line in lines if RULER.search(line)]
+    assert rulers
+    theirs = automatic(rulers, add_special_tokens=False).input_ids
+    assert all(sorted(tokenizer.encode(line)) == sorted(ids) for line, ids in zip(rulers, theirs, strict=True))
+
+
+def test_specials_have_their_ids_and_spare_ids_have_no_name(automatic, tokenizer_folder):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    names = {name: getattr(automatic, f"{name}_token_id") for name in ("pad", "cls", "sep", "unk", "mask")}
+    assert names == {"pad": 0, "cls": 1, "sep": 2, "unk": 3, "mask": tokenizer.num_pieces}
+    assert len(automatic) == tokenizer.num_pieces + 1 < tokenizer.vocab_size
+    assert automatic.model_max_length == 512
+
+
+def test_one_text_and_two_are_framed_padded_and_cut_as_the_model_expects(automatic):
+    first, second = (automatic(text, add_special_tokens=False).input_ids for text in ("a function", "the list"))
+    pair = automatic("a function", "the list")
+    assert automatic("a function").input_ids == [1, *first, 2]
+    assert pair.input_ids == [1, *first, 2, *second, 2]
+    assert pair.token_type_ids == [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    padded = automatic(["a function", "a function of the list"], padding=True, truncation=True, max_length=5)
+    assert len(padded.input_ids[0]) == len(padded.input_ids[1]) <= 5
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("the [MASK] of", ["▁the", "[MASK]", "▁of"]),
+        ("the [MASK]ing", ["▁the", "[MASK]", "ing"]),
+        ("[MASK] of the  [MASK]\t[MASK]", ["[MASK]", "▁of", "▁the", "[MASK]", "[MASK]"]),
+        ("the[MASK].", ["▁the", "[MASK]", "."]),
+    ],
+)
+def test_a_mask_takes_the_space_before_it_and_no_other(automatic, text, pieces):
+    assert automatic.convert_ids_to_tokens(automatic(text, add_special_tokens=False).input_ids) == pieces
+
+
+def test_text_comes_back_from_ids(automatic, tokenizer_folder, lines):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    ids = [tokenizer.encode(line).tolist() for line in lines[:500]]
+    for known in (i for i in ids if tokenizer.unk_id not in i):
+        assert automatic.decode([1, *known, 2], skip_special_tokens=True) == tokenizer.decode(known)
+
+
+def train(lines: list[str], **options: object) -> Tokenizer:
+    """A small tokenizer trained by SentencePiece with other options than ours."""
+    model = io.BytesIO()
+    specials = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    names = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=500, minloglevel=2, **specials | names | options
+    )
+    return Tokenizer(model.getvalue())
+
+
+TRAINER_OPTIONS = {
+    "byte fallback": {"byte_fallback": True},
+    "no normalisation": {"normalization_rule_name": "identity"},
+    "case folding": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "extra spaces kept": {"remove_extra_whitespaces": False},
+    "no first space": {"add_dummy_prefix": False},
+    "neither": {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
+    "pieces of several words": {"split_by_whitespace": False},
+}
+
+
+@pytest.mark.parametrize("options", TRAINER_OPTIONS)
+def test_other_options_of_sentencepiece_are_honoured(lines, options):
+    tokenizer = train(lines[:1500], **TRAINER_OPTIONS[options])
+    converted = huggingface_tokenizer(tokenizer)
+    # Kept spaces: tokenizers reads CR LF as one character there, SentencePiece as two spaces.
+    texts = [t for t in [*lines[:1500], *EDGES, *SPACES, *INVISIBLE] if not RULER.search(t) and "\r" not in t]
+    encodings = converted.encode_batch(texts, add_special_tokens=False)
+    different = [t for t, e in zip(texts, encodings, strict=True) if tokenizer.encode(t).tolist() != e.ids]
+    assert not different
+    known = [ids for text in texts if tokenizer.unk_id not in (ids := tokenizer.encode(text).tolist())]
+    assert all(converted.decode(ids) == tokenizer.processor.decode(ids) for ids in known)
+
+
+@pytest.mark.parametrize("options", ["byte fallback", "no normalisation", "case folding", "neither"])
+def test_masks_are_read_as_our_own_filling_does_with_other_options_too(lines, options):
+    tokenizer = train(lines[:1500], **TRAINER_OPTIONS[options])
+    converted = huggingface_tokenizer(tokenizer)
+    for text in ("the [MASK] of", "the[MASK]ed.", "[MASK] of the  [MASK][MASK]"):
+        assert converted.encode(text).ids == encode_with_masks(tokenizer, text)
+
+
+def test_a_users_own_pieces_are_never_cut(lines):
+    tokenizer = train(lines[:500], user_defined_symbols=["<gene>"])
+    converted = huggingface_tokenizer(tokenizer)
+    for text in ("the <gene> of", "the<gene>of <gene>", "of <gene><gene>."):
+        assert converted.encode(text, add_special_tokens=False).ids == tokenizer.encode(text).tolist()
+
+
+@pytest.mark.parametrize("options", [{"model_type": "bpe"}, {"treat_whitespace_as_suffix": True}])
+def test_a_sentencepiece_model_of_another_kind_is_refused(lines, options):
+    with pytest.raises(TokenizerError, match="can be exported"):
+        huggingface_tokenizer(train(lines[:500], **options))
+
+
+# The tool.
+
+
+def load_tool(name: str):
+    """A script of tools/ as a module."""
+    path = Path(__file__).parents[3] / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tool_converts_and_says_what_it_wrote(native, tmp_path, capsys):
+    tool = load_tool("convert")
+    arguments = [
+        "--from",
+        "native",
+        "--to",
+        "huggingface",
+        "--dtype",
+        "bfloat16",
+        str(native[1]),
+        str(tmp_path / "out"),
+    ]
+    assert run_tool(tool.convert, tool.parse_arguments(arguments)) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    assert load_file(tmp_path / "out" / "model.safetensors")["lm_predictions.lm_head.bias"].dtype == torch.bfloat16
+
+
+def test_the_tool_says_in_one_line_what_is_wrong(tmp_path, capsys):
+    tool = load_tool("convert")
+    assert run_tool(tool.convert, tool.parse_arguments([str(tmp_path / "none"), str(tmp_path / "out")])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
