@@ -43,7 +43,7 @@ def made_small(command: list[str]) -> list[str]:
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 
-@pytest.fixture()
+@pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder that looks like the repository's root, with a compressed corpus in it."""
     for name in ("tools", "deberta_xl", "deepspeed_configs"):

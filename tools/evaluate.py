@@ -23,7 +23,9 @@ from deberta_xl.config import DataSection
 from deberta_xl.config_file import load_run_config
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
+from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError
+from deberta_xl.fill_mask import find_tokenizer
 from deberta_xl.launch import Launch, export_launch, read_launch
 from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.training.evaluate import Evaluation, evaluate
@@ -41,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max_samples", type=int, default=0, help="rows to use; 0, the default, uses all")
     parser.add_argument("--micro_batch_size", type=int, default=8, help="rows in one forward (default: 8)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="tokenizer, if the checkpoint has none")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"seed of the masks (default: {DEFAULT_SEED})")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
@@ -72,12 +75,11 @@ def run(arguments: argparse.Namespace) -> None:
     store = TokenStore(arguments.data)
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
     length = choose_length(arguments, model.config.max_position_embeddings)
-    data = PretrainingData(store, store.tokenizer, DataSection(), length, arguments.seed)
-    if data.tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"{arguments.data} was tokenised with a vocabulary of {data.tokenizer.vocab_size}, "
-            f"the model has {model.config.vocab_size}"
-        )
+    tokenizer = Tokenizer.load(arguments.tokenizer or find_tokenizer(arguments.checkpoint))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
+        raise ConfigError(f"the tokenizer has {sizes}; give the one that the model was trained with")
+    data = PretrainingData(store, tokenizer, DataSection(), length, arguments.seed)
     device = join_ranks(launch)
     result = evaluate(
         model.to(device),

@@ -132,6 +132,18 @@ def test_tensorboard_reads_what_a_run_wrote(uninterrupted):
     assert "valid/confusion" in events.Tags()["images"]
 
 
+def test_evaluation_gives_the_same_numbers_on_any_number_of_ranks(small_dataset, uninterrupted):
+    tool = str(ROOT / "tools" / "evaluate.py")
+    options = [tool, str(uninterrupted), str(small_dataset.valid), "--max_samples", "10", "--micro_batch_size", "4"]
+    outputs = [run([sys.executable, *options]), run([*torchrun(2)[:-1], *options])]
+    results = []
+    for output in outputs:
+        assert output.returncode == 0, output.stdout
+        results.append(json.loads(output.stdout.splitlines()[-1]))
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+    assert results[0]["num_labels"] > 50
+
+
 def test_the_same_command_once_more_finds_the_run_done(small_dataset, uninterrupted):
     before = final_weights(uninterrupted)
     result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "train.micro_batch_size=4")])
