@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a run, checkpoint or weights")
-    parser.add_argument("text", metavar="TEXT", help="text with one or more [MASK]")
+    parser.add_argument("texts", metavar="TEXT", nargs="+", help="text with one or more [MASK]")
     parser.add_argument("--top_k", "--top-k", type=int, default=5, help="proposals for each mask (default: 5)")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="tokenizer, if the checkpoint has none")
     return parser.parse_args(arguments)
@@ -34,10 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, fill and print."""
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
     tokenizer = Tokenizer.load(arguments.tokenizer or find_tokenizer(arguments.checkpoint))
-    answers = fill_mask(model, tokenizer, arguments.text, top_k=arguments.top_k)
-    for number, guesses in enumerate(answers, start=1):
-        print(f"[MASK] {number} of {len(answers)}")
-        print(table(guesses))
+    for text in arguments.texts:
+        answers = fill_mask(model, tokenizer, text, top_k=arguments.top_k)
+        for number, guesses in enumerate(answers, start=1):
+            print(f"{text}  ([MASK] {number} of {len(answers)})")
+            print(table(guesses))
 
 
 def table(guesses: list[Guess]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -50,6 +51,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def from_root(path: Path) -> Path:
+    """A path as it is written from the repository's root, where all commands run."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 def announce(title: str) -> None:
     """A heading for the next stage."""
     print(f"\n== {title}", flush=True)
@@ -58,12 +65,13 @@ def announce(title: str) -> None:
 def execute(*command: str | Path) -> None:
     """Show a command as a user would type it, run it, and stop when it fails."""
     words = [str(word) for word in command]
-    print(f"$ {' '.join(words)}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    print(f"$ {shlex.join(words)}", flush=True)
+    # Two CPU ranks wherever this runs, one core each.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     scripts = Path(sys.executable).parent
     environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
     program = words[0] if words[0] != "python" else sys.executable
-    status = subprocess.run([program, *words[1:]], env=environment, cwd=ROOT).returncode
+    status = subprocess.run([program, *words[1:]], env=environment).returncode
     if status:
         raise UserError(f"the command above failed with status {status}; mend it and start the quickstart again")
 
@@ -92,7 +100,7 @@ def train(folder: Path, overrides: list[str]) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     data = [f"data.train={folder}/data/train", f"data.valid={folder}/data/valid", f"run.folder={folder}/run"]
-    launcher = ["deepspeed", "--num_accelerators", str(RANKS), "--master_port", str(port)]
+    launcher = ["deepspeed", "--quiet", "--num_accelerators", str(RANKS), "--master_port", str(port)]
     settings = ["--config", "debug", "--deepspeed_config", "deepspeed_configs/cpu_debug.json"]
     execute(*launcher, "deberta_xl/pretrain.py", *settings, *data, *TRAINING, *overrides)
 
@@ -104,8 +112,7 @@ def use(folder: Path, sentences: list[str]) -> None:
     if not exported.exists():
         execute("python", "tools/convert.py", "--from", "native", "--to", "huggingface", folder / "run", exported)
     announce("6. Fill the mask, with the exported model")
-    for sentence in sentences:
-        execute("python", "tools/fill_mask.py", exported, sentence, "--top_k", "5")
+    execute("python", "tools/fill_mask.py", exported, *sentences, "--top_k", "5")
 
 
 def report(folder: Path, seconds: float) -> None:
@@ -124,10 +131,11 @@ def report(folder: Path, seconds: float) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """All stages."""
+    """All stages, from the repository's root."""
     started = time.monotonic()
-    folder = arguments.folder.resolve()
-    corpus = [str(Path(path).resolve()) for path in arguments.corpus] if arguments.corpus else None
+    folder = from_root(arguments.folder)
+    corpus = [str(from_root(Path(path))) for path in arguments.corpus] if arguments.corpus else None
+    os.chdir(ROOT)
     prepare_data(folder, corpus, arguments.vocab_size)
     train(folder, arguments.overrides)
     use(folder, SENTENCES)

@@ -211,7 +211,7 @@ def test_every_layout_of_a_checkpoint_gives_the_same_table(tool, native, model, 
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1] == tables[2]
     lines = tables[0].splitlines()
-    assert [line.split()[0] for line in lines] == ["[MASK]", "rank", "1", "2"] * 2
+    assert [line.split()[0] for line in lines] == ["the", "rank", "1", "2"] * 2
     guess = fill_mask(model, tokenizer, "the [MASK] of [MASK]")[0][0]
     assert all(part in lines[2] for part in (guess.piece, guess.text, f"{guess.probability:.2%}"))
 
