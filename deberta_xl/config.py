@@ -186,6 +186,17 @@ class ScheduleSection:
 
 
 @frozen
+class ParallelSection:
+    """`parallel`: how one replica of the model is divided over ranks; the remaining factor is data parallelism."""
+
+    tensor_parallel_size: int = 1
+    """Ranks that share each layer. Must divide the heads and the feed-forward width; stay inside one node."""
+
+    def __post_init__(self) -> None:
+        at_least(1, tensor_parallel_size=self.tensor_parallel_size)
+
+
+@frozen
 class CheckpointSection:
     """`checkpoint`: how often the run can be resumed from."""
 
@@ -223,6 +234,7 @@ class RunConfig:
     train: TrainSection = field(default_factory=TrainSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
 

@@ -27,6 +27,7 @@ from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.errors import ConfigError, UserError
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
+from deberta_xl.parallel.grid import Grid, check_divisible
 
 if TYPE_CHECKING:
     from deberta_xl.training.loop import Pretraining
@@ -61,6 +62,7 @@ class Inputs(NamedTuple):
     config: RunConfig
     engine: DeepSpeedConfig
     launch: Launch
+    grid: Grid
     tokenizer: Tokenizer
     tokenizer_folder: Path
     architecture: DebertaConfig
@@ -73,30 +75,35 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     config = load_run_config(arguments.config, arguments.overrides)
     engine = load_deepspeed_config(arguments.deepspeed_config, config)
     launch = read_launch()
-    engine.agree(launch.world_size, config)
+    grid = Grid.of(launch.rank, launch.world_size, config.parallel.tensor_parallel_size)
+    engine.agree(grid.data_parallel_size, config)
     if config.data.train is None:
         raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
     store = TokenStore(config.data.train)
     tokenizer_folder = Path(f"{config.data.train}.tokenizer")
     tokenizer = Tokenizer.load(tokenizer_folder)
     architecture = config.model.architecture(tokenizer.vocab_size)
+    check_divisible(architecture, grid.tensor_parallel_size)
     options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)
     data = PretrainingData(store, *options)
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
-    return Inputs(config, engine, launch, tokenizer, tokenizer_folder, architecture, data, valid)
+    return Inputs(config, engine, launch, grid, tokenizer, tokenizer_folder, architecture, data, valid)
 
 
 def print_arithmetic(inputs: Inputs, num_parameters: int) -> None:
     """What the run is going to be: sizes, ranks, samples and tokens, on rank 0."""
     train, length = inputs.config.train, inputs.config.model.sequence_length
-    ranks, batch = inputs.launch.world_size, train.global_batch_size
+    ranks, batch = inputs.grid.data_parallel_size, train.global_batch_size
     accumulation = train.gradient_accumulation_steps(ranks)
     samples = train.steps * batch
     zero = f"ZeRO-{inputs.engine.zero_stage} in {inputs.engine.precision}"
     rank_zero("model: %s parameters, vocabulary %d", f"{num_parameters:,}", inputs.architecture.vocab_size)
-    rank_zero("ranks: %d data-parallel, %s", ranks, zero)
     rank_zero(
-        "step: %d sequences x %d tokens = %s tokens (micro-batch %d x %d accumulated x %d ranks)",
+        "ranks: %d = %d data-parallel x %d tensor-parallel, %s",
+        inputs.launch.world_size, ranks, inputs.grid.tensor_parallel_size, zero,
+    )  # fmt: skip
+    rank_zero(
+        "step: %d sequences x %d tokens = %s tokens (micro-batch %d x %d accumulated x %d replicas)",
         batch, length, f"{batch * length:,}", train.micro_batch_size, accumulation, ranks,
     )  # fmt: skip
     rank_zero(
@@ -124,6 +131,8 @@ def assemble(inputs: Inputs) -> Pretraining:
     from deberta_xl.checkpoint.agreement import on_rank_zero
     from deberta_xl.checkpoint.folders import newest_whole_checkpoint
     from deberta_xl.checkpoint.store import load_checkpoint
+    from deberta_xl.parallel.groups import build_groups
+    from deberta_xl.parallel.plan import divide
     from deberta_xl.pretrained import DebertaForMaskedLM, load_initial_weights, native_config
     from deberta_xl.training.engine import build_engine, check_precision, start_engine_runtime
     from deberta_xl.training.heartbeat import Heartbeat
@@ -153,7 +162,10 @@ def assemble(inputs: Inputs) -> Pretraining:
         rank_zero("weights from %s", config.train.init)
     if config.train.activation_checkpointing:
         model.checkpoint_activations()
-    engine = build_engine(model, config.optimizer, inputs.engine.engine_dict(launch.world_size, config))
+    groups = build_groups(inputs.grid)
+    divide(model, groups)
+    settings = inputs.engine.engine_dict(inputs.grid.data_parallel_size, config)
+    engine = build_engine(model, config.optimizer, settings, groups)
     state = TrainState()
     fingerprints = {
         "architecture": dataclasses.asdict(inputs.architecture),
@@ -161,7 +173,8 @@ def assemble(inputs: Inputs) -> Pretraining:
         "tokenizer": inputs.tokenizer.fingerprint,
     }
     if newest is not None:
-        saved = load_checkpoint(engine, newest)
+        tensor_parallel = (inputs.grid.tensor_parallel_size, inputs.grid.tensor_parallel_rank)
+        saved = load_checkpoint(engine, newest, tensor_parallel=tensor_parallel)
         check_fingerprints(saved["fingerprints"], fingerprints)
         state = TrainState(saved["step"], saved["consumed_samples"])
         rank_zero("resumed from %s: step %d, %d samples consumed", newest, state.step, state.consumed_samples)
@@ -169,6 +182,7 @@ def assemble(inputs: Inputs) -> Pretraining:
         config=config,
         architecture=inputs.architecture,
         launch=launch,
+        groups=groups,
         engine=engine,
         data=inputs.data,
         valid=inputs.valid,

@@ -2,6 +2,7 @@
 
 ZeRO lays the parameters of a group end to end in one flat tensor and gives each data-parallel rank a slice of it
 (stages 1 and 2), or cuts every parameter by itself (stage 3). A `Fragment` is the part of one parameter that lies here.
+Under tensor parallelism each data-parallel group does so with its own shards, and "parameter" here means the shard.
 DeepSpeed's public accessors (`safe_get_full_…`) are not used: they move everything between the ranks, fail before the
 first step, and with two parameter groups after it too.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.rank_file import KINDS, Piece
+from deberta_xl.parallel.shard import shard_of
 
 MOMENTS = tuple(kind for kind in KINDS if kind != "master")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -55,11 +57,21 @@ def engine_fragments(engine: DeepSpeedEngine, names: NamedParameters) -> list[Fr
     if left_out:
         raise CheckpointError(f"these parameters are in no optimizer group: {', '.join(left_out)}")
     return [
-        Fragment(Piece(name, parameter_shape(parameter), offset, numel), flat, start)
+        Fragment(piece, flat, start)
         for name, parameter in names
         for offset, numel, flat, start in [by_parameter[parameter]]
-        if numel > 0
+        for piece in [_piece(name, parameter, offset, numel)]
+        if piece.numel > 0
     ]
+
+
+def _piece(name: str, parameter: nn.Parameter, offset: int, numel: int) -> Piece:
+    """A range of a parameter, without a shard's padding (which comes last)."""
+    shape, shard = parameter_shape(parameter), shard_of(parameter)
+    if shard is not None:
+        assert shard.local_shape == shape, f"{name} is {shape} here, which is not its {shard}"
+        numel = max(0, min(numel, shard.numel - offset))
+    return Piece(name, shape, offset, numel, shard)
 
 
 def check_engine(engine: DeepSpeedEngine) -> None:
@@ -81,8 +93,14 @@ def check_engine(engine: DeepSpeedEngine) -> None:
 
 
 def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, also while ZeRO-3 keeps it cut up."""
+    """The shape of a parameter on this tensor-parallel rank, also while ZeRO-3 keeps it cut up."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter in the plain model."""
+    shard = shard_of(parameter)
+    return parameter_shape(parameter) if shard is None else shard.logical_shape
 
 
 def flat_masters(engine: DeepSpeedEngine) -> list[Tensor]:

@@ -6,8 +6,8 @@
       …                          the caller's extra files (config.json, tokenizer/)
       manifest.json              every file with size and hash, written last (manifest.py)
 
-Saving moves no tensor between ranks; loading reads the byte ranges a rank needs. Any ZeRO stage (1, 2, 3), precision
-and number of ranks can load what any other has saved, bit for bit in the state.
+Saving moves no tensor between ranks; loading reads the byte ranges a rank needs. Any ZeRO stage (1, 2, 3), precision,
+number of ranks and tensor-parallel size can load what any other has saved, bit for bit in the state.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from deberta_xl.checkpoint.fragments import (
     create_adam_state,
     engine_fragments,
     fragment_values,
+    logical_shape,
     loss_scaler_state,
-    parameter_shape,
     refresh_model_weights,
     set_adam_step,
     set_loss_scaler_state,
@@ -49,6 +49,7 @@ from deberta_xl.checkpoint.manifest import (
 )
 from deberta_xl.checkpoint.rank_file import (
     KINDS,
+    WHOLE,
     StoredIndex,
     check_shapes,
     fill,
@@ -67,12 +68,15 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     extra_files: Mapping[str, Path | bytes],
+    tensor_parallel: tuple[int, int] = WHOLE,
 ) -> Path:
     """Write the checkpoint of step `state["step"]`; its folder. Collective, between two optimizer steps.
 
     `state` is the caller's own, JSON values only; `load_checkpoint` gives it back. `extra_files` maps paths inside the
-    checkpoint to contents, or to files or folders to copy (read on rank 0). Everything is written to a hidden folder
-    beside, forced to the disk and renamed, so there is never half a checkpoint under its name.
+    checkpoint to contents, or to files or folders to copy (read on rank 0). `tensor_parallel` is (size, rank) of this
+    process; a parameter that is a shard carries a `Shard`, all others are alike on the tensor-parallel ranks, of which
+    the first writes them. Everything is written to a hidden folder beside, forced to the disk and renamed, so there is
+    never half a checkpoint under its name.
 
     Raises CheckpointError on every rank when any rank fails (RuntimeError when the cause is a bug); earlier
     checkpoints are then as they were.
@@ -81,7 +85,7 @@ def save_checkpoint(
     folder = partial_folder(checkpoints, state["step"])
     try:
         on_rank_zero(lambda: _make_empty(folder))
-        written = gathered(lambda: _write_files(engine, folder, state, extra_files))
+        written = gathered(lambda: _write_files(engine, folder, state, extra_files, tensor_parallel))
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
         return on_rank_zero(lambda: _publish(folder, checkpoints / step_folder_name(state["step"]), files))
     except (CheckpointError, RuntimeError) as failure:
@@ -90,17 +94,20 @@ def save_checkpoint(
         raise type(failure)(f"step {state['step']} was not saved: {failure}") from failure
 
 
-def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
+def load_checkpoint(
+    engine: DeepSpeedEngine, folder: Path, *, tensor_parallel: tuple[int, int] = WHOLE
+) -> dict[str, Any]:
     """Put a checkpoint into the engine; the caller's `state` of `save_checkpoint`. Collective.
 
-    The engine may be fresh or have run, with any ZeRO stage, precision and number of ranks. Weights, Adam's moments and
-    step, loss scaler and counters are restored; learning rates and all other settings are the configuration's. The
-    files are not hashed again: `folder` comes from `newest_whole_checkpoint`, or went through `verify_checkpoint`.
+    The engine may be fresh or have run, with any ZeRO stage, precision, number of ranks and tensor-parallel size
+    (`tensor_parallel` is as in `save_checkpoint`). Weights, Adam's moments and step, loss scaler and counters are
+    restored; learning rates and all other settings are the configuration's, and the padding of shards stays as it is.
+    The files are not hashed again: `folder` comes from `newest_whole_checkpoint`, or went through `verify_checkpoint`.
 
     Raises CheckpointError on every rank, before anything is changed, when parameters are missing or have other shapes.
     """
     state, stored = together(lambda: _read_state_and_index(engine, folder))
-    together(lambda: _fill_engine(engine, stored, state["engine"]))
+    together(lambda: _fill_engine(engine, stored, state["engine"], tensor_parallel))
     refresh_model_weights(engine)
     return {key: value for key, value in state.items() if key != "engine"}
 
@@ -118,24 +125,41 @@ def _make_empty(folder: Path) -> None:
 
 
 def _write_files(
-    engine: DeepSpeedEngine, folder: Path, state: Mapping[str, Any], extra_files: Mapping[str, Path | bytes]
+    engine: DeepSpeedEngine,
+    folder: Path,
+    state: Mapping[str, Any],
+    extra_files: Mapping[str, Path | bytes],
+    tensor_parallel: tuple[int, int],
 ) -> dict[str, FileFacts]:
     """Write this rank's files; their facts, as they can be read back, by name."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not visible here; the run folder must be on a file system all ranks share")
     rank, _ = rank_and_size()
-    fragments = engine_fragments(engine, _canonical_parameters(engine))
+    fragments = _local_fragments(engine, tensor_parallel)
+    if tensor_parallel[1] > 0:
+        fragments = [fragment for fragment in fragments if fragment.piece.shard is not None]
     create_adam_state(engine)
+    pieces = [fragment.piece for fragment in fragments]
     try:
-        write_rank_file(folder / rank_file_name(rank), [f.piece for f in fragments], _snapshot(engine, fragments))
+        write_rank_file(folder / rank_file_name(rank), pieces, _snapshot(engine, fragments), tensor_parallel)
         names = [rank_file_name(rank)]
         if rank == 0:
-            shared = {STATE_NAME: json.dumps({**state, "engine": _engine_facts(engine)}, indent=1).encode()}
+            facts = _engine_facts(engine, tensor_parallel_size=tensor_parallel[0])
+            shared = {STATE_NAME: json.dumps({**state, "engine": facts}, indent=1).encode()}
             names += write_files(folder, {**extra_files, **shared})
         return {name: file_facts(folder / name) for name in names}
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free
         raise CheckpointError(f"{error} ({free / 2**20:.0f} MiB are free in {folder.parent})") from error
+
+
+def _local_fragments(engine: DeepSpeedEngine, tensor_parallel: tuple[int, int]) -> list[Fragment]:
+    """What this rank holds, checked against its place (size, rank) in the tensor-parallel group."""
+    fragments = engine_fragments(engine, _canonical_parameters(engine))
+    for piece, _, _ in fragments:
+        place = piece.shard and (piece.shard.size, piece.shard.rank)
+        assert place in (None, tensor_parallel), f"{piece.name} is {piece.shard} on {tensor_parallel}"
+    return fragments
 
 
 def _snapshot(engine: DeepSpeedEngine, fragments: Sequence[Fragment]) -> dict[str, Tensor]:
@@ -150,7 +174,7 @@ def _snapshot(engine: DeepSpeedEngine, fragments: Sequence[Fragment]) -> dict[st
     return copies
 
 
-def _engine_facts(engine: DeepSpeedEngine) -> dict[str, Any]:
+def _engine_facts(engine: DeepSpeedEngine, *, tensor_parallel_size: int) -> dict[str, Any]:
     """What the engine needs besides tensors, and the layout it had (which is information only)."""
     return {
         "adam_step": adam_step(engine),
@@ -161,6 +185,7 @@ def _engine_facts(engine: DeepSpeedEngine) -> dict[str, Any]:
         "skipped_steps": engine.skipped_steps,
         "layout": {
             "world_size": rank_and_size()[1],
+            "tensor_parallel_size": tensor_parallel_size,
             "zero_stage": engine.zero_optimization_stage(),
             "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
         },
@@ -183,14 +208,16 @@ def _read_state_and_index(engine: DeepSpeedEngine, folder: Path) -> tuple[dict[s
     """`state.json` and where each parameter's elements lie, checked against the engine's parameters."""
     files = read_manifest(folder)
     stored = read_indices(inside(folder, name) for name in files if is_rank_file(name))
-    expected = {name: parameter_shape(parameter) for name, parameter in _canonical_parameters(engine)}
+    expected = {name: logical_shape(parameter) for name, parameter in _canonical_parameters(engine)}
     check_shapes(folder, stored, expected)
     return json.loads((folder / STATE_NAME).read_bytes()), stored
 
 
-def _fill_engine(engine: DeepSpeedEngine, stored: StoredIndex, facts: Mapping[str, Any]) -> None:
+def _fill_engine(
+    engine: DeepSpeedEngine, stored: StoredIndex, facts: Mapping[str, Any], tensor_parallel: tuple[int, int]
+) -> None:
     """Copy this rank's elements from the files into the engine, and set its counters."""
-    fragments = engine_fragments(engine, _canonical_parameters(engine))
+    fragments = _local_fragments(engine, tensor_parallel)
     create_adam_state(engine)
     for kind in KINDS:
         fill(fragment_values(engine, fragments, kind), stored, kind)

@@ -27,7 +27,7 @@ from deberta_xl.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from deberta_xl.checkpoint.rank_file import Piece, fill, is_rank_file, read_indices
+from deberta_xl.checkpoint.rank_file import Piece, fill, is_rank_file, logical_shapes, read_indices
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -65,7 +65,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / WEIGHTS_NAME).is_file():
             return load_file(folder / WEIGHTS_NAME)
         stored = read_indices(inside(folder, name) for name in read_manifest(folder) if is_rank_file(name))
-        weights = {name: torch.empty(pieces[0].piece.shape, dtype=torch.float32) for name, pieces in stored.items()}
+        weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in logical_shapes(stored).items()}
         fill([(Piece(n, tuple(w.shape), 0, w.numel()), w.view(-1)) for n, w in weights.items()], stored, "master")
         return weights
     except (SafetensorError, OSError) as error:

@@ -43,6 +43,9 @@ class DisentangledAttention(nn.Module):
     def __init__(self, config: DebertaConfig):
         super().__init__()
         self.head_size = config.head_size
+        self.entry = nn.Identity()
+        """Everything that the heads' projections read passes here, once; where heads are divided over ranks, the plan
+        puts in its place what sums the ranks' gradients."""
         hidden, inner = config.hidden_size, config.attention_size
         self.query_proj = nn.Linear(hidden, inner)
         self.key_proj = nn.Linear(hidden, inner)
@@ -61,9 +64,13 @@ class DisentangledAttention(nn.Module):
         """[…, T, N·H] -> […, N, T, H]; N is however many heads the projection holds."""
         return x.unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
 
-    def memorize(self, hidden_BTD: Tensor) -> Memory:
-        """Keys and values of a sequence."""
-        return Memory(self.split_heads(self.key_proj(hidden_BTD)), self.split_heads(self.value_proj(hidden_BTD)))
+    def ask(self, entered_BSD: Tensor) -> Tensor:
+        """Queries [B, N, S, H] of states that have passed `entry`."""
+        return self.split_heads(self.query_proj(entered_BSD))
+
+    def memorize(self, entered_BTD: Tensor) -> Memory:
+        """Keys and values of states that have passed `entry`."""
+        return Memory(self.split_heads(self.key_proj(entered_BTD)), self.split_heads(self.value_proj(entered_BTD)))
 
     def project_positions(self, relative_RD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Relative keys and queries, [N, R, H] each; no queries where position-to-content is not used."""
@@ -75,13 +82,13 @@ class DisentangledAttention(nn.Module):
         return position_key_NRH, self.split_heads(to_query(relative_RD))
 
     def forward(
-        self, query_BSD: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
+        self, query_BNSH: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
     ) -> Tensor:
-        """The attended and projected context of `query_BSD`, [B, S, D]; `key` names the dropout masks."""
-        relative_RD = self.relative_dropout(relative_RD, fold_key(key, "relative"))
+        """The attended and projected context of the queries, [B, S, D]; `key` names the dropout masks."""
+        relative_RD = self.entry(self.relative_dropout(relative_RD, fold_key(key, "relative")))
         position_key_NRH, position_query_NRH = self.project_positions(relative_RD)
         context_BNSH = disentangled_attention(
-            self.split_heads(self.query_proj(query_BSD)),
+            query_BNSH,
             *memory,
             position_key_NRH,
             position_query_NRH,

@@ -34,7 +34,7 @@ def enhanced_mask_decoder(
     vectors at the queries' places; `pairs` are those of the queries. Keys and values come from `hidden_BSD` in every
     pass, so they are computed once. Queries do not see each other: decoding only the labelled positions is exact.
     """
-    memory = layer.attention.memorize(hidden_BSD)
+    memory = layer.attention.memorize(layer.attention.entry(hidden_BSD))
     for number in range(NUM_PASSES):
         pass_key = fold_key(key, "enhanced_mask_decoder", number)
         query_BMD = apply_layer(layer.refine, query_BMD, memory, relative_RD, pairs, pass_key)

@@ -1,7 +1,7 @@
 """One encoder layer: disentangled attention and a feed-forward block, each followed by residual and LayerNorm.
 
 Shape suffixes of this file:
-    B batch   S queries   T keys   D hidden   F inner   R relative rows (2k)
+    B batch   S queries   T keys   D hidden   N heads on this rank   H head size   R relative rows (2k)
 """
 
 from __future__ import annotations
@@ -46,13 +46,28 @@ class EncoderLayer(nn.Module):
 
     def forward(self, hidden_BSD: Tensor, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None) -> Tensor:
         """Every position attends to the sequence it stands in."""
-        return self.refine(hidden_BSD, self.attention.memorize(hidden_BSD), relative_RD, pairs, key)
+        entered_BSD = self.attention.entry(hidden_BSD)
+        query_BNSH, memory = self.attention.ask(entered_BSD), self.attention.memorize(entered_BSD)
+        return self.finish(hidden_BSD, query_BNSH, memory, relative_RD, pairs, key)
 
     def refine(
-        self, query_BSD: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
+        self, source_BSD: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
     ) -> Tensor:
-        """Queries attend to a given memory; the residual is the query. The enhanced mask decoder applies this twice."""
-        attended_BSD = self.attention(query_BSD, memory, relative_RD, pairs, fold_key(key, "attention"))
-        u_BSD = self.attention_norm(query_BSD + self.dropout(attended_BSD, fold_key(key, "attention_output")))
+        """States of their own attend to a given memory. The enhanced mask decoder applies this twice."""
+        query_BNSH = self.attention.ask(self.attention.entry(source_BSD))
+        return self.finish(source_BSD, query_BNSH, memory, relative_RD, pairs, key)
+
+    def finish(
+        self,
+        residual_BSD: Tensor,
+        query_BNSH: Tensor,
+        memory: Memory,
+        relative_RD: Tensor,
+        pairs: Pairs,
+        key: DropoutKey | None,
+    ) -> Tensor:
+        """Attend, add the residual, and the feed-forward block."""
+        attended_BSD = self.attention(query_BNSH, memory, relative_RD, pairs, fold_key(key, "attention"))
+        u_BSD = self.attention_norm(residual_BSD + self.dropout(attended_BSD, fold_key(key, "attention_output")))
         inner_BSD = self.dropout(self.feed_forward(u_BSD), fold_key(key, "feed_forward_output"))
         return self.feed_forward_norm(u_BSD + inner_BSD)

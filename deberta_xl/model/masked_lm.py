@@ -52,8 +52,8 @@ class MaskedLMOutput(NamedTuple):
     """Cross-entropy over the labelled positions (a sum divided by their number, or by `label_count`); None without."""
     logits: Tensor
     """[L, V] at the labelled positions in row-major order; [B, S, V] without labels."""
-    num_correct: Tensor | None = None
-    """Labelled positions whose best guess is right."""
+    guess_L: Tensor | None = None
+    """The best guess at each labelled position."""
     hidden_states: tuple[Tensor, ...] | None = None
     """On request: the embeddings and the states after each layer, N + 1 tensors [B, S, D]."""
 
@@ -63,6 +63,8 @@ class MaskedLanguageModelHead(nn.Module):
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
+        self.entry = nn.Identity()
+        """Before the vocabulary; where that is divided over ranks, the plan puts in its place what sums gradients."""
         self.dense = nn.Linear(config.hidden_size, config.embedding_width)
         self.norm = nn.LayerNorm(config.embedding_width, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
@@ -70,18 +72,14 @@ class MaskedLanguageModelHead(nn.Module):
 
     def forward(self, decoded: Tensor, word: nn.Embedding) -> Tensor:
         """[…, D] -> logits […, V], at least float32. The table comes with its module, so that ZeRO-3 can gather it."""
-        transformed = self.norm(self.activation(self.dense(decoded)))
+        transformed = self.entry(self.norm(self.activation(self.dense(decoded))))
         logits = F.linear(transformed, word.weight, self.bias)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def masked_lm_loss(logits_LV: Tensor, label_L: Tensor, label_count: float | None) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy over `label_count` (default: how many there are; no labels give 0), and correct guesses."""
-    loss_sum = F.cross_entropy(logits_LV, label_L, reduction="sum")
-    divisor = max(1, len(label_L)) if label_count is None else label_count
-    with torch.no_grad():
-        num_correct = (logits_LV.argmax(-1) == label_L).sum()
-    return loss_sum / divisor, num_correct
+def masked_lm_loss(logits_LV: Tensor, label_L: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy summed over the labelled positions (0 without any), and the best guess at each, [L]."""
+    return F.cross_entropy(logits_LV, label_L, reduction="sum"), logits_LV.detach().argmax(-1)
 
 
 def pair_mask(segments_BS: Tensor) -> Tensor:
@@ -97,6 +95,8 @@ class MaskedLanguageModel(nn.Module):
         """Fresh weights from `seed`. Under `torch.device("meta")` nothing is allocated or initialised."""
         super().__init__()
         self.config = config
+        self.loss = masked_lm_loss
+        """Cross-entropy and guesses from logits; the plan puts another here where the vocabulary is divided."""
         device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             self.embeddings = Embeddings(config)
@@ -156,8 +156,9 @@ class MaskedLanguageModel(nn.Module):
         if labelled is None:
             return MaskedLMOutput(None, self.head(decoded, self.embeddings.word), hidden_states=hidden_states)
         logits_LV = self.head(decoded.flatten(0, 1)[labelled.slot_L], self.embeddings.word)
-        loss, num_correct = masked_lm_loss(logits_LV, labelled.label_L, label_count)
-        return MaskedLMOutput(loss, logits_LV, num_correct, hidden_states)
+        loss_sum, guess_L = self.loss(logits_LV, labelled.label_L)
+        divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
+        return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L, hidden_states)
 
     def decode(
         self,

@@ -21,6 +21,7 @@ from deberta_xl.config import OptimizerSection
 from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch, export_launch
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.parallel.groups import Groups
 from deberta_xl.training.batches import MicroBatch
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
@@ -69,12 +70,19 @@ def check_precision(precision: str) -> None:
         )
 
 
-def build_engine(model: nn.Module, optimizer: OptimizerSection, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The engine around a plain model; `settings` is DeepSpeed's configuration with every "auto" filled in."""
+def build_engine(
+    model: nn.Module, optimizer: OptimizerSection, settings: dict[str, Any], groups: Groups | None = None
+) -> deepspeed.DeepSpeedEngine:
+    """The engine around a model, plain or divided over `groups`; `settings` is DeepSpeed's complete configuration."""
+    unit = groups.model_parallel_unit() if groups else None
     # Some of DeepSpeed's optimizers print their memory use when they are built.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, optimizer), config=settings, dist_init_required=False
+            model=model,
+            optimizer=build_optimizer(model, optimizer),
+            config=settings,
+            mpu=unit,
+            dist_init_required=False,
         )
     return engine
 
@@ -122,7 +130,7 @@ def run_step(
             )
             engine.backward(output.loss)
         losses.append(output.loss.detach())
-        corrects.append(output.num_correct)
+        corrects.append((output.guess_L == batch.labelled.label_L).sum())
         heartbeat.mark(heartbeat.step, "optimizer")
         with timer.phase("optimizer"):
             engine.step()

@@ -65,10 +65,11 @@ def evaluate(
     micro_batch_size: int,
     rank: int = 0,
     size: int = 1,
+    group: dist.ProcessGroup | None = None,
 ) -> Evaluation:
     """Evaluate `model` (a module or an engine, in evaluation mode) on rows in their order, under fixed masks.
 
-    Collective over `size` ranks when there are several.
+    Collective over the `size` ranks of `group` (all ranks by default) when there are several.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     label_counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
@@ -77,13 +78,14 @@ def evaluate(
     for host_batch in evaluation_batches(data, **options):
         batch = host_batch.to(device)
         output = model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=1.0)
-        sums += torch.stack([output.loss.double(), output.num_correct.double()])
+        num_correct = (output.guess_L == batch.labelled.label_L).sum()
+        sums += torch.stack([output.loss.double(), num_correct.double()])
         label_counts += torch.bincount(batch.labelled.label_L, minlength=vocab_size)
         labels.append(batch.labelled.label_L.cpu())
-        guesses.append(output.logits.argmax(-1).cpu())
+        guesses.append(output.guess_L.cpu())
     if size > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(label_counts)
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(label_counts, group=group)
     num_labels = int(label_counts.sum())
     loss, accuracy = (sums / max(1, num_labels)).tolist()
     return Evaluation(loss, accuracy, num_labels, entropy(label_counts), torch.cat(labels), torch.cat(guesses))

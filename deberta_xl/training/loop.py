@@ -19,6 +19,7 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.parallel.groups import Groups
 from deberta_xl.training.batches import step_batches
 from deberta_xl.training.engine import run_step, set_learning_rate
 from deberta_xl.training.evaluate import Evaluation, evaluate
@@ -43,6 +44,7 @@ class Pretraining:
     config: RunConfig
     architecture: DebertaConfig
     launch: Launch
+    groups: Groups
     engine: deepspeed.DeepSpeedEngine
     data: PretrainingData
     valid: PretrainingData | None
@@ -60,9 +62,10 @@ class Pretraining:
         """Train to the last step or until asked to stop; how it ended."""
         config, state = self.config, self.state
         writer = self.open_metrics()
-        recorder = Recorder(self.engine, config, self.architecture, self.data.num_rows, writer)
+        recorder = Recorder(self.engine, config, self.architecture, self.data.num_rows, self.groups, writer)
         profiler = StepProfiler(config.train.profile_steps(), self.folder.profile, self.launch.rank)
         agreement = Agreement()
+        grid = self.groups.grid
         key = DropoutKey(config.train.seed)
         saved_step = state.step
         batches = prefetch(self.batches(), STEPS_AHEAD)
@@ -73,7 +76,9 @@ class Pretraining:
             recorder.begin_step(step)
             with recorder.timer.phase("data"):
                 micro_batches = next(batches)
-            num_labels, is_stopping = agreement.before_step(sum(b.num_labels for b in micro_batches), self.stop)
+            # The ranks that share a replica see the same labels; one of them counts.
+            counted = 0 if grid.tensor_parallel_rank else sum(batch.num_labels for batch in micro_batches)
+            num_labels, is_stopping = agreement.before_step(counted, self.stop)
             if is_stopping:
                 break
             profiler.before_step(step)
@@ -83,8 +88,8 @@ class Pretraining:
                 self.engine,
                 micro_batches,
                 num_labels=num_labels,
-                data_parallel_size=self.launch.world_size,
-                key=key.fold("step", step, "rank", self.launch.rank),
+                data_parallel_size=grid.data_parallel_size,
+                key=key.fold("step", step, "rank", grid.data_parallel_rank),
                 heartbeat=self.heartbeat,
                 timer=recorder.timer,
             )
@@ -108,8 +113,8 @@ class Pretraining:
             self.data,
             self.config.train,
             self.state.consumed_samples,
-            rank=self.launch.rank,
-            size=self.launch.world_size,
+            rank=self.groups.grid.data_parallel_rank,
+            size=self.groups.grid.data_parallel_size,
             pin=self.engine.device.type == "cuda",
         )
 
@@ -143,7 +148,13 @@ class Pretraining:
         self.heartbeat.mark(step, "checkpoint")
         start = time.perf_counter()
         state = {**asdict(self.state), "fingerprints": dict(self.fingerprints)}
-        folder = save_checkpoint(self.engine, self.folder.checkpoints, state, extra_files=self.checkpoint_files)
+        folder = save_checkpoint(
+            self.engine,
+            self.folder.checkpoints,
+            state,
+            extra_files=self.checkpoint_files,
+            tensor_parallel=(self.groups.grid.tensor_parallel_size, self.groups.grid.tensor_parallel_rank),
+        )
         prune_checkpoints(folder, self.config.checkpoint.keep)
         rank_zero("checkpoint %s written in %.1f s", folder, time.perf_counter() - start)
 
@@ -160,8 +171,9 @@ class Pretraining:
             device=self.engine.device,
             max_samples=self.config.evaluation.max_samples,
             micro_batch_size=self.config.train.micro_batch_size,
-            rank=self.launch.rank,
-            size=self.launch.world_size,
+            rank=self.groups.grid.data_parallel_rank,
+            size=self.groups.grid.data_parallel_size,
+            group=self.groups.data_group,
         )
         self.engine.train()
         if writer is not None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.config import RunConfig
+from deberta_xl.parallel.groups import Groups
 from deberta_xl.training.engine import StepResult, gradient_norm, loss_scale, memory_gib
 from deberta_xl.training.flops import peak_flops, step_flops
 from deberta_xl.training.metrics import MetricsWriter
@@ -30,10 +31,11 @@ class Recorder:
         config: RunConfig,
         architecture: DebertaConfig,
         num_rows: int,
+        groups: Groups,
         writer: MetricsWriter | None,
     ):
         self.engine, self.config, self.architecture = engine, config, architecture
-        self.num_rows = num_rows
+        self.num_rows, self.groups = num_rows, groups
         self.writer = writer
         self.timer = StepTimer(engine.device)
         self.peak = self.device_peak()
@@ -79,14 +81,14 @@ class Recorder:
 
     def interval_metrics(self, state: TrainState) -> dict[str, float | None]:
         """All metrics of the interval that ends with this step. Collective."""
-        dist.all_reduce(self.sums)
+        dist.all_reduce(self.sums, group=self.groups.data_group)
         loss_sum, num_correct = self.sums.tolist()
         seconds = time.perf_counter() - self.start
         train, length = self.config.train, self.config.model.sequence_length
         samples = self.num_steps * train.global_batch_size
         flops = step_flops(self.architecture, samples, length, self.num_labels) / seconds
         return {
-            "loss": loss_sum / (self.num_steps * self.engine.dp_world_size),
+            "loss": loss_sum / (self.num_steps * self.groups.grid.data_parallel_size),
             "accuracy": num_correct / max(1, self.num_labels),
             "grad_norm": gradient_norm(self.engine),
             "loss_scale": loss_scale(self.engine),

@@ -35,7 +35,7 @@ class Agreement:
         self.group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
 
     def before_step(self, num_labels: int, stop: StopRequest) -> tuple[int, bool]:
-        """Labelled positions of the step over all ranks, and whether any rank was asked to stop."""
+        """The sum of what every rank counts of the step's labelled positions, and whether any was asked to stop."""
         votes = torch.tensor([num_labels, int(stop.signal is not None)], dtype=torch.int64)
         dist.all_reduce(votes, group=self.group)
         return int(votes[0]), bool(votes[1])

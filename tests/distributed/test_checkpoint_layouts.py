@@ -14,7 +14,7 @@ from ranks import run_ranks
 from tiny_engine import GLOBAL_BATCH, Layout, build_engine, train
 from torch import Tensor
 
-from deberta_xl.checkpoint.rank_file import KINDS, Piece, fill, read_indices
+from deberta_xl.checkpoint.rank_file import KINDS, Piece, fill, logical_shapes, read_indices
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
 from deberta_xl.checkpoint.weights import read_weights
 
@@ -120,7 +120,7 @@ def full_state(folder: Path) -> FullState:
     stored = read_indices(sorted(folder.glob("rank-*.safetensors")))
     state = {}
     for kind in KINDS:
-        state[kind] = {name: torch.full(pieces[0].piece.shape, torch.nan) for name, pieces in stored.items()}
+        state[kind] = {name: torch.full(shape, torch.nan) for name, shape in logical_shapes(stored).items()}
         whole = [(Piece(name, tuple(t.shape), 0, t.numel()), t.view(-1)) for name, t in state[kind].items()]
         fill(whole, stored, kind)
     return state

@@ -292,3 +292,21 @@ def test_half_precision_is_refused_where_the_device_has_none(small_dataset, tmp_
     assert result.returncode == 2
     assert "fp16 is not supported on this device" in result.stdout
     assert "Traceback" not in result.stdout
+
+
+def test_a_divided_run_has_the_plain_curve_and_continues_undivided(small_dataset, uninterrupted, tmp_path):
+    plain, divided = tmp_path / "plain", tmp_path / "divided"
+    steady = ["model.dropout=0", "schedule.decay=constant"]
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, plain, *steady)])
+    assert result.returncode == 0, result.stdout
+    two = "parallel.tensor_parallel_size=2"
+    result = run([*deepspeed(2), *arguments(small_dataset, divided, *steady, two, "train.steps=4")])
+    assert result.returncode == 0, result.stdout
+    assert "2 = 1 data-parallel x 2 tensor-parallel" in result.stdout
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, divided, *steady, engine="zero3_fp32")])
+    assert result.returncode == 0, result.stdout
+    for name in ("loss", "grad_norm", "valid_loss"):
+        # float32 sums in another order, over 8 steps of Adam.
+        assert metrics(divided, name) == pytest.approx(metrics(plain, name), rel=1e-4), name
+    weights, expected = final_weights(divided), final_weights(plain)
+    assert {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in expected.items()}

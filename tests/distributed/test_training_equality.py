@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,9 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.plan import divide
 from deberta_xl.training.batches import MicroBatch, step_batches
 from deberta_xl.training.engine import build_engine, gradient_norm, run_step, set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
@@ -114,17 +118,21 @@ def settings(case: Case, micro_batch_size: int, precision: str = "fp32") -> dict
     }
 
 
-def train_with_engine(dataset: SmallDataset, folder: str, case: Case, precision: str = "fp32") -> Curve:
-    """The same run on this rank of an engine."""
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def train_with_engine(
+    dataset: SmallDataset, folder: Path, case: Case, precision: str = "fp32", groups: Groups | None = None
+) -> Curve:
+    """The same run on this rank of an engine, over a plain model or one divided over `groups`."""
+    groups = groups or Groups(Grid.of(torch.distributed.get_rank(), torch.distributed.get_world_size(), 1))
+    rank, size = groups.grid.data_parallel_rank, groups.grid.data_parallel_size
     micro = ROWS // (size * case.accumulation)
     model = MaskedLanguageModel(architecture(dataset.tokenizer.vocab_size), seed=3)
     if case.activation_checkpointing:
         model.checkpoint_activations()
-    engine = build_engine(model, case.optimizer, settings(case, micro, precision))
+    divide(model, groups)
+    engine = build_engine(model, case.optimizer, settings(case, micro, precision), groups)
     train = TrainSection(global_batch_size=ROWS, micro_batch_size=micro)
     batches = step_batches(open_data(dataset), train, 0, rank=rank, size=size, pin=False)
-    heartbeat, timer = Heartbeat(folder, rank), StepTimer(engine.device)
+    heartbeat, timer = Heartbeat(folder, torch.distributed.get_rank()), StepTimer(engine.device)
     curve = Curve([], [])
     for step in range(1, STEPS + 1):
         micro_batches = [
@@ -132,13 +140,13 @@ def train_with_engine(dataset: SmallDataset, folder: str, case: Case, precision:
             for number, batch in enumerate(next(batches))
         ]
         num_labels = torch.tensor(sum(b.num_labels for b in micro_batches))
-        torch.distributed.all_reduce(num_labels)
+        torch.distributed.all_reduce(num_labels, group=groups.data_group)
         set_learning_rate(engine, rate(step))
         result = run_step(
             engine, micro_batches, num_labels=int(num_labels), data_parallel_size=size, key=DropoutKey(0),
             heartbeat=heartbeat, timer=timer,
         )  # fmt: skip
-        torch.distributed.all_reduce(result.loss)
+        torch.distributed.all_reduce(result.loss, group=groups.data_group)
         curve.losses.append(result.loss.item() / size)
         curve.norms.append(gradient_norm(engine))
     heartbeat.close()

@@ -1,0 +1,150 @@
+"""megatron-core's divided layers, with the call and the names of the plain layers whose place they take.
+
+Each is built from the plain layer: it keeps this rank's slice of the weights, marked as a slice, since DeepSpeed
+otherwise counts it wrongly in the gradient norm.
+
+Shape suffixes of this file:
+    L positions   V vocabulary (this rank's part)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor, nn
+
+from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
+from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.shard import Shard
+
+
+def layer_options(groups: Groups) -> dict[str, Any]:
+    """What every layer of megatron-core is built with: on the host, and uninitialised; the weights follow."""
+    size = groups.grid.tensor_parallel_size
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=size, use_cpu_initialization=True, perform_initialization=False
+    )
+    return {"config": config, "init_method": None, "tp_group": groups.tensor_group}
+
+
+@torch.no_grad()
+def keep_slice(parameter: nn.Parameter, full: Tensor, dim: int, groups: Groups) -> None:
+    """Fill `parameter` with this rank's slice of `full` along `dim`, and mark it as a slice."""
+    grid = groups.grid
+    shard = Shard(dim, grid.tensor_parallel_rank, grid.tensor_parallel_size, tuple(full.shape))
+    parameter.copy_(shard.cut(full))
+    parameter.tensor_model_parallel = True  # read by DeepSpeed; the vocabulary's bias needs it, too
+    parameter.tensor_parallel_shard = shard
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """A linear layer of which each rank computes some outputs.
+
+    With `sums_gradient` the gradient of its input is summed over the ranks; without, something before it does that for
+    several layers at once.
+    """
+
+    def __init__(self, plain: nn.Linear, groups: Groups, *, sums_gradient: bool):
+        super().__init__(
+            plain.in_features,
+            plain.out_features,
+            bias=plain.bias is not None,
+            disable_grad_reduce=not sums_gradient,
+            **layer_options(groups),
+        )
+        keep_slice(self.weight, plain.weight, 0, groups)
+        keep_slice(self.bias, plain.bias, 0, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """This rank's outputs, bias added."""
+        return super().forward(x)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """A linear layer of which each rank reads some inputs; the ranks' results are summed, then the bias is added."""
+
+    def __init__(self, plain: nn.Linear, groups: Groups):
+        super().__init__(
+            plain.in_features,
+            plain.out_features,
+            bias=plain.bias is not None,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            **layer_options(groups),
+        )
+        keep_slice(self.weight, plain.weight, 1, groups)
+        with torch.no_grad():
+            self.bias.copy_(plain.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole output, on every rank."""
+        return super().forward(x)[0]
+
+
+class VocabularyEmbedding(VocabParallelEmbedding):
+    """A word table of which each rank holds some rows; rows are padded to a multiple of the ranks."""
+
+    def __init__(self, plain: nn.Embedding, groups: Groups):
+        size = groups.grid.tensor_parallel_size
+        padded = -(-plain.num_embeddings // size) * size
+        super().__init__(padded, plain.embedding_dim, **layer_options(groups))
+        keep_slice(self.weight, plain.weight, 0, groups)
+
+
+class CopyToRanks(nn.Module):
+    """The identity; in the backward pass the sum of the ranks' gradients. Where all ranks begin to compute apart."""
+
+    def __init__(self, groups: Groups):
+        super().__init__()
+        self.group = groups.tensor_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`."""
+        return copy_to_tensor_model_parallel_region(x, group=self.group)
+
+
+class RankDropout(Dropout):
+    """Dropout of something that each rank holds a part of: every rank draws its own mask."""
+
+    def __init__(self, plain: Dropout, groups: Groups):
+        super().__init__(plain.probability)
+        self.rank = groups.grid.tensor_parallel_rank
+
+    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """`x` with this rank's mask of `key`."""
+        return super().forward(x, fold_key(key, "tensor-parallel rank", self.rank))
+
+
+class VocabularyLoss:
+    """Cross-entropy and best guesses from logits of which each rank holds some columns (`masked_lm_loss` divided)."""
+
+    def __init__(self, vocab_size: int, groups: Groups):
+        self.vocab_size = vocab_size
+        self.groups = groups
+
+    def __call__(self, logits_LV: Tensor, label_L: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed loss, and the guess at each position, equal on all ranks."""
+        first = logits_LV.shape[-1] * self.groups.grid.tensor_parallel_rank
+        column_V = torch.arange(first, first + logits_LV.shape[-1], device=logits_LV.device)
+        logits_LV = logits_LV.masked_fill(column_V >= self.vocab_size, float("-inf"))
+        guess_L = self.guess(logits_LV.detach(), first)  # before megatron-core overwrites the logits
+        return vocab_parallel_cross_entropy(logits_LV, label_L).sum(), guess_L
+
+    def guess(self, logits_LV: Tensor, first: int) -> Tensor:
+        """The id of the largest logit over all ranks; the lowest id of equal ones, as argmax gives."""
+        value_L, index_L = logits_LV.max(-1)
+        values = [torch.empty_like(value_L) for _ in range(self.groups.grid.tensor_parallel_size)]
+        indices = [torch.empty_like(index_L) for _ in values]
+        torch.distributed.all_gather(values, value_L, group=self.groups.tensor_group)
+        torch.distributed.all_gather(indices, index_L + first, group=self.groups.tensor_group)
+        best_1L = torch.stack(values).argmax(0, keepdim=True)
+        return torch.stack(indices).gather(0, best_1L).squeeze(0)

@@ -1,0 +1,221 @@
+"""A model divided over ranks by the plan equals the plain model: loss, every gradient, gradient norm, training."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import SmallDataset
+from ranks import run_ranks
+from test_training_equality import Case, Curve, architecture, assert_equal_curves, train_plainly, train_with_engine
+from vectors import Vector, folders
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.groups import Groups, build_groups
+from deberta_xl.parallel.plan import divide
+
+SIZES = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "position_buckets": 8}
+LAYOUTS = {
+    "v2": {"conv_kernel_size": 3},
+    "own_position_projections": {"share_att_key": False},
+    "c2p": {"pos_att_type": "c2p"},
+    "positions_in_the_input": {"position_biased_input": True, "type_vocab_size": 2},
+}
+# 101 and 99 do not divide by 2 or 4: the last rank's part of the vocabulary is padded.
+VOCABULARIES = (101, 99)
+
+
+def join(tensor_parallel_size: int) -> Groups:
+    """This rank's groups."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return build_groups(Grid.of(rank, size, tensor_parallel_size))
+
+
+def batch(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two rows with padding and two documents, and labels."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(4, vocab_size, (2, 24), generator=generator)
+    segments = torch.tensor([[1] * 24, [1] * 9 + [2] * 10 + [0] * 5])
+    labels = torch.where((torch.rand(2, 24, generator=generator) < 0.3) & (segments > 0), ids, 0)
+    return ids * (segments > 0), segments, labels
+
+
+class Outcome(NamedTuple):
+    """What is compared."""
+
+    loss: torch.Tensor
+    guess_L: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def outcome(model: MaskedLanguageModel, key: DropoutKey | None = None) -> Outcome:
+    """Loss, guesses and gradients of one batch."""
+    ids, segments, labels = batch(model.config.vocab_size)
+    output = model(ids, segments, labels=labels, dropout_key=key)
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Outcome(output.loss.detach(), output.guess_L, gradients)
+
+
+def divided_outcome(config: DebertaConfig, tensor_parallel_size: int, activation_checkpointing: bool) -> Outcome:
+    """The outcome of a divided model on this rank, its slices' gradients joined to whole ones."""
+    groups = join(tensor_parallel_size)
+    model = MaskedLanguageModel(config, seed=3).eval()
+    if activation_checkpointing:
+        model.checkpoint_activations()
+    divide(model, groups)
+    result = outcome(model)
+    return result._replace(gradients={name: join_slices(model, name, groups) for name in result.gradients})
+
+
+def join_slices(model: MaskedLanguageModel, name: str, groups: Groups) -> torch.Tensor:
+    """The whole gradient of a parameter."""
+    parameter = model.get_parameter(name)
+    shard = getattr(parameter, "tensor_parallel_shard", None)
+    if shard is None:
+        return parameter.grad
+    parts = [torch.empty_like(parameter.grad) for _ in range(shard.size)]
+    torch.distributed.all_gather(parts, parameter.grad.contiguous(), group=groups.tensor_group)
+    return torch.cat(parts, shard.dim).narrow(0, 0, shard.logical_shape[0])
+
+
+def assert_equal_outcome(actual: Outcome, expected: Outcome) -> None:
+    """DESIGN's tolerances in float32: per tensor 1e-5 of its norm, plus 1e-7 of the global norm (zeros exist)."""
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=0)
+    assert torch.equal(actual.guess_L, expected.guess_L)
+    total = torch.stack([g.norm() for g in expected.gradients.values()]).norm()
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        difference = (actual.gradients[name] - gradient).norm()
+        assert difference <= 1e-5 * gradient.norm() + 1e-7 * total, f"{name}: {difference} of {gradient.norm()}"
+
+
+def outcomes(tensor_parallel_size: int, configs: list[DebertaConfig]) -> list[Outcome]:
+    """Every configuration on this rank, with and without recomputation."""
+    return [divided_outcome(c, tensor_parallel_size, recompute) for c in configs for recompute in (False, True)]
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [2, 4])
+def test_a_divided_model_has_the_plain_ones_loss_guesses_and_gradients(tensor_parallel_size):
+    configs = [
+        DebertaConfig(vocab_size=size, max_position_embeddings=24, **SIZES, **options)
+        for options, size in zip(LAYOUTS.values(), VOCABULARIES * 2, strict=True)
+    ]
+    expected = [outcome(MaskedLanguageModel(c, seed=3).eval()) for c in configs for _ in (False, True)]
+    for results in run_ranks(outcomes, tensor_parallel_size, tensor_parallel_size, configs, timeout=200):
+        for actual, reference in zip(results, expected, strict=True):
+            assert_equal_outcome(actual, reference)
+
+
+def vector_outcome(folder) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and whole gradients of a reference vector, divided over two ranks."""
+    groups = join(2)
+    vector = Vector(folder, torch.float32)
+    divide(vector.model, groups)
+    inputs = vector.inputs
+    output = vector.model(
+        inputs["input_ids"], inputs["attention_mask"], inputs.get("token_type_ids"), labels=inputs["labels"]
+    )
+    output.loss.backward()
+    return output.loss.detach(), {n: join_slices(vector.model, n, groups) for n in vector.gradients}
+
+
+@pytest.mark.parametrize("folder", folders("mlm_emd"), ids=lambda folder: folder.name)
+def test_a_divided_model_reproduces_the_original(folder):
+    expected = Vector(folder)
+    for loss, gradients in run_ranks(vector_outcome, 2, folder):
+        # The original's own float32 differs from its float64 by 9e-5 (loss) and 4.5e-5 (gradients).
+        assert abs(loss - expected.outputs["loss"]) <= 2e-4
+        for name, gradient in expected.gradients.items():
+            assert (gradients[name] - gradient).abs().max() <= 1e-4, name
+
+
+def dropout_masks() -> tuple[torch.Tensor, torch.Tensor]:
+    """What dropout zeroes on this rank: outside the divided region, and inside it."""
+    config = DebertaConfig(
+        vocab_size=100, max_position_embeddings=24, hidden_dropout=0.3, attention_dropout=0.3, **SIZES
+    )
+    model = MaskedLanguageModel(config, seed=3).train()
+    divide(model, join(2))
+    seen = []
+    layer = model.encoder.layers[0]
+    for module in (layer.dropout, layer.attention.relative_dropout, layer.attention.probability_dropout):
+        module.register_forward_hook(lambda _m, _a, output: seen.append(output == 0))
+    outcome(model, DropoutKey(1))
+    outside = torch.cat([mask.flatten() for mask in seen if mask.shape[-1] == 32])
+    inside = torch.cat([mask.flatten() for mask in seen if mask.dim() == 4])
+    return outside, inside
+
+
+def test_dropout_agrees_outside_the_divided_region_and_differs_inside():
+    (outside_0, inside_0), (outside_1, inside_1) = run_ranks(dropout_masks, 2)
+    assert torch.equal(outside_0, outside_1)
+    assert not torch.equal(inside_0, inside_1)
+
+
+def count_collectives() -> dict[str, int]:
+    """Collectives of one layer's forward and backward."""
+    groups = join(2)
+    config = DebertaConfig(vocab_size=100, max_position_embeddings=24, **SIZES)
+    model = MaskedLanguageModel(config, seed=3).eval()
+    divide(model, groups)
+    counts = {"forward": 0, "backward": 0}
+    phase = "forward"
+    real = torch.distributed.all_reduce
+
+    def counted(*args: object, **options: object) -> object:
+        counts[phase] += 1
+        return real(*args, **options)
+
+    torch.distributed.all_reduce = counted
+    hidden = torch.randn(2, 24, 32, requires_grad=True)
+    relative = torch.randn(16, 32, requires_grad=True)
+    from deberta_xl.model.disentangled_attention import Pairs
+
+    pairs = Pairs(model.encoder.relative_position.index(24, hidden.device), torch.ones(2, 24, 24, dtype=torch.bool))
+    output = model.encoder.layers[0](hidden, relative, pairs)
+    phase = "backward"
+    output.sum().backward()
+    return counts
+
+
+def test_a_layer_needs_two_sums_forward_and_three_backward():
+    # Forward: after the output projection and after the feed-forward block. Backward: states and relative table where
+    # they enter the heads (two for the attention), and the input of the feed-forward block.
+    assert run_ranks(count_collectives, 2) == [{"forward": 2, "backward": 3}] * 2
+
+
+class Division(NamedTuple):
+    """Ranks and how they are divided."""
+
+    world_size: int
+    tensor_parallel_size: int
+
+
+def train_divided(dataset: SmallDataset, folder, tensor_parallel_size: int, cases: list[Case]) -> list[Curve]:
+    """Every case on this rank of an engine over a divided model."""
+    groups = join(tensor_parallel_size)
+    return [train_with_engine(dataset, folder, case, groups=groups) for case in cases]
+
+
+@pytest.mark.parametrize("division", [Division(2, 2), Division(4, 2)], ids=["TP2", "TP2xDP2"])
+def test_training_a_divided_model_gives_the_plain_run(small_dataset, tmp_path, division):
+    cases = [Case(1, 1), Case(2, 2), Case(3, 1, activation_checkpointing=True)]
+    expected = train_plainly(small_dataset, cases[0])
+    arguments = (small_dataset, tmp_path, division.tensor_parallel_size, cases)
+    for curves in run_ranks(train_divided, division.world_size, *arguments, timeout=400):
+        for case, curve in zip(cases, curves, strict=True):
+            assert_equal_curves(curve, expected, case)
+
+
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do():
+    from deberta_xl.parallel.grid import check_divisible
+
+    with pytest.raises(ValueError, match=r"does not divide the 6 ranks; choose one of \[1, 2, 3, 6\]"):
+        Grid.of(0, 6, 4)
+    with pytest.raises(ValueError, match=r"=3 does not divide model.num_heads=4; choose one of \[1, 2, 4\]"):
+        check_divisible(architecture(100), 3)
