@@ -35,6 +35,7 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         Raises CheckpointError when files are missing or damaged, or tensors do not fit the configuration.
         """
         config, weights, source = read_pretrained(Path(directory))
+        check_num_layers(config, weights, source)
         with torch.device("meta"):
             model = cls(config)
         fill_weights(model, weights, source, dtype)
@@ -59,6 +60,13 @@ def read_pretrained(directory: Path) -> tuple[DebertaConfig, dict[str, Tensor], 
     return read_native_config(folder / "config.json"), read_weights(folder), folder
 
 
+def check_num_layers(config: DebertaConfig, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse a configuration of more layers than there are weights for, before it is built."""
+    last = f"encoder.layers.{config.num_layers - 1}."
+    if not any(name.startswith(last) for name in weights):
+        raise CheckpointError(f"{source}: {config.num_layers} layers are configured, the weights have fewer")
+
+
 def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], source: Path, dtype: torch.dtype) -> None:
     """Make `weights` the parameters of `model`; every one must be there, and fit."""
     for name, parameter in model.named_parameters():
@@ -75,15 +83,32 @@ def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], sour
         parameter.requires_grad_(True)
 
 
+def computed_by(config: DebertaConfig) -> dict[str, object]:
+    """What a model computes without dropout, as far as its configuration decides it: equal for equal functions.
+
+    Unset sizes count as what they stand for; the convolution's activation counts only where there is a convolution.
+    """
+    idle = {"model_type", "hidden_dropout", "attention_dropout", "initializer_range"}
+    idle |= set() if config.conv_kernel_size else {"conv_act", "conv_groups"}
+    sizes = {
+        "head_dim": config.head_size,
+        "embedding_size": config.embedding_width,
+        "max_relative_positions": config.relative_reach,
+    }
+    return {key: value for key, value in (native_config(config) | sizes).items() if key not in idle}
+
+
 def load_initial_weights(model: MaskedLanguageModel, directory: str | Path) -> None:
     """Start `model` from a checkpoint's weights (`train.init`).
 
-    Raises ConfigError when the architectures differ in more than dropout.
+    Raises ConfigError when there are none that can be read, or the architectures differ in more than dropout.
     """
-    config, weights, source = read_pretrained(Path(directory))
-    ours, theirs = native_config(model.config), native_config(config)
-    free = {"hidden_dropout", "attention_dropout", "initializer_range", "head_dim", "max_relative_positions"}
-    different = [key for key in ours if key not in free and ours[key] != theirs[key]]
+    try:
+        config, weights, source = read_pretrained(Path(directory))
+    except CheckpointError as error:
+        raise ConfigError(f"train.init={directory}: {error}") from error
+    ours, theirs = computed_by(model.config), computed_by(config)
+    different = [key for key in ours if ours[key] != theirs[key]]
     if different:
         pairs = ", ".join(f"{key} is {theirs[key]} there, {ours[key]} here" for key in different)
         raise ConfigError(f"train.init={directory}: another architecture: {pairs}")

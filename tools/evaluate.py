@@ -23,11 +23,11 @@ from deberta_xl.config import DataSection
 from deberta_xl.config_file import load_run_config
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
-from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError
-from deberta_xl.fill_mask import find_tokenizer
+from deberta_xl.fill_mask import load_tokenizer
 from deberta_xl.launch import Launch, export_launch, read_launch
 from deberta_xl.pretrained import DebertaForMaskedLM
+from deberta_xl.strict import at_least
 from deberta_xl.training.evaluate import Evaluation, evaluate
 
 DEFAULT_SEED = 1
@@ -71,11 +71,13 @@ def join_ranks(launch: Launch) -> torch.device:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate and print, as text and as one line of JSON."""
+    at_least(0, max_samples=arguments.max_samples, seed=arguments.seed)
+    at_least(1, micro_batch_size=arguments.micro_batch_size)
     launch = read_launch()
     store = TokenStore(arguments.data)
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
     length = choose_length(arguments, model.config.max_position_embeddings)
-    tokenizer = Tokenizer.load(arguments.tokenizer or find_tokenizer(arguments.checkpoint))
+    tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise ConfigError(f"the tokenizer has {sizes}; give the one that the model was trained with")
@@ -91,6 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
         rank=launch.rank,
         size=launch.world_size,
     )
+    if not result.num_labels:
+        raise ConfigError(f"{arguments.data} is so short that no token of it was masked; give more text")
     if launch.rank == 0:
         report(arguments, length, result)
 

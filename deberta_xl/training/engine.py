@@ -27,8 +27,8 @@ from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.timing import StepTimer
 
 
-def start_engine_runtime(launch: Launch, *, deterministic: bool) -> torch.device:
-    """Join the process group and return this rank's device. Nothing is compiled: no operator is built just in time."""
+def start_engine_runtime(launch: Launch, *, deterministic: bool) -> None:
+    """Choose this rank's device and join the process group. Nothing is compiled: no operator is built just in time."""
     export_launch(launch)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed still calls the collectives by names that torch has begun to rename.
@@ -44,7 +44,6 @@ def start_engine_runtime(launch: Launch, *, deterministic: bool) -> torch.device
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
-    return torch.device(accelerator.current_device_name())
 
 
 def share_cores(launch: Launch) -> None:
