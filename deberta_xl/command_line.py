@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 
@@ -20,13 +21,23 @@ def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Nam
     configure_logging()
     try:
         work(arguments)
-    except (UserError, OSError) as error:
+    except UserError as error:
         complain(f"error: {error}")
+        return 2
+    except OSError as error:
+        complain(f"error: {describe(error)}")
         return 2
     except KeyboardInterrupt:
         complain("error: interrupted; nothing was written")
         return 130
     return 0
+
+
+def describe(error: OSError) -> str:
+    """The system's complaint in a user's words, with the file where it is known."""
+    place = f"{error.filename2 or error.filename}: " if error.filename else ""
+    way_out = "; make room and start again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{place}{error.strerror or error}{way_out}"
 
 
 def complain(text: str) -> None:

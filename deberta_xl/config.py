@@ -177,7 +177,7 @@ class ScheduleSection:
     decay: Literal["linear", "cosine", "constant"] = "linear"
     """Shape after the warm-up."""
     final_ratio: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """What the decay falls to, as a share of the peak; it would be reached one update after the last."""
 
     def __post_init__(self) -> None:
         at_least(0, warmup_steps=self.warmup_steps)

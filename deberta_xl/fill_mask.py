@@ -71,6 +71,8 @@ def check(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, top_k: in
     ordinary = np.flatnonzero(~tokenizer.special)
     if MASK_PIECE not in text:
         raise FillMaskError(f"the text has no {MASK_PIECE}; write it where a piece is wanted: The capital of [MASK] is")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise FillMaskError("the text is not UTF-8; type it, or convert it, in UTF-8")
     if not 1 <= top_k <= ordinary.size:
         raise FillMaskError(f"top_k={top_k} is impossible; allowed: 1 … {ordinary.size} (the tokenizer's pieces)")
     if tokenizer.mask_id >= model.config.vocab_size:
@@ -124,12 +126,28 @@ def plain_processor(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcesso
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-def find_tokenizer(checkpoint: Path) -> Path:
-    """The tokenizer's folder of a checkpoint: `tokenizer/` in our layouts, the folder itself in the others.
+def load_tokenizer(checkpoint: Path, given: Path | None) -> Tokenizer:
+    """The tokenizer of a checkpoint, or the one `given` for a checkpoint that has none.
 
-    Raises FillMaskError when there is none.
+    Raises FillMaskError when there is none, or when the checkpoint has another one than the one given: its ids would
+    mean other pieces.
     """
-    for folder in (checkpoint / TOKENIZER_NAME, checkpoint):
-        if (folder / MODEL_FILE).is_file():
-            return folder
+    if given is None:
+        return Tokenizer.load(find_tokenizer(checkpoint))
+    tokenizer = Tokenizer.load(given)
+    own = next(tokenizer_folders(checkpoint), None)
+    if own is not None and Tokenizer.load(own).spm_model != tokenizer.spm_model:
+        raise FillMaskError(f"--tokenizer {given} is not the checkpoint's own, {own}; leave --tokenizer out")
+    return tokenizer
+
+
+def tokenizer_folders(checkpoint: Path) -> Iterator[Path]:
+    """Where a checkpoint has a tokenizer: `tokenizer/` in our layouts, the folder itself in the others."""
+    return (folder for folder in (checkpoint / TOKENIZER_NAME, checkpoint) if (folder / MODEL_FILE).is_file())
+
+
+def find_tokenizer(checkpoint: Path) -> Path:
+    """The tokenizer's folder of a checkpoint. Raises FillMaskError when there is none."""
+    for folder in tokenizer_folders(checkpoint):
+        return folder
     raise FillMaskError(f"{checkpoint} has no tokenizer ({MODEL_FILE}); give its folder with --tokenizer")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 
 logger = logging.getLogger("deberta_xl")
 
@@ -19,6 +20,13 @@ class StandardError(logging.Handler):
         """Write one record as one line."""
         sys.stderr.write(self.format(record) + "\n")
         sys.stderr.flush()
+
+
+class LogFile(logging.FileHandler):
+    """A file of records. A full disk must not end a run for the sake of its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Let the record go: the console has it."""
 
 
 def current_rank() -> int:
@@ -34,6 +42,13 @@ def configure_logging(level: int = logging.INFO) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+
+
+def log_to_file(path: Path) -> None:
+    """Append the package's records to a file as well."""
+    handler = LogFile(path, encoding="utf-8")
+    handler.setFormatter(RankFormatter())
+    logger.addHandler(handler)
 
 
 class RankFormatter(logging.Formatter):

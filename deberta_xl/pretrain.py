@@ -6,12 +6,13 @@ deepspeed deberta_xl/pretrain.py --config base --deepspeed_config deepspeed_conf
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # Run as a script, Python searches this file's folder first and would find our `data` and `config` as top-level names.
 if not __package__:
@@ -26,11 +27,17 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.errors import ConfigError, UserError
 from deberta_xl.launch import Launch, read_launch
-from deberta_xl.log import configure_logging, logger, rank_zero
+from deberta_xl.log import configure_logging, log_to_file, logger, rank_zero
 from deberta_xl.parallel.grid import Grid, check_divisible
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from deberta_xl.model.masked_lm import MaskedLanguageModel
+    from deberta_xl.parallel.groups import Groups
     from deberta_xl.training.loop import Pretraining
+    from deberta_xl.training.run_folder import RunFolder
+    from deberta_xl.training.state import TrainState
 
 EXAMPLE = """\
 example:
@@ -80,7 +87,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     if config.data.train is None:
         raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
     store = TokenStore(config.data.train)
-    tokenizer_folder = Path(f"{config.data.train}.tokenizer")
+    tokenizer_folder = store.paths.tokenizer
     tokenizer = Tokenizer.load(tokenizer_folder)
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_divisible(architecture, grid.tensor_parallel_size)
@@ -121,63 +128,113 @@ def choose_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def assemble(inputs: Inputs) -> Pretraining:
-    """Model, engine, run folder; continued from the newest whole checkpoint where there is one. Collective."""
-    import dataclasses
-    import json
+def fingerprints_of(inputs: Inputs) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued."""
+    from deberta_xl.pretrained import computed_by
 
-    import torch
+    return {
+        "architecture": computed_by(inputs.architecture),
+        "sequence_length": inputs.config.model.sequence_length,
+        "data": inputs.data.fingerprint,
+        "tokenizer": inputs.tokenizer.fingerprint,
+    }
 
+
+def take_over(folder: RunFolder, inputs: Inputs, fingerprints: Mapping[str, Any]) -> Path | None:
+    """Prepare the run folder; its newest whole checkpoint, None when there is none. Collective.
+
+    A checkpoint that does not fit this run is refused before anything in the folder changes.
+    """
     from deberta_xl.checkpoint.agreement import on_rank_zero
     from deberta_xl.checkpoint.folders import newest_whole_checkpoint
+    from deberta_xl.checkpoint.store import read_state
+    from deberta_xl.training.state import check_fingerprints, check_last_step
+
+    newest = newest_whole_checkpoint(folder.checkpoints, collective=True)
+
+    def check() -> None:
+        folder.check_latest(newest)
+        if newest is not None:
+            saved = read_state(newest)
+            check_fingerprints(saved["fingerprints"], fingerprints)
+            check_last_step(saved["step"], inputs.config.train.steps)
+
+    on_rank_zero(check)
+    facts = {
+        "command": sys.argv,
+        "world_size": inputs.launch.world_size,
+        "zero_stage": inputs.engine.zero_stage,
+        "precision": inputs.engine.precision,
+    }
+    on_rank_zero(lambda: folder.prepare(inputs.config, inputs.tokenizer_folder, facts))
+    return newest
+
+
+def build_model(inputs: Inputs, *, is_new: bool) -> MaskedLanguageModel:
+    """The plain model: with fresh weights, or those of `train.init` where the run `is_new`. Collective."""
+    from deberta_xl.checkpoint.agreement import on_rank_zero
+    from deberta_xl.model.masked_lm import MaskedLanguageModel
+    from deberta_xl.pretrained import find_pretrained, load_initial_weights
+
+    train = inputs.config.train
+    model = MaskedLanguageModel(inputs.architecture, seed=train.seed)
+    print_arithmetic(inputs, sum(p.numel() for p in model.parameters()))
+    if train.init and is_new:
+        # Found once for all ranks: a run that is still written to has one newest checkpoint.
+        source = on_rank_zero(lambda: find_pretrained(train.init))
+        load_initial_weights(model, source)
+        rank_zero("weights from %s", source)
+    if train.activation_checkpointing:
+        model.checkpoint_activations()
+    return model
+
+
+def start_engine(inputs: Inputs, groups: Groups, newest: Path | None) -> tuple[DeepSpeedEngine, TrainState]:
+    """The engine over the model, divided as `groups` says, continued from `newest` if there is one. Collective."""
+    from deberta_xl.checkpoint.fragments import set_master_weights
     from deberta_xl.checkpoint.store import load_checkpoint
-    from deberta_xl.parallel.groups import build_groups
     from deberta_xl.parallel.plan import divide
-    from deberta_xl.pretrained import DebertaForMaskedLM, load_initial_weights, native_config
-    from deberta_xl.training.engine import build_engine, check_precision, start_engine_runtime
+    from deberta_xl.training.engine import build_engine
+    from deberta_xl.training.state import TrainState
+
+    model = build_model(inputs, is_new=newest is None)
+    divide(model, groups)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()} if newest is None else {}
+    settings = inputs.engine.engine_dict(inputs.grid.data_parallel_size, inputs.config)
+    engine = build_engine(model, inputs.config.optimizer, settings, groups)
+    if newest is None:
+        set_master_weights(engine, list(engine.module.named_parameters()), weights)
+        return engine, TrainState()
+    tensor_parallel = (inputs.grid.tensor_parallel_size, inputs.grid.tensor_parallel_rank)
+    saved = load_checkpoint(engine, newest, tensor_parallel=tensor_parallel)
+    state = TrainState(saved["step"], saved["consumed_samples"])
+    rank_zero("resumed from %s: step %d, %d samples consumed", newest, state.step, state.consumed_samples)
+    return engine, state
+
+
+def assemble(inputs: Inputs) -> Pretraining:
+    """Process group, run folder, engine: everything the loop works with. Collective."""
+    import torch
+
+    from deberta_xl.checkpoint.native_config import native_config
+    from deberta_xl.parallel.groups import build_groups
+    from deberta_xl.training.engine import check_precision, start_engine_runtime
     from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.loop import Pretraining
     from deberta_xl.training.run_folder import RunFolder
     from deberta_xl.training.signals import StopRequest
-    from deberta_xl.training.state import TrainState, check_fingerprints
 
     config, launch = inputs.config, inputs.launch
     start_engine_runtime(launch, deterministic=config.train.deterministic)
     check_precision(inputs.engine.precision)
     stop = StopRequest()
     folder = RunFolder(config.run.folder)
-    facts = {
-        "command": sys.argv,
-        "world_size": launch.world_size,
-        "zero_stage": inputs.engine.zero_stage,
-        "precision": inputs.engine.precision,
-    }
-    on_rank_zero(lambda: folder.prepare(config, inputs.tokenizer_folder, facts))
+    fingerprints = fingerprints_of(inputs)
+    newest = take_over(folder, inputs, fingerprints)
+    log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
     torch.manual_seed(config.train.seed)
-    model = DebertaForMaskedLM(inputs.architecture, seed=config.train.seed)
-    print_arithmetic(inputs, sum(p.numel() for p in model.parameters()))
-    newest = newest_whole_checkpoint(folder.checkpoints, collective=True)
-    if config.train.init and newest is None:
-        load_initial_weights(model, config.train.init)
-        rank_zero("weights from %s", config.train.init)
-    if config.train.activation_checkpointing:
-        model.checkpoint_activations()
     groups = build_groups(inputs.grid)
-    divide(model, groups)
-    settings = inputs.engine.engine_dict(inputs.grid.data_parallel_size, config)
-    engine = build_engine(model, config.optimizer, settings, groups)
-    state = TrainState()
-    fingerprints = {
-        "architecture": dataclasses.asdict(inputs.architecture),
-        "data": inputs.data.fingerprint,
-        "tokenizer": inputs.tokenizer.fingerprint,
-    }
-    if newest is not None:
-        tensor_parallel = (inputs.grid.tensor_parallel_size, inputs.grid.tensor_parallel_rank)
-        saved = load_checkpoint(engine, newest, tensor_parallel=tensor_parallel)
-        check_fingerprints(saved["fingerprints"], fingerprints)
-        state = TrainState(saved["step"], saved["consumed_samples"])
-        rank_zero("resumed from %s: step %d, %d samples consumed", newest, state.step, state.consumed_samples)
+    engine, state = start_engine(inputs, groups, newest)
     return Pretraining(
         config=config,
         architecture=inputs.architecture,
@@ -212,6 +269,9 @@ def run(inputs: Inputs) -> None:
     except UserError as error:
         logger.error("rank %d, %s: %s", inputs.launch.rank, place(run), error)
         leave(2)
+    except KeyboardInterrupt:
+        logger.error("rank %d, %s: interrupted; start the same command again to go on", inputs.launch.rank, place(run))
+        leave(130)
     except BaseException as error:
         traceback.print_exc()
         logger.error("rank %d failed at %s: %s: %s", inputs.launch.rank, place(run), type(error).__name__, error)
@@ -238,9 +298,11 @@ def main() -> None:
         inputs = read_inputs(arguments)
     except UserError as error:
         # Once per node: what is wrong with a file may be wrong on one node only.
-        if read_launch().local_rank == 0:
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             logger.error("%s", error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     run(inputs)
 
 

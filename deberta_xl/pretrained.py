@@ -34,7 +34,9 @@ class DebertaForMaskedLM(MaskedLanguageModel):
 
         Raises CheckpointError when files are missing or damaged, or tensors do not fit the configuration.
         """
-        config, weights, source = read_pretrained(Path(directory))
+        source = find_pretrained(directory)
+        config, weights = read_pretrained(source)
+        check_num_layers(config, weights, source)
         with torch.device("meta"):
             model = cls(config)
         fill_weights(model, weights, source, dtype)
@@ -49,14 +51,26 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         write_weights(Path(directory), weights, native_config(self.config), Path(tokenizer) if tokenizer else None)
 
 
-def read_pretrained(directory: Path) -> tuple[DebertaConfig, dict[str, Tensor], Path]:
-    """Architecture, weights under our names, and the folder they were found in."""
+def find_pretrained(directory: str | Path) -> Path:
+    """The folder with the weights behind what a user named, verified: of a run, its newest whole checkpoint."""
+    directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
-    if is_foreign_folder(directory):
-        return find_foreign_config(directory), read_foreign_weights(directory), directory
-    folder = find_weights_folder(directory)
-    return read_native_config(folder / "config.json"), read_weights(folder), folder
+    return directory if is_foreign_folder(directory) else find_weights_folder(directory)
+
+
+def read_pretrained(folder: Path) -> tuple[DebertaConfig, dict[str, Tensor]]:
+    """Architecture, and weights under our names, of a folder given by `find_pretrained`."""
+    if is_foreign_folder(folder):
+        return find_foreign_config(folder), read_foreign_weights(folder)
+    return read_native_config(folder / "config.json"), read_weights(folder)
+
+
+def check_num_layers(config: DebertaConfig, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse a configuration of more layers than there are weights for, before it is built."""
+    last = f"encoder.layers.{config.num_layers - 1}."
+    if not any(name.startswith(last) for name in weights):
+        raise CheckpointError(f"{source}: {config.num_layers} layers are configured, the weights have fewer")
 
 
 def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], source: Path, dtype: torch.dtype) -> None:
@@ -75,16 +89,33 @@ def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], sour
         parameter.requires_grad_(True)
 
 
-def load_initial_weights(model: MaskedLanguageModel, directory: str | Path) -> None:
-    """Start `model` from a checkpoint's weights (`train.init`).
+def computed_by(config: DebertaConfig) -> dict[str, object]:
+    """What a model computes without dropout, as far as its configuration decides it: equal for equal functions.
 
-    Raises ConfigError when the architectures differ in more than dropout.
+    Unset sizes count as what they stand for; the convolution's activation counts only where there is a convolution.
     """
-    config, weights, source = read_pretrained(Path(directory))
-    ours, theirs = native_config(model.config), native_config(config)
-    free = {"hidden_dropout", "attention_dropout", "initializer_range", "head_dim", "max_relative_positions"}
-    different = [key for key in ours if key not in free and ours[key] != theirs[key]]
+    idle = {"model_type", "hidden_dropout", "attention_dropout", "initializer_range"}
+    idle |= set() if config.conv_kernel_size else {"conv_act", "conv_groups"}
+    sizes = {
+        "head_dim": config.head_size,
+        "embedding_size": config.embedding_width,
+        "max_relative_positions": config.relative_reach,
+    }
+    return {key: value for key, value in (native_config(config) | sizes).items() if key not in idle}
+
+
+def load_initial_weights(model: MaskedLanguageModel, folder: Path) -> None:
+    """Start `model` from the weights in a folder given by `find_pretrained` (`train.init`).
+
+    Raises ConfigError when they cannot be read, or the architectures differ in more than dropout.
+    """
+    try:
+        config, weights = read_pretrained(folder)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init: {error}") from error
+    ours, theirs = computed_by(model.config), computed_by(config)
+    different = [key for key in ours if ours[key] != theirs[key]]
     if different:
         pairs = ", ".join(f"{key} is {theirs[key]} there, {ours[key]} here" for key in different)
-        raise ConfigError(f"train.init={directory}: another architecture: {pairs}")
-    fill_weights(model, weights, source, torch.float32)
+        raise ConfigError(f"train.init={folder}: another architecture: {pairs}")
+    fill_weights(model, weights, folder, torch.float32)

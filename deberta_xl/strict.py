@@ -39,6 +39,8 @@ def explain(error: ValidationError) -> str:
     if isinstance(cause := finding.get("ctx", {}).get("error"), ConfigError):
         return str(cause)
     key = ".".join(map(str, finding["loc"]))
+    if finding["type"] == "missing":
+        return f"{key} is missing"
     return f"{key}={finding['input']!r}: {finding['msg']}"
 
 

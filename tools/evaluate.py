@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.config import DataSection
+from deberta_xl.config import DataSection, RunConfig
 from deberta_xl.config_file import load_run_config
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
-from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError
-from deberta_xl.fill_mask import find_tokenizer
+from deberta_xl.fill_mask import load_tokenizer
 from deberta_xl.launch import Launch, export_launch, read_launch
 from deberta_xl.pretrained import DebertaForMaskedLM
+from deberta_xl.strict import at_least
 from deberta_xl.training.evaluate import Evaluation, evaluate
 
 DEFAULT_SEED = 1
@@ -44,16 +44,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_samples", type=int, default=0, help="rows to use; 0, the default, uses all")
     parser.add_argument("--micro_batch_size", type=int, default=8, help="rows in one forward (default: 8)")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="tokenizer, if the checkpoint has none")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"seed of the masks (default: {DEFAULT_SEED})")
+    parser.add_argument("--seed", type=int, help=f"seed of the masks (default: the run's own, or {DEFAULT_SEED})")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
 
 
-def choose_length(arguments: argparse.Namespace, longest: int) -> int:
+def read_run(checkpoint: Path) -> RunConfig | None:
+    """The configuration of a run folder; None for any other folder."""
+    path = checkpoint / "config.toml"
+    return load_run_config(path) if path.is_file() else None
+
+
+def choose_length(arguments: argparse.Namespace, run_config: RunConfig | None, longest: int) -> int:
     """The sequence length asked for, the run's own, or the longest."""
-    run_config = arguments.checkpoint / "config.toml"
     if arguments.sequence_length is None:
-        return load_run_config(run_config).model.sequence_length if run_config.is_file() else longest
+        return run_config.model.sequence_length if run_config else longest
     if not 8 <= arguments.sequence_length <= longest:
         raise ConfigError(f"--sequence_length {arguments.sequence_length} does not fit; the model allows 8 … {longest}")
     return arguments.sequence_length
@@ -71,15 +76,19 @@ def join_ranks(launch: Launch) -> torch.device:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate and print, as text and as one line of JSON."""
+    at_least(0, max_samples=arguments.max_samples, seed=arguments.seed)
+    at_least(1, micro_batch_size=arguments.micro_batch_size)
     launch = read_launch()
     store = TokenStore(arguments.data)
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
-    length = choose_length(arguments, model.config.max_position_embeddings)
-    tokenizer = Tokenizer.load(arguments.tokenizer or find_tokenizer(arguments.checkpoint))
+    run_config = read_run(arguments.checkpoint)
+    length = choose_length(arguments, run_config, model.config.max_position_embeddings)
+    tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise ConfigError(f"the tokenizer has {sizes}; give the one that the model was trained with")
-    data = PretrainingData(store, tokenizer, DataSection(), length, arguments.seed)
+    seed = arguments.seed if arguments.seed is not None else run_config.train.seed if run_config else DEFAULT_SEED
+    data = PretrainingData(store, tokenizer, run_config.data if run_config else DataSection(), length, seed)
     device = join_ranks(launch)
     result = evaluate(
         model.to(device),
@@ -91,6 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
         rank=launch.rank,
         size=launch.world_size,
     )
+    if not result.num_labels:
+        raise ConfigError(f"{arguments.data} is so short that no token of it was masked; give more text")
     if launch.rank == 0:
         report(arguments, length, result)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.data.errors import CorpusError
-from deberta_xl.data.files import partial, publish
+from deberta_xl.data.files import partial, publish, remove
 from deberta_xl.data.python_corpus import python_corpus
 
 
@@ -33,13 +33,18 @@ def extract(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.suffix != ".jsonl":
         raise CorpusError(f"--output {output}: the name must end with .jsonl")
+    if output.is_dir():
+        raise CorpusError(f"--output {output} is a folder; choose the name of a file")
     if output.exists() and not arguments.overwrite:
         raise CorpusError(f"{output} exists; choose another output, or --overwrite to replace it")
     documents = list(python_corpus())
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-    partial(output).write_text("".join(lines), encoding="utf-8")
-    publish(output)
+    try:
+        partial(output).write_text("".join(lines), encoding="utf-8")
+        publish(output)
+    finally:
+        remove(partial(output))
     megabytes = output.stat().st_size / 1e6
     print(f"{output}: {len(documents):,} documents, {megabytes:.1f} MB of English from Python {sys.version.split()[0]}")
 

@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 
 from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.fill_mask import Guess, fill_mask, find_tokenizer
+from deberta_xl.fill_mask import Guess, fill_mask, load_tokenizer
 from deberta_xl.pretrained import DebertaForMaskedLM
 
 
@@ -33,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Load, fill and print."""
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
-    tokenizer = Tokenizer.load(arguments.tokenizer or find_tokenizer(arguments.checkpoint))
+    tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer)
     for text in arguments.texts:
         answers = fill_mask(model, tokenizer, text, top_k=arguments.top_k)
         for number, guesses in enumerate(answers, start=1):

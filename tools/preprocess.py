@@ -81,12 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse arguments that cannot be meant."""
-    for prefix in filter(None, (arguments.output, arguments.valid_output)):
-        dataset_paths(prefix)
+    prefixes = [prefix for prefix in (arguments.output, arguments.valid_output) if prefix is not None]
+    places = {dataset_paths(prefix).bin.resolve() for prefix in prefixes}
     if arguments.valid_output and not 0 < arguments.valid_share < 1:
         raise DataError(f"--valid_share {arguments.valid_share} is not a share; allowed: between 0 and 1")
-    if arguments.valid_output == arguments.output:
-        raise DataError(f"--output and --valid_output are both {arguments.output}; choose two prefixes")
+    if len(places) < len(prefixes):
+        raise DataError(f"--output and --valid_output both name the dataset {arguments.output}; choose two prefixes")
     if arguments.workers < 1:
         raise DataError(f"--workers {arguments.workers} is too few; allowed: 1 and more")
 

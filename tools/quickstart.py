@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -109,8 +110,8 @@ def use(folder: Path, sentences: list[str]) -> None:
     """Export to Hugging Face's layout and fill masks with the exported model."""
     announce("5. Export to Hugging Face's layout")
     exported = folder / "huggingface"
-    if not exported.exists():
-        execute("python", "tools/convert.py", "--from", "native", "--to", "huggingface", folder / "run", exported)
+    shutil.rmtree(exported, ignore_errors=True)  # of an earlier start, which may have ended sooner
+    execute("python", "tools/convert.py", "--from", "native", "--to", "huggingface", folder / "run", exported)
     announce("6. Fill the mask, with the exported model")
     execute("python", "tools/fill_mask.py", exported, *sentences, "--top_k", "5")
 

@@ -51,16 +51,18 @@ def train(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     paths = expand_inputs(arguments.input)
     bad: list[str] = []
-    with progress("reading the text", total_size(paths)) as advance:
-        texts = iterate_documents(paths, arguments.json_key, report=bad.append, advance=advance)
-        tokenizer = train_tokenizer(
-            announce(texts),
-            arguments.vocab_size,
-            arguments.output,
-            max_lines=arguments.max_lines,
-            overwrite=arguments.overwrite,
-        )
-    report_bad_records(len(bad), bad[:10])
+    try:
+        with progress("reading the text", total_size(paths)) as advance:
+            texts = iterate_documents(paths, arguments.json_key, report=bad.append, advance=advance)
+            tokenizer = train_tokenizer(
+                announce(texts),
+                arguments.vocab_size,
+                arguments.output,
+                max_lines=arguments.max_lines,
+                overwrite=arguments.overwrite,
+            )
+    finally:  # when training fails, the bad records may be the reason
+        report_bad_records(len(bad), bad[:10])
     spare = tokenizer.vocab_size - tokenizer.num_pieces - 1
     print(
         f"{arguments.output}: {tokenizer.vocab_size:,} ids = {tokenizer.num_pieces:,} pieces + [MASK] (id "

@@ -14,7 +14,7 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.foreign_config import from_foreign_config
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.names import from_microsoft
-from deberta_xl.checkpoint.native_config import explain
+from deberta_xl.checkpoint.native_config import MODEL_TYPE, explain
 from deberta_xl.log import logger
 
 CONFIG_NAMES = ("config.json", "model_config.json")
@@ -36,9 +36,15 @@ def read_config_fields(folder: Path) -> dict[str, object] | None:
 
 
 def is_foreign_folder(folder: Path) -> bool:
-    """Whether a folder's configuration is the original release's or Hugging Face's."""
+    """Whether a folder's configuration is the original release's or Hugging Face's, rather than ours or none.
+
+    Raises CheckpointError when it is that of another kind of model.
+    """
     fields = read_config_fields(folder)
-    return fields is not None and fields.get("model_type") in FOREIGN_TYPES
+    model_type = MODEL_TYPE if fields is None else fields.get("model_type")
+    if model_type != MODEL_TYPE and model_type not in FOREIGN_TYPES:
+        raise CheckpointError(f"{folder} holds a model of type {model_type!r}, which is not a DeBERTa")
+    return model_type in FOREIGN_TYPES
 
 
 def find_foreign_config(folder: Path) -> DebertaConfig:
@@ -61,17 +67,32 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """Tensors of one file; a pickle may hold tensors only, nothing in it is executed."""
+    """Tensors of one file. Raises CheckpointError when it is damaged, or holds anything else."""
+    content = read_pickle(file) if file.suffix == ".bin" else read_safetensors(file)
+    is_table = isinstance(content, dict)
+    if not is_table or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in content.items()):
+        raise CheckpointError(f"{file} is no table of named tensors, as a model's weights are")
+    return content
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Contents of a safetensors file."""
     try:
-        return (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    except Exception as error:  # torch.load raises pickle's own errors for a payload or a damaged file
-        raise CheckpointError(f"{file} is not a file of tensors: {error}") from error
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; restore it from a copy") from error
+
+
+def read_pickle(file: Path) -> object:
+    """Contents of a pickled file; nothing in it is executed."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
+        # torch's own message is left out: it advises to load the file without this protection.
+        raise CheckpointError(
+            f"{file} is damaged, or holds other things than tensors, which are not loaded: a pickle can run any "
+            "program; restore the file from a copy, or get the weights as safetensors"
+        ) from error
 
 
 def read_foreign_weights(folder: Path) -> dict[str, Tensor]:

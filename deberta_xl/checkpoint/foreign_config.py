@@ -50,9 +50,10 @@ def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
     values = dict(ABSENT)
     values |= {ours: fields[theirs] for ours, theirs in RENAMED.items() if fields.get(theirs) is not None}
     for name in UNSET_BELOW_ONE:
-        if values.get(name) is not None and values[name] < 1:
+        if isinstance(values.get(name), int) and values[name] < 1:
             del values[name]
-    values["position_buckets"] = max(0, values["position_buckets"])
+    if isinstance(values["position_buckets"], int) and values["position_buckets"] < 0:
+        values["position_buckets"] = 0
     values["pos_att_type"] = position_terms(fields.get("pos_att_type", "none"))
     values["normalize_relative_table"] = "layer_norm" in str(fields.get("norm_rel_ebd", "none")).lower()
     return DebertaConfig(**values)
@@ -60,7 +61,8 @@ def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
 
 def position_terms(value: str | list[str]) -> str:
     """`pos_att_type` in our spelling, from "p2c|c2p" or ["p2c", "c2p"]."""
-    terms = set(value.lower().split("|") if isinstance(value, str) else value)
+    listed = value.lower().split("|") if isinstance(value, str) else value
+    terms = set(map(str, listed)) if isinstance(listed, list) else set()
     if terms == {"c2p"}:
         return "c2p"
     if terms == {"c2p", "p2c"}:

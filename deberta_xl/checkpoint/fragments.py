@@ -9,7 +9,7 @@ first step, and with two parameter groups after it too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -207,6 +207,17 @@ def set_adam_step(engine: DeepSpeedEngine, step: int) -> None:
             state["step"].fill_(step)
         else:
             state["step"] = step
+
+
+def set_master_weights(engine: DeepSpeedEngine, names: NamedParameters, weights: Mapping[str, Tensor]) -> None:
+    """Make `weights` (canonical name → this rank's float32 weight) the master weights. Collective.
+
+    DeepSpeed makes its masters from a model that it has rounded to low precision before.
+    """
+    for piece, flat, start in engine_fragments(engine, names):
+        whole = weights[piece.name].flatten()
+        flat.detach().narrow(0, start, piece.numel).copy_(whole.narrow(0, piece.offset, piece.numel))
+    refresh_model_weights(engine)
 
 
 def refresh_model_weights(engine: DeepSpeedEngine) -> None:

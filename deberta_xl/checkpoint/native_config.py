@@ -29,6 +29,8 @@ def read_native_config(path: Path) -> DebertaConfig:
         return DebertaConfig(**fields)
     except CheckpointError:
         raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: without it the weights' architecture is not known") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a configuration of a {MODEL_TYPE} model: {explain(error)}") from error
 

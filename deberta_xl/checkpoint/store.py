@@ -109,6 +109,12 @@ def load_checkpoint(
     state, stored = together(lambda: _read_state_and_index(engine, folder))
     together(lambda: _fill_engine(engine, stored, state["engine"], tensor_parallel))
     refresh_model_weights(engine)
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The caller's `state` in a checkpoint, without loading anything."""
+    state = json.loads((folder / STATE_NAME).read_bytes())
     return {key: value for key, value in state.items() if key != "engine"}
 
 

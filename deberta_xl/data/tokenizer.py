@@ -97,10 +97,13 @@ class Tokenizer:
         folder = Path(folder)
         written = partial(folder)
         remove(written)
-        written.mkdir(parents=True)
-        (written / MODEL_FILE).write_bytes(self.spm_model)
-        (written / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
-        publish(folder)
+        try:
+            written.mkdir(parents=True)
+            (written / MODEL_FILE).write_bytes(self.spm_model)
+            (written / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
+            publish(folder)
+        finally:
+            remove(written)
 
     def settings(self) -> dict[str, Any]:
         """What `tokenizer_settings.json` holds."""

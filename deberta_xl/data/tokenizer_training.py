@@ -16,7 +16,7 @@ import sentencepiece
 
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.files import one_writer
-from deberta_xl.data.tokenizer import SPECIAL_PIECES, Tokenizer
+from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, SPECIAL_PIECES, Tokenizer
 
 #: Lines that SentencePiece keeps in memory; more are sampled down. Ten million are a few GB, and plenty.
 MAX_LINES = 10_000_000
@@ -43,16 +43,44 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train on `texts` and save the tokenizer in the folder `output`; the same texts give the same tokenizer.
 
-    Raises TokenizerError, and writes nothing, when the folder holds files already (unless `overwrite`), or when the
-    text does not hold enough different words for the vocabulary; the message then names the largest that works.
+    Raises TokenizerError, and writes nothing, when the folder holds files already (with `overwrite`: other files than a
+    tokenizer's), or when the text does not hold enough different words for the vocabulary; the message then names the
+    largest that works.
     """
     output = Path(output).resolve()
     with one_writer(output.with_name(f"{output.name}.lock")):
-        if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise TokenizerError(f"{output} exists; choose another output, or --overwrite to replace it")
+        check_output(output, overwrite)
         tokenizer = Tokenizer(train_pieces(texts, vocab_size, max_lines), vocab_size)
         tokenizer.save(output)
     return tokenizer
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists; with `overwrite`, one that is no tokenizer's folder, whose files would be lost."""
+    if output.exists() and not output.is_dir():
+        raise TokenizerError(f"{output} is a file; choose a folder to write")
+    found = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+    if found and not overwrite:
+        raise TokenizerError(f"{output} exists; choose another output, or --overwrite to replace it")
+    if others := [name for name in found if name not in (MODEL_FILE, SETTINGS_FILE)]:
+        raise TokenizerError(
+            f"{output} holds other files than a tokenizer's, which --overwrite would delete: "
+            f"{', '.join(others[:3])}; choose another output"
+        )
+
+
+class KeptFailure:
+    """Keeps what iterating raised: SentencePiece turns every exception into a RuntimeError of its own."""
+
+    error: BaseException | None = None
+
+    def watch(self, lines: Iterable[str]) -> Iterator[str]:
+        """The same lines."""
+        try:
+            yield from lines
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
+            raise
 
 
 def train_pieces(texts: Iterable[str], vocab_size: int, max_lines: int) -> bytes:
@@ -63,11 +91,11 @@ def train_pieces(texts: Iterable[str], vocab_size: int, max_lines: int) -> bytes
     if max_lines <= 100:
         raise TokenizerError(f"max_lines={max_lines} is too few to learn from; SentencePiece needs more than 100")
     pad, cls, sep, unk = SPECIAL_PIECES
-    model = io.BytesIO()
+    model, failure = io.BytesIO(), KeptFailure()
     sentencepiece.set_random_generator_seed(SEED)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_lines(texts),
+            sentence_iterator=failure.watch(training_lines(texts)),
             model_writer=model,
             model_type="unigram",
             vocab_size=num_pieces,
@@ -88,6 +116,8 @@ def train_pieces(texts: Iterable[str], vocab_size: int, max_lines: int) -> bytes
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failure.error is not None:
+            raise failure.error from None
         raise TokenizerError(explain(str(error), vocab_size)) from error
     return model.getvalue()
 

@@ -1,4 +1,4 @@
-"""The plan of tensor parallelism: what in the plain model is divided over ranks, and how. The model knows nothing of it.
+"""The plan of tensor parallelism: what in the plain model is divided over ranks, and how. The model does not know.
 
 Heads are divided: each rank holds the content and relative projections of its own heads, so all three terms of eq. (4)
 stay on a rank. One sum of gradients where states enter the heads serves query, key and value at once, a second one the

@@ -28,8 +28,8 @@ from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.timing import StepTimer
 
 
-def start_engine_runtime(launch: Launch, *, deterministic: bool) -> torch.device:
-    """Join the process group and return this rank's device. Nothing is compiled: no operator is built just in time."""
+def start_engine_runtime(launch: Launch, *, deterministic: bool) -> None:
+    """Choose this rank's device and join the process group. Nothing is compiled: no operator is built just in time."""
     export_launch(launch)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed still calls the collectives by names that torch has begun to rename.
@@ -40,12 +40,20 @@ def start_engine_runtime(launch: Launch, *, deterministic: bool) -> torch.device
     if accelerator.device_name() == "cpu":
         share_cores(launch)
     else:
-        accelerator.set_device(launch.local_rank)
+        accelerator.set_device(device_number(launch.local_rank, accelerator.device_count()))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
-    return torch.device(accelerator.current_device_name())
+
+
+def device_number(local_rank: int, num_visible: int) -> int:
+    """Which of the visible devices is this rank's; a launcher may show each rank its own one only."""
+    if num_visible > 1 and local_rank >= num_visible:
+        raise ConfigError(
+            f"rank {local_rank} of this node has no device: only {num_visible} are visible; start fewer ranks"
+        )
+    return local_rank if num_visible > 1 else 0
 
 
 def share_cores(launch: Launch) -> None:
@@ -131,6 +139,7 @@ def run_step(
             engine.backward(output.loss)
         losses.append(output.loss.detach())
         corrects.append((output.guess_L == batch.labelled.label_L).sum())
+        del output  # its logits would live through the next forward
         heartbeat.mark(heartbeat.step, "optimizer")
         with timer.phase("optimizer"):
             engine.step()

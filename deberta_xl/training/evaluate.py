@@ -87,7 +87,7 @@ def evaluate(
         dist.all_reduce(sums, group=group)
         dist.all_reduce(label_counts, group=group)
     num_labels = int(label_counts.sum())
-    loss, accuracy = (sums / max(1, num_labels)).tolist()
+    loss, accuracy = (sums / num_labels).tolist()  # not numbers where nothing was masked
     return Evaluation(loss, accuracy, num_labels, entropy(label_counts), torch.cat(labels), torch.cat(guesses))
 
 

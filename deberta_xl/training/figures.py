@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from deberta_xl.training.run_folder import writing
+
 CONFUSION_WORDS = 20
 EXAMPLES = 24
 
@@ -43,7 +45,8 @@ def save_loss_curve(metrics_file: Path, picture: Path) -> None:
     axes.set_ylabel("masked-LM loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    with writing(picture):
+        figure.savefig(picture, dpi=120)
 
 
 def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> Figure:

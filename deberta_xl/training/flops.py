@@ -18,7 +18,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
-def forward_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: int) -> float:
+def forward_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: float) -> float:
     """Operations of one forward over `rows` sequences with `num_labels` labelled positions altogether."""
     hidden, inner, width = config.hidden_size, config.attention_size, config.intermediate_size
     tokens = rows * sequence_length
@@ -44,6 +44,6 @@ def forward_flops(config: DebertaConfig, rows: int, sequence_length: int, num_la
     return total + 2 * num_labels * config.embedding_width * (hidden + config.vocab_size)
 
 
-def step_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: int) -> float:
+def step_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: float) -> float:
     """Operations of one optimizer step: forward and backward."""
     return 3 * forward_flops(config, rows, sequence_length, num_labels)

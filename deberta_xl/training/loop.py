@@ -11,6 +11,7 @@ import deepspeed
 import torch
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.agreement import on_rank_zero
 from deberta_xl.checkpoint.folders import prune_checkpoints
 from deberta_xl.checkpoint.store import save_checkpoint
 from deberta_xl.config import RunConfig
@@ -69,6 +70,7 @@ class Pretraining:
         key = DropoutKey(config.train.seed)
         saved_step = state.step
         batches = prefetch(self.batches(), STEPS_AHEAD)
+        self.stop.watch_interrupts()
         self.engine.train()
         while state.step < config.train.steps:
             step = state.step + 1
@@ -155,6 +157,7 @@ class Pretraining:
             extra_files=self.checkpoint_files,
             tensor_parallel=(self.groups.grid.tensor_parallel_size, self.groups.grid.tensor_parallel_rank),
         )
+        on_rank_zero(lambda: self.folder.write_latest(folder))
         prune_checkpoints(folder, self.config.checkpoint.keep)
         rank_zero("checkpoint %s written in %.1f s", folder, time.perf_counter() - start)
 
@@ -181,7 +184,7 @@ class Pretraining:
 
     def write_evaluation(self, writer: MetricsWriter, result: Evaluation) -> None:
         """One evaluation to console, metrics, TensorBoard and the loss curve."""
-        step, piece_of = self.state.step, self.tokenizer.id_to_piece
+        step, piece_of = self.state.step, self.piece_of
         values = {
             "valid_loss": result.loss,
             "valid_perplexity": result.perplexity,
@@ -189,13 +192,18 @@ class Pretraining:
             "valid_unigram_entropy": result.unigram_entropy,
         }
         writer.write(step, values)
-        writer.write_text(step, "valid/predictions", prediction_table(result.label_L, result.guess_L, piece_of))
-        writer.write_figure(step, "valid/confusion", confusion_figure(result.label_L, result.guess_L, piece_of))
+        if len(result.label_L):
+            writer.write_text(step, "valid/predictions", prediction_table(result.label_L, result.guess_L, piece_of))
+            writer.write_figure(step, "valid/confusion", confusion_figure(result.label_L, result.guess_L, piece_of))
         save_loss_curve(self.folder.metrics, self.folder.path / "loss.png")
         rank_zero(
             "step %d  validation loss %.4f (unigram entropy %.4f)  perplexity %.2f  accuracy %.1f %%",
             step, result.loss, result.unigram_entropy, result.perplexity, 100 * result.accuracy,
         )  # fmt: skip
+
+    def piece_of(self, token_id: int) -> str:
+        """The piece of a guess; with a `model.vocab_size` above the tokenizer's there are ids that it does not know."""
+        return self.tokenizer.id_to_piece(token_id) if token_id < self.tokenizer.vocab_size else f"[ROW {token_id}]"
 
     def finish(self, writer: MetricsWriter | None) -> State:
         """Close the files and say how the run ended. Collective."""

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from deberta_xl.log import logger
+from deberta_xl.training.run_folder import writing
 
 #: TensorBoard tag of each metric; those not named here stand under `train/`.
 TAGS = {
@@ -43,9 +44,11 @@ class MetricsWriter:
 
     def __init__(self, metrics_file: Path, tensorboard: Path, *, first_step: int, total_steps: int):
         self.metrics_file = metrics_file
-        drop_lines_after(metrics_file, first_step)
+        self.folder = tensorboard
+        with writing(metrics_file):
+            drop_lines_after(metrics_file, first_step)
         # TensorBoard hides what an interrupted start wrote after its last checkpoint.
-        self.tensorboard = SummaryWriter(str(tensorboard), purge_step=first_step + 1 if first_step else None)
+        self.tensorboard = SummaryWriter(str(tensorboard), purge_step=first_step + 1)
         self.total_steps = total_steps
         self.bar = start_progress_bar(first_step, total_steps) if sys.stderr.isatty() else None
 
@@ -54,11 +57,12 @@ class MetricsWriter:
         for name in [name for name, value in values.items() if value is not None and not math.isfinite(value)]:
             logger.warning("step %d: %s is %s", step, name, values[name])
         values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.tensorboard.add_scalar(TAGS.get(name, f"train/{name}"), value, step)
-        self.tensorboard.flush()
+        with writing(self.folder):
+            for name, value in values.items():
+                self.tensorboard.add_scalar(TAGS.get(name, f"train/{name}"), value, step)
+            self.tensorboard.flush()
 
     def show_step(self, step: int, values: Mapping[str, float | None]) -> None:
         """One console line for a logged training step, or the progress bar's text on a terminal."""
@@ -74,17 +78,20 @@ class MetricsWriter:
 
     def write_text(self, step: int, tag: str, text: str) -> None:
         """A text for TensorBoard."""
-        self.tensorboard.add_text(tag, text, step)
+        with writing(self.folder):
+            self.tensorboard.add_text(tag, text, step)
 
     def write_figure(self, step: int, tag: str, figure: Figure) -> None:
         """A figure for TensorBoard."""
-        self.tensorboard.add_figure(tag, figure, step)
+        with writing(self.folder):
+            self.tensorboard.add_figure(tag, figure, step)
 
     def close(self) -> None:
         """Finish the files and the bar."""
         if self.bar is not None:
             self.bar.stop()
-        self.tensorboard.close()
+        with writing(self.folder):
+            self.tensorboard.close()
 
 
 def start_progress_bar(first_step: int, total_steps: int) -> Progress:
@@ -100,7 +107,8 @@ def drop_lines_after(metrics_file: Path, step: int) -> None:
     """Remove what an interrupted start logged after the checkpoint that the run now continues from."""
     if not metrics_file.exists():
         return
-    kept = [line for line in metrics_file.read_text(encoding="utf-8").splitlines() if is_up_to(line, step)]
+    text = metrics_file.read_text(encoding="utf-8", errors="replace")  # a crash may have left any bytes
+    kept = [line for line in text.splitlines() if is_up_to(line, step)]
     partial = metrics_file.with_suffix(".partial")
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(partial, metrics_file)

@@ -86,7 +86,9 @@ class Recorder:
         seconds = time.perf_counter() - self.start
         train, length = self.config.train, self.config.model.sequence_length
         samples = self.num_steps * train.global_batch_size
-        flops = step_flops(self.architecture, samples, length, self.num_labels) / seconds
+        labels_per_step = self.num_labels / self.num_steps
+        flops_per_step = step_flops(self.architecture, train.global_batch_size, length, labels_per_step)
+        flops = flops_per_step * self.num_steps / seconds
         return {
             "loss": loss_sum / (self.num_steps * self.groups.grid.data_parallel_size),
             "accuracy": num_correct / max(1, self.num_labels),

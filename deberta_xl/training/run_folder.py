@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +33,7 @@ class RunFolder:
         self.config = self.path / "config.toml"
         self.environment = self.path / "environment.json"
         self.state_file = self.path / "STATE"
+        self.latest = self.path / "LATEST"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"
@@ -44,18 +47,36 @@ class RunFolder:
         for folder in (self.path, self.tensorboard, self.heartbeat, self.checkpoints, self.log):
             make_folder(folder)
         if self.config.exists():
-            report_changes(load_run_config(self.config), config)
+            try:
+                report_changes(load_run_config(self.config), config)
+            except ConfigError as error:
+                logger.warning("the configuration of this run's last start is replaced unread: %s", error)
         write_text(self.config, to_toml(config))
         write_text(self.environment, json.dumps(environment(facts), indent=2) + "\n")
-        if not self.tokenizer.exists():
-            partial = self.tokenizer.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(tokenizer, partial)
-            os.replace(partial, self.tokenizer)
+        # Copied anew each time: a start that never came to a checkpoint may have had another one.
+        partial = self.tokenizer.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(tokenizer, partial)
+        shutil.rmtree(self.tokenizer, ignore_errors=True)
+        os.replace(partial, self.tokenizer)
 
-    def state(self) -> State | None:
-        """What the last start of this run came to; None for a new folder."""
-        return self.state_file.read_text().strip() if self.state_file.exists() else None
+    def write_latest(self, checkpoint: Path) -> None:
+        """Note which checkpoint was saved last."""
+        write_text(self.latest, checkpoint.name + "\n")
+
+    def check_latest(self, newest: Path | None) -> None:
+        """Compare the newest whole checkpoint with what was saved last.
+
+        Raises ConfigError when all checkpoints are gone: a run never starts anew by mistake. Warns when the last is.
+        """
+        saved = self.latest.read_text(encoding="utf-8").strip() if self.latest.exists() else None
+        if saved and newest is None:
+            raise ConfigError(
+                f"{self.path} was trained up to {saved}, but {self.checkpoints} holds no checkpoint any more: restore "
+                f"it, or choose another run.folder, or delete {self.path} to start from step 0"
+            )
+        if saved and newest is not None and newest.name < saved and not (self.checkpoints / saved).exists():
+            logger.warning("%s, the checkpoint saved last, is missing; using %s", self.checkpoints / saved, newest)
 
     def write_state(self, state: State) -> None:
         """`running`, `stopped` (asked to, will resume) or `done`."""
@@ -67,23 +88,43 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run.folder: cannot create {folder}: {error.strerror}") from error
+        raise ConfigError(f"run.folder: cannot create {folder}: {error.strerror}; choose another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one piece."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with writing(path), partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explain it to people when `path` cannot be written: a full disk is no fault of the program."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}; mend that (make room, for example), and the same "
+            "command continues from the newest checkpoint"
+        ) from error
 
 
 def report_changes(before: RunConfig, now: RunConfig) -> None:
     """Say which keys differ from the run's last start."""
-    old, new = to_toml(before).splitlines(), to_toml(now).splitlines()
-    changes = [line for line in new if line not in old] + [f"not {line}" for line in old if line not in new]
+    old, new = dataclasses.asdict(before), dataclasses.asdict(now)
+    changes = [
+        f"{section}.{key} = {value!r} (was {old[section][key]!r})"
+        for section, values in new.items()
+        for key, value in values.items()
+        if value != old[section][key]
+    ]
     if changes:
         logger.warning("this run continues with a changed configuration: %s", "; ".join(changes))
 

@@ -34,6 +34,15 @@ def check_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
             )
 
 
+def check_last_step(saved_step: int, steps: int) -> None:
+    """Refuse to continue to a step that the checkpoint has behind it."""
+    if steps < saved_step:
+        raise ConfigError(
+            f"train.steps={steps}, but the run folder's newest checkpoint is of step {saved_step}: set train.steps to "
+            f"more than {saved_step} to train on, or start another run.folder"
+        )
+
+
 def difference(saved: Any, current: Any) -> str:
     """What differs between two values, key by key for mappings."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,6 +121,7 @@ def test_a_run_leaves_everything_in_its_folder(uninterrupted):
     for rank in range(2):
         beat = json.loads((uninterrupted / "heartbeat" / f"rank-{rank:05d}.json").read_text())
         assert (beat["rank"], beat["step"], beat["phase"]) == (rank, 8, "done")
+    assert "done at step 8" in (uninterrupted / "log" / "rank-00000.log").read_text()
 
 
 def test_tensorboard_reads_what_a_run_wrote(uninterrupted):
@@ -166,7 +168,7 @@ def test_a_killed_run_resumes_to_identical_weights(small_dataset, uninterrupted,
     assert metrics(tmp_path, "loss") == metrics(uninterrupted, "loss")
 
 
-@pytest.mark.parametrize("stop_signal", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+@pytest.mark.parametrize("stop_signal", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=["USR1", "TERM", "INT"])
 def test_a_signal_to_one_rank_saves_stops_all_and_resumes_to_identical_weights(
     small_dataset, uninterrupted, tmp_path, stop_signal
 ):
@@ -234,11 +236,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(small_dataset, uninterr
     assert "step-00000003" in result.stdout
 
 
-def test_a_second_phase_starts_from_the_first_ones_weights_at_another_length(small_dataset, uninterrupted, tmp_path):
+@pytest.mark.parametrize("engine", ["cpu_debug", "zero3_bf16"])
+def test_a_second_phase_starts_from_the_first_ones_float32_weights(small_dataset, uninterrupted, tmp_path, engine):
     first = final_weights(uninterrupted)
     second_phase = ["model.sequence_length=32", "train.global_batch_size=4", "train.steps=1", "schedule.warmup_steps=0"]
     quiet = ["optimizer.learning_rate=0.0", f"train.init={uninterrupted}"]
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, *second_phase, *quiet)])
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, *second_phase, *quiet, engine=engine)])
     assert result.returncode == 0, result.stdout
     assert all(torch.equal(first[name], weight) for name, weight in final_weights(tmp_path).items())
 
@@ -256,13 +259,68 @@ def test_a_rank_that_fails_ends_the_job_and_names_rank_step_and_phase(small_data
         "            raise RuntimeError('the disk is on fire')\n"
         "    heartbeat.Heartbeat.mark = fail\n"
     )
-    started = time.monotonic()
     result = run(
         [*deepspeed(2), *arguments(small_dataset, tmp_path / "run")], PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"
     )
     assert result.returncode != 0
     assert "rank 1 failed at step 3, phase optimizer: RuntimeError: the disk is on fire" in result.stdout
-    assert time.monotonic() - started < SECONDS
+
+
+def test_a_run_folder_of_another_model_is_refused_and_left_as_it_was(small_dataset, uninterrupted):
+    before = (uninterrupted / "config.toml").read_text()
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "model.hidden_size=64")])
+    assert result.returncode == 2
+    assert "another architecture: hidden_size was 32, now 64" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert (uninterrupted / "config.toml").read_text() == before
+    assert (uninterrupted / "STATE").read_text() == "done\n"
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(small_dataset, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path / "run")])
+    assert result.returncode == 2
+    assert "was trained up to step-00000008" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_fewer_steps_than_the_run_has_made_are_refused(small_dataset, uninterrupted):
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "train.steps=5")])
+    assert result.returncode == 2
+    assert "train.steps=5, but the run folder's newest checkpoint is of step 8" in result.stdout
+    assert (uninterrupted / "STATE").read_text() == "done\n"
+
+
+def test_a_dataset_may_be_named_by_one_of_its_files_and_evaluation_refuses_what_cannot_be_meant(
+    small_dataset, uninterrupted
+):
+    tool = str(ROOT / "tools" / "evaluate.py")
+    for option in (["--micro_batch_size", "0"], ["--max_samples", "-1"]):
+        result = run([sys.executable, tool, str(uninterrupted), f"{small_dataset.valid}.bin", *option])
+        assert result.returncode == 2
+        assert f"{option[0].removeprefix('--')}={option[1]} is too small" in result.stdout
+        assert "Traceback" not in result.stdout
+    named = arguments(small_dataset, uninterrupted, f"data.train={small_dataset.train}.bin")
+    result = run([sys.executable, SCRIPT, *named])
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_vocabulary_larger_than_the_tokenizers_trains_and_shows_its_guesses(small_dataset, tmp_path):
+    # Fresh weights guess any of 4000 ids alike, most of them without a piece.
+    overrides = ["model.vocab_size=4000", "train.steps=1", "schedule.warmup_steps=0", "optimizer.learning_rate=0.0"]
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, *overrides)])
+    assert result.returncode == 0, result.stdout
+    assert metrics(tmp_path, "valid_loss").keys() == {1}
+
+
+def test_launcher_variables_that_contradict_each_other_are_refused_with_a_message(small_dataset, tmp_path):
+    command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path)]
+    result = run(command, RANK="5", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert result.returncode == 2
+    assert "contradict each other" in result.stdout
+    assert "Traceback" not in result.stdout
 
 
 @pytest.mark.parametrize(

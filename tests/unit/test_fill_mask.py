@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import sentencepiece
 import torch
 
 from deberta_xl.architecture import DebertaConfig
@@ -164,6 +166,12 @@ def test_an_impossible_number_of_proposals_is_refused(model, tokenizer, top_k):
         fill_mask(model, tokenizer, "[MASK]", top_k=top_k)
 
 
+def test_a_text_that_is_not_utf8_is_refused(model, tokenizer):
+    # What Python makes of the byte FF in an argument of the command line.
+    with pytest.raises(FillMaskError, match="UTF-8"):
+        fill_mask(model, tokenizer, "caf\udcff [MASK]")
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
     sizes = {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "intermediate_size": 8}
     with pytest.raises(FillMaskError, match="only 100"):
@@ -224,6 +232,22 @@ def test_a_checkpoint_without_tokenizer_asks_for_one(tool, model, native, tmp_pa
     assert run_tool(tool.run, tool.parse_arguments(arguments)) == 2
     assert "--tokenizer" in capsys.readouterr().err
     assert run_tool(tool.run, tool.parse_arguments([*arguments, "--tokenizer", str(tmp_path / "tokenizer")])) == 0
+
+
+def test_another_tokenizer_than_the_checkpoints_own_is_refused(tool, native, tmp_path, capsys):
+    model = io.BytesIO()
+    texts = (" ".join(topics[name].split())[:500] for name in sorted(topics))
+    names = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
+    ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, vocab_size=300, minloglevel=2, **names, **ids
+    )
+    Tokenizer(model.getvalue()).save(tmp_path / "other")
+    arguments = tool.parse_arguments([str(native), "a [MASK]", "--tokenizer", str(tmp_path / "other")])
+    assert run_tool(tool.run, arguments) == 2
+    assert "not the checkpoint's own" in capsys.readouterr().err
+    arguments = tool.parse_arguments([str(native), "a [MASK]", "--tokenizer", str(tmp_path / "tokenizer")])
+    assert run_tool(tool.run, arguments) == 0
 
 
 def test_the_tool_says_in_one_line_what_is_wrong(tool, native, tmp_path, capsys):

@@ -1,10 +1,12 @@
+import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 
-from deberta_xl.data.errors import TokenizerError
+from deberta_xl.data.errors import CorpusError, TokenizerError
 from deberta_xl.data.tokenizer import Tokenizer, begins_word
 from deberta_xl.data.tokenizer_training import largest_vocab_size, reserved_ids, train_tokenizer, training_lines
 
@@ -144,12 +146,42 @@ def test_a_vocabulary_below_the_alphabet_or_without_text_is_refused(texts, tmp_p
 def test_an_existing_tokenizer_is_replaced_only_on_request(texts, tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    (folder / "precious").write_text("x")
+    (folder / "spm.model").write_text("old")
     with pytest.raises(TokenizerError, match="--overwrite"):
         train_tokenizer(texts, 108, folder)
-    assert (folder / "precious").exists()
+    assert (folder / "spm.model").read_text() == "old"
     train_tokenizer(texts, 108, folder, overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == ["spm.model", "tokenizer_settings.json"]
+    Tokenizer.load(folder)
+
+
+def test_a_folder_with_other_files_is_never_overwritten(texts, tmp_path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(TokenizerError, match="precious"):
+        train_tokenizer(texts, 108, tmp_path, overwrite=True)
+    assert (tmp_path / "precious").exists()
+
+
+@pytest.mark.parametrize("failure", [CorpusError("a.gz is damaged"), KeyboardInterrupt()])
+def test_what_reading_the_text_raises_is_not_taken_for_sentencepieces_complaint(texts, tmp_path, failure):
+    def broken():
+        yield from texts[:5]
+        raise failure
+
+    with pytest.raises(type(failure)) as caught:
+        train_tokenizer(broken(), 108, tmp_path / "tokenizer")
+    assert caught.value is failure
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_part_of_a_tokenizer(tokenizer, tmp_path, monkeypatch):
+    def refuse(self, *_arguments, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(OSError, match="No space"):
+        tokenizer.save(tmp_path / "tokenizer")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_released_size_has_the_released_number_of_pieces():

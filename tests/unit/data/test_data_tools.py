@@ -1,5 +1,6 @@
 """The command-line tools of the data path, started as a user starts them."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from deberta_xl.command_line import run_tool
 from deberta_xl.data import progress as progress_module
 from deberta_xl.data.python_corpus import DOCUMENT_LENGTH, cut, docstrings, python_corpus
 from deberta_xl.data.token_store import TokenStore
@@ -57,7 +59,8 @@ def test_text_becomes_a_tokenizer_and_a_dataset(tmp_path, texts):
     [
         ("train_tokenizer", "--input none.txt --vocab_size 500 --output tokenizer", "none.txt: no such file"),
         ("train_tokenizer", "--input few.txt --vocab_size 500 --output tokenizer", "choose at most"),
-        ("train_tokenizer", "--input few.txt --vocab_size 500 --output few.txt", "few.txt exists"),
+        ("train_tokenizer", "--input few.txt --vocab_size 500 --output few.txt", "few.txt is a file"),
+        ("train_tokenizer", "--input old.jsonl --vocab_size 500 --output tokenizer", "--json_key"),
         ("preprocess", "--input few.txt --tokenizer none --output data", "none holds no spm.model"),
         ("preprocess", "--input few.txt --tokenizer . --output d --workers 0", "--workers 0"),
         (
@@ -65,22 +68,48 @@ def test_text_becomes_a_tokenizer_and_a_dataset(tmp_path, texts):
             "--input few.txt --tokenizer . --output d --valid_output v --valid_share 1",
             "--valid_share 1.0",
         ),
-        ("preprocess", "--input few.txt --tokenizer . --output d --valid_output d", "two prefixes"),
+        ("preprocess", "--input few.txt --tokenizer . --output d --valid_output ./d", "two prefixes"),
         ("preprocess", "--input few.txt --tokenizer . --output data/", "not the prefix of a dataset"),
         ("extract_corpus", "--output few.txt", "must end with .jsonl"),
         ("extract_corpus", "--output old.jsonl", "old.jsonl exists"),
+        ("extract_corpus", "--output folder.jsonl --overwrite", "folder.jsonl is a folder"),
     ],
 )
 def test_a_users_error_is_one_line_and_changes_nothing(tmp_path, tool, arguments, message):
     (tmp_path / "few.txt").write_text("only a few words")
     (tmp_path / "old.jsonl").write_text("{}")
+    (tmp_path / "folder.jsonl").mkdir()
     result = run(tool, *arguments.split(), folder=tmp_path)
     assert result.returncode == 2
     last_line = result.stderr.splitlines()[-1]
     assert last_line.startswith("error: ")
     assert message in last_line
     assert "Traceback" not in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt", "old.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt", "folder.jsonl", "old.jsonl"]
+
+
+def test_bad_records_are_shown_when_training_a_tokenizer_fails_for_their_sake(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"body": "x"}\nnot json\n')
+    result = run("train_tokenizer", "--input", "bad.jsonl", "--vocab_size", 500, "--output", "t", folder=tmp_path)
+    assert result.returncode == 2
+    assert "bad.jsonl:1: no key 'text' (keys: 'body')" in result.stderr
+    assert "bad.jsonl:2: invalid JSON" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room and start again"),
+        (OSError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied"),
+        (OSError("only words"), "only words"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_without_an_error_number(error, text, capsys):
+    def work(_arguments):
+        raise error
+
+    assert run_tool(work, None) == 2
+    assert capsys.readouterr().err == f"error: {text}\n"
 
 
 @pytest.mark.parametrize("tool", ["train_tokenizer", "preprocess", "extract_corpus"])

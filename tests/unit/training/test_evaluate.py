@@ -11,6 +11,7 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.config import DataSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
+from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.training.evaluate import entropy, evaluate, evaluation_batches
 
@@ -51,6 +52,19 @@ def test_an_untrained_model_is_as_good_as_guessing(data):
     assert result.accuracy == (result.label_L == result.guess_L).double().mean().item()
     assert 3 < result.unigram_entropy < math.log(vocab_size)
     assert result[:4] == evaluate(build_model(vocab_size), data, **options)[:4], "masks are fixed"
+
+
+def test_a_text_too_short_to_be_masked_has_no_loss_rather_than_a_perfect_one(small_dataset, tmp_path):
+    tokenizer = small_dataset.tokenizer
+    with TokenStoreWriter(tmp_path / "short", tokenizer=tokenizer) as writer:
+        writer.add(tokenizer.encode("a")[:1])
+        writer.finish()
+    data = PretrainingData(TokenStore(tmp_path / "short"), tokenizer, DataSection(mask_probability=0.01), 64, seed=1)
+    options = {"vocab_size": tokenizer.vocab_size, "device": torch.device("cpu"), "max_samples": 0}
+    result = evaluate(build_model(tokenizer.vocab_size), data, micro_batch_size=4, **options)
+    assert result.num_labels == 0
+    assert math.isnan(result.loss)
+    assert math.isnan(result.perplexity)
 
 
 def test_the_batch_size_does_not_matter(data):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deberta_xl.config_file import load_run_config
 from deberta_xl.errors import ConfigError
@@ -15,7 +18,7 @@ from deberta_xl.training.figures import save_loss_curve
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.run_folder import RunFolder
-from deberta_xl.training.state import TrainState, check_fingerprints
+from deberta_xl.training.state import TrainState, check_fingerprints, check_last_step
 
 
 @pytest.fixture
@@ -41,13 +44,18 @@ def test_a_folder_is_prepared_and_taken_over(tmp_path, warnings):
     assert load_run_config(folder.config) == config
     assert json.loads(folder.environment.read_text())["world_size"] == 2
     assert (folder.tokenizer / "spm.model").read_bytes() == b"model"
-    assert folder.state() is None
+    assert not folder.state_file.exists()
     folder.write_state("running")
-    assert folder.state() == "running"
+    assert folder.state_file.read_text() == "running\n"
     folder.prepare(config, source, {})
     assert "changed configuration" not in warnings.text
-    folder.prepare(load_run_config("debug", ["train.steps=60"]), source, {})
-    assert "steps = 60" in warnings.text
+    (source / "spm.model").write_bytes(b"another")
+    changes = ["train.steps=60", "checkpoint.interval=256", "data.valid=held/out"]
+    folder.prepare(load_run_config("debug", changes), source, {})
+    assert (folder.tokenizer / "spm.model").read_bytes() == b"another"
+    # 256 is what another section's key has, too: a change is told by its key, not by its text.
+    for change in ("train.steps = 60 (was 50)", "checkpoint.interval = 256 (was 100)", "data.valid = 'held/out'"):
+        assert change in warnings.text
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_for_people(tmp_path):
@@ -67,6 +75,78 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
             torn.write('{"step": 2, "lo')
     lines = file.read_text().splitlines()[:-1]
     assert [json.loads(line) for line in lines] == [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path, first_step):
+    # Without a checkpoint (first_step 0) the run starts over, and what it wrote before is as void as after a later one.
+    for first, value in ((0, 1.0), (first_step, 2.0)):
+        writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", first_step=first, total_steps=4)
+        for step in range(first + 1, 5):
+            writer.write(step, {"loss": value})
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [
+        (step, 1.0 if step <= first_step else 2.0) for step in (1, 2, 3, 4)
+    ]
+
+
+def test_metrics_that_are_not_even_text_do_not_keep_a_run_from_resuming(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": 3.0}\n\xe0\x00\xff\n{"step": 2')
+    MetricsWriter(file, tmp_path / "tensorboard", first_step=1, total_steps=4).close()
+    assert file.read_text() == '{"step": 1, "loss": 3.0}\n'
+
+
+def test_metrics_that_cannot_be_written_are_an_error_for_people(tmp_path):
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", first_step=0, total_steps=4)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written: .*the same command continues"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path, warnings):
+    folder = RunFolder(tmp_path / "run")
+    first, last = (folder.checkpoints / name for name in ("step-00000003", "step-00000006"))
+    first.mkdir(parents=True)
+    last.mkdir()
+    folder.check_latest(None)  # nothing was saved yet
+    folder.write_latest(first)
+    folder.check_latest(last)  # ended between saving and noting it
+    folder.write_latest(last)
+    folder.check_latest(first)  # passed over because it is damaged: said already
+    assert not warnings.text
+    last.rmdir()
+    folder.check_latest(first)
+    assert "step-00000006, the checkpoint saved last, is missing; using" in warnings.text
+    with pytest.raises(ConfigError, match="trained up to step-00000006"):
+        folder.check_latest(None)
+
+
+def test_a_configuration_that_cannot_be_read_is_replaced_with_a_warning(tmp_path, warnings):
+    folder, config = RunFolder(tmp_path / "run"), load_run_config("debug")
+    folder.path.mkdir()
+    folder.config.write_text("[train]\nanother_versions_key = 3\n")
+    folder.prepare(config, tokenizer_folder(tmp_path), {})
+    assert "another_versions_key" in warnings.text
+    assert load_run_config(folder.config) == config
+
+
+def test_a_full_disk_leaves_the_old_small_file_and_no_other(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.write_state("running")
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _descriptor: raise_full())
+        with pytest.raises(ConfigError, match="STATE cannot be written: No space left"):
+            folder.write_state("done")
+    assert [path.name for path in tmp_path.iterdir()] == ["STATE"]
+    assert folder.state_file.read_text() == "running\n"
+
+
+def raise_full() -> None:
+    """What the system says to a full disk."""
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_the_loss_curve_is_a_picture(tmp_path):
@@ -97,6 +177,12 @@ def test_another_dataset_or_architecture_is_refused_with_the_difference():
         check_fingerprints(saved, saved | {"data": "def"})
     with pytest.raises(ConfigError, match=r"num_layers was 2, now 3"):
         check_fingerprints(saved, saved | {"architecture": {"num_layers": 3, "hidden_size": 8}})
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused():
+    check_last_step(5, 5)
+    with pytest.raises(ConfigError, match=r"train\.steps=2, .* step 5"):
+        check_last_step(5, 2)
 
 
 def test_the_state_advances_by_whole_steps():
