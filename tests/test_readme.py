@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from conftest import documents
+from small_dataset import documents
 
 from deberta_xl.config_file import load_run_config, preset_names
 from deberta_xl.model.masked_lm import MaskedLanguageModel

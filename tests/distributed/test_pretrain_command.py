@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import SmallDataset
+from small_dataset import SmallDataset
 
 from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import SmallDataset
 from ranks import run_ranks
+from small_dataset import SmallDataset
 from test_training_equality import Case, Curve, architecture, assert_equal_curves, train_plainly, train_with_engine
 from vectors import Vector, folders
 

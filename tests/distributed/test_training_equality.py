@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import SmallDataset
 from deepspeed.accelerator import get_accelerator
 from ranks import run_ranks
+from small_dataset import SmallDataset
 from torch.distributed import get_world_size
 
 from deberta_xl.architecture import DebertaConfig
