@@ -74,6 +74,24 @@ def test_the_commands_from_text_to_model_run_as_they_stand(checkout):
     assert (checkout / "exported" / "model.safetensors").exists()
 
 
+def test_the_quickstart_goes_from_text_to_filled_masks_and_continues(tmp_path):
+    (tmp_path / "own.txt").write_text("\n\n".join(documents()), encoding="utf-8")
+    work = ["--folder", str(tmp_path / "work"), "--corpus", str(tmp_path / "own.txt"), "--vocab_size", SMALL]
+    tiny = [override for override in TINY if not override.startswith("train.steps")]
+    for steps, sign in (("2", "== 3. Dataset"), ("4", "resumed from")):
+        command = [sys.executable, str(ROOT / "tools" / "quickstart.py"), *work, "--", *tiny, f"train.steps={steps}"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(
+            command, env=environment, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert result.returncode == 0, result.stdout
+        assert sign in result.stdout
+        assert "== Done in" in result.stdout
+        assert "He went to the house" in result.stdout
+    assert (tmp_path / "work" / "huggingface" / "tokenizer.json").exists()
+    assert (tmp_path / "work" / "run" / "loss.png").exists()
+
+
 def test_the_table_of_presets_is_right():
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\S+) \| ([^|]+) \|$", README, re.MULTILINE)
     assert [row[0] for row in rows] == sorted(preset_names(), key=[row[0] for row in rows].index)

@@ -3,8 +3,9 @@
 The text is the English that comes with Python (its language reference and docstrings), or your own with --corpus.
 Everything goes to one folder; what is there already is not made again, and an interrupted training resumes.
 
-example:
+examples:
   python tools/quickstart.py --folder quickstart
+  python tools/quickstart.py --folder mine --corpus a.txt b.jsonl -- train.steps=300
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ TRAINING = [
     "model.dropout=0",
     "train.log_interval=20",
 ]
-SENTENCES = [
+PYTHON_SENTENCES = [
     "Return a list [MASK] the names in the current scope.",
     "If the argument is not a string, a TypeError [MASK] raised.",
     "The function returns the number [MASK] bytes.",
 ]
+SENTENCES = ["It was one of [MASK] first in the world.", "He went to the house [MASK] his father."]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +81,9 @@ def execute(*command: str | Path) -> None:
 
 def prepare_data(folder: Path, corpus: list[str] | None, vocab_size: int) -> None:
     """Corpus, tokenizer, training and held-out dataset."""
-    if not corpus:
+    if corpus:
+        announce(f"1. Text: {' '.join(corpus)}")
+    else:
         corpus = [str(folder / "corpus.jsonl")]
         if not Path(corpus[0]).exists():
             announce("1. Text: the English that comes with Python")
@@ -139,7 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
     os.chdir(ROOT)
     prepare_data(folder, corpus, arguments.vocab_size)
     train(folder, arguments.overrides)
-    use(folder, SENTENCES)
+    use(folder, SENTENCES if corpus else PYTHON_SENTENCES)
     report(folder, time.monotonic() - started)
 
 
