@@ -46,21 +46,25 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        embedded_BSD: Tensor,
+        hidden_BSD: Tensor,
         segments_BS: Tensor,
         relative_RD: Tensor,
         pairs: Pairs,
         *,
-        num_layers: int,
+        numbers: range,
         keep_states: bool = False,
         key: DropoutKey | None = None,
     ) -> list[Tensor]:
-        """The states [B, S, D] after layers 0 … `num_layers` − 1, or only the last of them."""
-        hidden_BSD, states = embedded_BSD, [embedded_BSD]
-        for number, layer in enumerate(self.layers[:num_layers]):
+        """The states [B, S, D] after the layers `numbers`, or only the last of them.
+
+        `hidden_BSD` is what the first of these layers reads: the embeddings for layer 0.
+        """
+        states = [hidden_BSD]
+        for number in numbers:
             layer_key = fold_key(key, "layers", number)
-            hidden_BSD = self.apply_layer(layer, hidden_BSD, relative_RD, pairs, layer_key)
+            source_BSD = hidden_BSD
+            hidden_BSD = self.apply_layer(self.layers[number], source_BSD, relative_RD, pairs, layer_key)
             if number == 0 and self.convolution is not None:
-                hidden_BSD = self.convolution(embedded_BSD, hidden_BSD, segments_BS, fold_key(key, "convolution"))
+                hidden_BSD = self.convolution(source_BSD, hidden_BSD, segments_BS, fold_key(key, "convolution"))
             states = [*(states if keep_states else []), hidden_BSD]
         return states

@@ -135,45 +135,73 @@ class MaskedLanguageModel(nn.Module):
             dropout_key: names the dropout masks; torch's global generator draws them when absent.
         """
         segments_BS, mask_BST = read_mask(input_ids, attention_mask)
-        pairs = Pairs(self.encoder.relative_position.index(input_ids.shape[1], input_ids.device), mask_BST)
+        pairs = self.pairs(mask_BST)
         relative_RD = self.encoder.relative_position()
         embedded_BSD = self.embeddings(input_ids, segments_BS, token_type_ids, fold_key(dropout_key, "embeddings"))
-        num_layers = len(self.encoder.layers)
-        # EMD reads the input of the last layer and replaces its ordinary pass, which is therefore skipped.
-        needs_last = self.config.position_biased_input or output_hidden_states
+        num_layers = self.config.num_layers if output_hidden_states else self.num_ordinary_layers
         states = self.encoder(
             embedded_BSD,
             segments_BS,
             relative_RD,
             pairs,
-            num_layers=num_layers if needs_last else num_layers - 1,
+            numbers=range(num_layers),
             keep_states=output_hidden_states,
             key=dropout_key,
         )
         labelled = LabelledPositions.of(labels) if isinstance(labels, Tensor) else labels
-        decoded = self.decode(states, segments_BS, relative_RD, pairs, labelled, dropout_key)
-        hidden_states = tuple(states) if output_hidden_states else None
-        if labelled is None:
-            return MaskedLMOutput(None, self.head(decoded, self.embeddings.word), hidden_states=hidden_states)
-        logits_LV = self.head(decoded.flatten(0, 1)[labelled.slot_L], self.embeddings.word)
-        loss_sum, guess_L = self.loss(logits_LV, labelled.label_L)
-        divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
-        return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L, hidden_states)
+        output = self.predict(
+            states[self.num_ordinary_layers if output_hidden_states else -1],
+            segments_BS,
+            relative_RD,
+            pairs,
+            labelled,
+            label_count=label_count,
+            key=dropout_key,
+        )
+        return output._replace(hidden_states=tuple(states) if output_hidden_states else None)
 
-    def decode(
+    @property
+    def num_ordinary_layers(self) -> int:
+        """Layers whose states are read: without the last where EMD takes the place of its ordinary pass."""
+        return self.config.num_layers - (0 if self.config.position_biased_input else 1)
+
+    def pairs(self, mask_BST: Tensor) -> Pairs:
+        """What the layers know of every pair of positions."""
+        return Pairs(self.encoder.relative_position.index(mask_BST.shape[-1], mask_BST.device), mask_BST)
+
+    def predict(
         self,
-        states: list[Tensor],
+        hidden_BSD: Tensor,
         segments_BS: Tensor,
         relative_RD: Tensor,
         pairs: Pairs,
         labelled: LabelledPositions | None,
+        *,
+        label_count: float | None = None,
+        key: DropoutKey | None = None,
+    ) -> MaskedLMOutput:
+        """From the states after the ordinary layers to logits, loss and guesses."""
+        position_BM = None if labelled is None else labelled.position_BM
+        decoded = self.decode(hidden_BSD, segments_BS, relative_RD, pairs, position_BM, key)
+        if labelled is None:
+            return MaskedLMOutput(None, self.head(decoded, self.embeddings.word))
+        logits_LV = self.head(decoded.flatten(0, 1)[labelled.slot_L], self.embeddings.word)
+        loss_sum, guess_L = self.loss(logits_LV, labelled.label_L)
+        divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
+        return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L)
+
+    def decode(
+        self,
+        hidden_BSD: Tensor,
+        segments_BS: Tensor,
+        relative_RD: Tensor,
+        pairs: Pairs,
+        position_BM: Tensor | None,
         key: DropoutKey | None,
     ) -> Tensor:
-        """The states to predict from: those of the labelled slots [B, M, D], or of all positions [B, S, D]."""
-        position_BM = None if labelled is None else labelled.position_BM
+        """The states to predict from: those at `position_BM`, [B, M, D], or at all positions, [B, S, D]."""
         if self.config.position_biased_input:
-            return take_rows(states[-1], position_BM)
-        hidden_BSD = states[len(self.encoder.layers) - 1] if len(states) > 1 else states[0]
+            return take_rows(hidden_BSD, position_BM)
         return enhanced_mask_decoder(
             self.encoder.layers[-1],
             hidden_BSD,
