@@ -192,8 +192,11 @@ class ParallelSection:
     tensor_parallel_size: int = 1
     """Ranks that share each layer. Must divide the heads and the feed-forward width; stay inside one node."""
 
+    pipeline_parallel_size: int = 1
+    """Stages, each with some of the layers, the last with the enhanced mask decoder. At most the number of layers."""
+
     def __post_init__(self) -> None:
-        at_least(1, tensor_parallel_size=self.tensor_parallel_size)
+        at_least(1, tensor_parallel_size=self.tensor_parallel_size, pipeline_parallel_size=self.pipeline_parallel_size)
 
 
 @frozen

@@ -115,6 +115,7 @@ def load_deepspeed_config(path: str | Path, run: RunConfig) -> DeepSpeedConfig:
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error.errors()[0])}") from None
     check_facts(path, settings, run)
+    check_pipeline(path, settings, run)
     return DeepSpeedConfig(path, settings)
 
 
@@ -260,6 +261,17 @@ def check_facts(path: Path, settings: EngineSettings, run: RunConfig) -> None:
         for part in name.split("."):
             stated = getattr(stated, part, None)
         check_fact(path, name, stated, fact)
+
+
+def check_pipeline(path: Path, settings: EngineSettings, run: RunConfig) -> None:
+    """Refuse gradients or parameters partitioned over ranks in a pipeline, which holds them for all micro-batches."""
+    stage, stages = settings.zero_optimization.stage, run.parallel.pipeline_parallel_size
+    if stages > 1 and stage != 1:
+        raise ConfigError(
+            f"{path}: zero_optimization.stage={stage} does not go with parallel.pipeline_parallel_size={stages}: a "
+            "pipeline sums the gradients of all micro-batches before it reduces them; use ZeRO stage 1 "
+            f"(deepspeed_configs/zero1_bf16.json), or parallel.pipeline_parallel_size=1 to keep stage {stage}"
+        )
 
 
 def check_fact(path: Path, name: str, stated: Any, fact: Fact) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
@@ -28,13 +29,14 @@ from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.errors import ConfigError, UserError
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, log_to_file, logger, rank_zero
-from deberta_xl.parallel.grid import Grid, check_divisible
+from deberta_xl.parallel.grid import Grid, check_divisible, check_stages
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from deberta_xl.model.masked_lm import MaskedLanguageModel
     from deberta_xl.parallel.groups import Groups
+    from deberta_xl.parallel.stages import Split
     from deberta_xl.training.loop import Pretraining
     from deberta_xl.training.run_folder import RunFolder
     from deberta_xl.training.state import TrainState
@@ -82,7 +84,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     config = load_run_config(arguments.config, arguments.overrides)
     engine = load_deepspeed_config(arguments.deepspeed_config, config)
     launch = read_launch()
-    grid = Grid.of(launch.rank, launch.world_size, config.parallel.tensor_parallel_size)
+    grid = Grid.for_run(launch.rank, launch.world_size, config.parallel)
     engine.agree(grid.data_parallel_size, config)
     if config.data.train is None:
         raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
@@ -91,24 +93,27 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     tokenizer = Tokenizer.load(tokenizer_folder)
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_divisible(architecture, grid.tensor_parallel_size)
+    check_stages(architecture, grid.num_stages)
     options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)
     data = PretrainingData(store, *options)
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
     return Inputs(config, engine, launch, grid, tokenizer, tokenizer_folder, architecture, data, valid)
 
 
-def print_arithmetic(inputs: Inputs, num_parameters: int) -> None:
+def print_arithmetic(inputs: Inputs, split: Split) -> None:
     """What the run is going to be: sizes, ranks, samples and tokens, on rank 0."""
+    from deberta_xl.parallel.pipeline import logical_shapes
+
+    num_parameters = sum(map(math.prod, logical_shapes(inputs.architecture).values()))
     train, length = inputs.config.train, inputs.config.model.sequence_length
     ranks, batch = inputs.grid.data_parallel_size, train.global_batch_size
     accumulation = train.gradient_accumulation_steps(ranks)
     samples = train.steps * batch
     zero = f"ZeRO-{inputs.engine.zero_stage} in {inputs.engine.precision}"
     rank_zero("model: %s parameters, vocabulary %d", f"{num_parameters:,}", inputs.architecture.vocab_size)
-    rank_zero(
-        "ranks: %d = %d data-parallel x %d tensor-parallel, %s",
-        inputs.launch.world_size, ranks, inputs.grid.tensor_parallel_size, zero,
-    )  # fmt: skip
+    rank_zero("ranks: %s, %s", inputs.grid.describe(), zero)
+    if split.num_stages > 1:
+        rank_zero("stages: %s", split.describe(accumulation))
     rank_zero(
         "step: %d sequences x %d tokens = %s tokens (micro-batch %d x %d accumulated x %d replicas)",
         batch, length, f"{batch * length:,}", train.micro_batch_size, accumulation, ranks,
@@ -170,15 +175,17 @@ def take_over(folder: RunFolder, inputs: Inputs, fingerprints: Mapping[str, Any]
     return newest
 
 
-def build_model(inputs: Inputs, *, is_new: bool) -> MaskedLanguageModel:
-    """The plain model: with fresh weights, or those of `train.init` where the run `is_new`. Collective."""
+def build_model(inputs: Inputs, units: range, *, is_new: bool) -> MaskedLanguageModel:
+    """The plain model, as much of it as `units` needs: fresh weights, or those of `train.init` where the run `is_new`.
+
+    Collective.
+    """
     from deberta_xl.checkpoint.agreement import on_rank_zero
-    from deberta_xl.model.masked_lm import MaskedLanguageModel
+    from deberta_xl.parallel.pipeline import build_stage
     from deberta_xl.pretrained import find_pretrained, load_initial_weights
 
     train = inputs.config.train
-    model = MaskedLanguageModel(inputs.architecture, seed=train.seed)
-    print_arithmetic(inputs, sum(p.numel() for p in model.parameters()))
+    model = build_stage(inputs.architecture, units, train.seed)
     if train.init and is_new:
         # Found once for all ranks: a run that is still written to has one newest checkpoint.
         source = on_rank_zero(lambda: find_pretrained(train.init))
@@ -191,19 +198,31 @@ def build_model(inputs: Inputs, *, is_new: bool) -> MaskedLanguageModel:
 
 def start_engine(inputs: Inputs, groups: Groups, newest: Path | None) -> tuple[DeepSpeedEngine, TrainState]:
     """The engine over the model, divided as `groups` says, continued from `newest` if there is one. Collective."""
-    from deberta_xl.checkpoint.fragments import set_master_weights
+    from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
     from deberta_xl.checkpoint.store import load_checkpoint
+    from deberta_xl.parallel.pipeline import PipelinedModel
     from deberta_xl.parallel.plan import divide
+    from deberta_xl.parallel.stages import split_model
     from deberta_xl.training.engine import build_engine
     from deberta_xl.training.state import TrainState
 
-    model = build_model(inputs, is_new=newest is None)
+    train, grid = inputs.config.train, inputs.grid
+    split = split_model(
+        inputs.architecture,
+        grid.num_stages,
+        train.micro_batch_size,
+        inputs.config.model.sequence_length,
+        inputs.config.data.mask_probability,
+    )
+    print_arithmetic(inputs, split)
+    model = build_model(inputs, split.units(grid.stage), is_new=newest is None)
     divide(model, groups)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()} if newest is None else {}
     settings = inputs.engine.engine_dict(inputs.grid.data_parallel_size, inputs.config)
-    engine = build_engine(model, inputs.config.optimizer, settings, groups)
+    module = PipelinedModel(model, split, groups) if grid.num_stages > 1 else model
+    engine = build_engine(module, inputs.config.optimizer, settings, groups)
     if newest is None:
-        set_master_weights(engine, list(engine.module.named_parameters()), weights)
+        set_master_weights(engine, canonical_parameters(engine), weights)
         return engine, TrainState()
     tensor_parallel = (inputs.grid.tensor_parallel_size, inputs.grid.tensor_parallel_rank)
     saved = load_checkpoint(engine, newest, tensor_parallel=tensor_parallel)

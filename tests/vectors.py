@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -34,3 +35,9 @@ class Vector:
 def folders(kind: str, root: Path = VECTORS) -> list[Path]:
     """The cases of a kind, in a stable order."""
     return [f.parent for f in sorted(root.glob("*/meta.json")) if json.loads(f.read_text())["kind"] == kind]
+
+
+def vector_folders(kind: str) -> list[Path]:
+    """The cases of a kind among the fixtures, and in the folder that DEBERTA_REFERENCE_VECTORS names, if any."""
+    more = os.environ.get("DEBERTA_REFERENCE_VECTORS")
+    return [folder for root in (VECTORS, *([Path(more)] if more else [])) for folder in folders(kind, root)]

@@ -28,7 +28,7 @@ from deberta_xl.fill_mask import load_tokenizer
 from deberta_xl.launch import Launch, export_launch, read_launch
 from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.strict import at_least
-from deberta_xl.training.evaluate import Evaluation, evaluate
+from deberta_xl.training.evaluate import Evaluation, evaluate, predict_with
 
 DEFAULT_SEED = 1
 
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     data = PretrainingData(store, tokenizer, run_config.data if run_config else DataSection(), length, seed)
     device = join_ranks(launch)
     result = evaluate(
-        model.to(device),
+        predict_with(model.to(device), device),
         data,
         vocab_size=model.config.vocab_size,
         device=device,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.rank_file import KINDS, Piece
+from deberta_xl.parallel.pipeline import plain_model
 from deberta_xl.parallel.shard import shard_of
 
 MOMENTS = tuple(kind for kind in KINDS if kind != "master")
@@ -40,6 +41,11 @@ class Fragment(NamedTuple):
     """The engine's flat float32 tensor it lies in, the key of its Adam state."""
     start: int
     """First element in `flat`."""
+
+
+def canonical_parameters(engine: DeepSpeedEngine) -> NamedParameters:
+    """The parameters on this rank by the names the plain model gives them; of a pipeline, those of this stage."""
+    return list(plain_model(engine.module).named_parameters())
 
 
 def engine_fragments(engine: DeepSpeedEngine, names: NamedParameters) -> list[Fragment]:

@@ -7,7 +7,7 @@
       manifest.json              every file with size and hash, written last (manifest.py)
 
 Saving moves no tensor between ranks; loading reads the byte ranges a rank needs. Any ZeRO stage (1, 2, 3), precision,
-number of ranks and tensor-parallel size can load what any other has saved, bit for bit in the state.
+number of ranks, tensor-parallel size and number of stages can load what any other has saved, bit for bit in the state.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from deberta_xl.checkpoint.agreement import gathered, on_rank_zero, rank_and_size, together
 from deberta_xl.checkpoint.durable import sync_folder, write_files
 from deberta_xl.checkpoint.folders import partial_folder, remove_partial_folders
 from deberta_xl.checkpoint.fragments import (
     Fragment,
-    NamedParameters,
     adam_step,
+    canonical_parameters,
     create_adam_state,
     engine_fragments,
     fragment_values,
@@ -58,6 +58,8 @@ from deberta_xl.checkpoint.rank_file import (
     read_indices,
     write_rank_file,
 )
+from deberta_xl.parallel.pipeline import PipelinedModel, is_copy
+from deberta_xl.parallel.shard import shard_of
 
 STATE_NAME = "state.json"
 
@@ -75,8 +77,9 @@ def save_checkpoint(
     `state` is the caller's own, JSON values only; `load_checkpoint` gives it back. `extra_files` maps paths inside the
     checkpoint to contents, or to files or folders to copy (read on rank 0). `tensor_parallel` is (size, rank) of this
     process; a parameter that is a shard carries a `Shard`, all others are alike on the tensor-parallel ranks, of which
-    the first writes them. Everything is written to a hidden folder beside, forced to the disk and renamed, so there is
-    never half a checkpoint under its name.
+    the first writes them; of a parameter that two stages of a pipeline share the first stage writes its own. Everything
+    is written to a hidden folder beside, forced to the disk and renamed, so there is never half a checkpoint under its
+    name.
 
     Raises CheckpointError on every rank when any rank fails (RuntimeError when the cause is a bug); earlier
     checkpoints are then as they were.
@@ -118,9 +121,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key != "engine"}
 
 
-def _canonical_parameters(engine: DeepSpeedEngine) -> NamedParameters:
-    """The engine's parameters by the names the plain model gives them."""
-    return list(engine.module.named_parameters())
+def _logical_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the whole model, also where this rank holds only some layers."""
+    if isinstance(engine.module, PipelinedModel):
+        return engine.module.logical_shapes
+    return {name: logical_shape(parameter) for name, parameter in canonical_parameters(engine)}
+
+
+def _is_written_here(parameter: nn.Parameter, tensor_parallel_rank: int) -> bool:
+    """Whether this rank, of those that hold the same elements, writes them."""
+    return (shard_of(parameter) is not None or tensor_parallel_rank == 0) and not is_copy(parameter)
 
 
 def _make_empty(folder: Path) -> None:
@@ -142,8 +152,8 @@ def _write_files(
         raise CheckpointError(f"{folder} is not visible here; the run folder must be on a file system all ranks share")
     rank, _ = rank_and_size()
     fragments = _local_fragments(engine, tensor_parallel)
-    if tensor_parallel[1] > 0:
-        fragments = [fragment for fragment in fragments if fragment.piece.shard is not None]
+    written = {name for name, p in canonical_parameters(engine) if _is_written_here(p, tensor_parallel[1])}
+    fragments = [fragment for fragment in fragments if fragment.piece.name in written]
     create_adam_state(engine)
     pieces = [fragment.piece for fragment in fragments]
     try:
@@ -161,7 +171,7 @@ def _write_files(
 
 def _local_fragments(engine: DeepSpeedEngine, tensor_parallel: tuple[int, int]) -> list[Fragment]:
     """What this rank holds, checked against its place (size, rank) in the tensor-parallel group."""
-    fragments = engine_fragments(engine, _canonical_parameters(engine))
+    fragments = engine_fragments(engine, canonical_parameters(engine))
     for piece, _, _ in fragments:
         place = piece.shard and (piece.shard.size, piece.shard.rank)
         assert place in (None, tensor_parallel), f"{piece.name} is {piece.shard} on {tensor_parallel}"
@@ -214,8 +224,7 @@ def _read_state_and_index(engine: DeepSpeedEngine, folder: Path) -> tuple[dict[s
     """`state.json` and where each parameter's elements lie, checked against the engine's parameters."""
     files = read_manifest(folder)
     stored = read_indices(inside(folder, name) for name in files if is_rank_file(name))
-    expected = {name: logical_shape(parameter) for name, parameter in _canonical_parameters(engine)}
-    check_shapes(folder, stored, expected)
+    check_shapes(folder, stored, _logical_shapes(engine))
     return json.loads((folder / STATE_NAME).read_bytes()), stored
 
 

@@ -77,12 +77,13 @@ class PretrainingData:
         epochs, rows = sample_rows(self.seed, self.num_rows, first_sample, count)
         return self.masked(rows, epochs)
 
-    def fixed_batch(self, first_row: int, count: int) -> Batch:
+    def fixed_batch(self, first_row: int, count: int, end: int | None = None) -> Batch:
         """The rows first_row … first_row + count − 1 in the order of the dataset, always masked alike: for evaluation.
 
-        Rows behind the last are all padding, so that every rank can be given equally many batches of one shape.
+        Rows from `end` (the number of rows) on are all padding, so that every rank can be given equally many batches
+        of one shape.
         """
-        rows = np.arange(first_row, min(first_row + count, self.num_rows))
+        rows = np.arange(first_row, min(first_row + count, self.num_rows if end is None else end))
         missing = count - len(rows)
         if len(rows) == 0:
             return Batch(*np.zeros((3, count, self.packed_rows.sequence_length), np.int64))

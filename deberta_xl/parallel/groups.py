@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -11,32 +12,58 @@ from deberta_xl.parallel.grid import Grid
 
 
 class Groups(NamedTuple):
-    """This rank's groups; None stands for all ranks, where tensor parallelism is not used."""
+    """This rank's groups; None stands for all ranks, where layers are neither divided nor spread over stages."""
 
     grid: Grid
     data_group: ProcessGroup | None = None
-    """Ranks with the same slice of the model and other data."""
+    """Ranks with the same part of the model and other data."""
     tensor_group: ProcessGroup | None = None
     """Ranks with other slices of the same layers and the same data."""
+    pipeline_group: ProcessGroup | None = None
+    """Ranks with other layers, the same slices of them, and the same data."""
 
     def model_parallel_unit(self) -> ModelParallelUnit | None:
-        """What DeepSpeed asks for its groups (its `mpu` argument)."""
-        return None if self.tensor_group is None else ModelParallelUnit(self)
+        """What DeepSpeed asks for its groups (its `mpu` argument); a pipeline brings its own."""
+        is_needed = self.grid.tensor_parallel_size > 1 and self.grid.num_stages == 1
+        return ModelParallelUnit(self) if is_needed else None
 
 
 def build_groups(grid: Grid) -> Groups:
     """Make the groups. Collective. megatron-core is imported only when layers are divided: it costs seconds."""
-    if grid.tensor_parallel_size == 1:
+    if grid.tensor_parallel_size == grid.num_stages == 1:
         return Groups(grid)
+    groups = Groups(
+        grid,
+        data_group=own_group(grid, lambda other: other._replace(data_parallel_rank=0)),
+        tensor_group=own_group(grid, lambda other: other._replace(tensor_parallel_rank=0)),
+        pipeline_group=own_group(grid, lambda other: other._replace(stage=0)),
+    )
+    if grid.tensor_parallel_size > 1:
+        feed_megatron(groups)
+    return groups
+
+
+def own_group(grid: Grid, family: Callable[[Grid], Grid]) -> ProcessGroup:
+    """The group of the ranks that `family` maps to one place. Every rank takes part in making every group."""
+    members: dict[Grid, list[int]] = {}
+    for rank in range(dist.get_world_size()):
+        place = Grid.of(rank, dist.get_world_size(), grid.tensor_parallel_size, grid.num_stages)
+        members.setdefault(family(place), []).append(rank)
+    group, _ = dist.new_subgroups_by_enumeration(list(members.values()))
+    return group
+
+
+def feed_megatron(groups: Groups) -> None:
+    """Tell megatron-core the sizes; it makes the same groups once more."""
     from megatron.core import parallel_state
 
+    grid = groups.grid
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=grid.tensor_parallel_size)
-    data_group = parallel_state.get_data_parallel_group()
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
-    assert dist.get_rank(data_group) == grid.data_parallel_rank
-    assert dist.get_rank(tensor_group) == grid.tensor_parallel_rank
-    return Groups(grid, data_group, tensor_group)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=grid.tensor_parallel_size, pipeline_model_parallel_size=grid.num_stages
+        )
+    theirs = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+    assert theirs == dist.get_process_group_ranks(groups.tensor_group)
 
 
 class ModelParallelUnit:

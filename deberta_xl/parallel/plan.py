@@ -49,10 +49,12 @@ def divide(model: MaskedLanguageModel, groups: Groups) -> None:
     }
     for name, plain in list(model.named_modules()):
         style = next((PLAN[end] for end in PLAN if name.endswith(end)), None)
-        if style is not None:
+        is_here = getattr(plain, "weight", plain) is not None  # another stage's layers have no parameters
+        if style is not None and is_here:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, builders[style](plain).train(plain.training))
     full_bias = model.head.bias
-    model.head.bias = nn.Parameter(full_bias.new_empty(model.embeddings.word.weight.shape[0]))
-    layers.keep_slice(model.head.bias, full_bias, 0, groups)
+    if full_bias is not None:
+        model.head.bias = nn.Parameter(full_bias.new_empty(model.embeddings.word.weight.shape[0]))
+        layers.keep_slice(model.head.bias, full_bias, 0, groups)
     model.loss = layers.VocabularyLoss(model.config.vocab_size, groups)

@@ -22,6 +22,7 @@ from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch, export_launch
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.pipeline import PipelinedModel
 from deberta_xl.training.batches import MicroBatch
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
@@ -81,8 +82,14 @@ def check_precision(precision: str) -> None:
 def build_engine(
     model: nn.Module, optimizer: OptimizerSection, settings: dict[str, Any], groups: Groups | None = None
 ) -> deepspeed.DeepSpeedEngine:
-    """The engine around a model, plain or divided over `groups`; `settings` is DeepSpeed's complete configuration."""
+    """The engine around a model: plain, divided over `groups`, or a stage (`PipelinedModel`).
+
+    `settings` is DeepSpeed's complete configuration.
+    """
     unit = groups.model_parallel_unit() if groups else None
+    if isinstance(model, PipelinedModel):
+        # DeepSpeed would cut what travels over the tensor-parallel ranks and gather it again at every border.
+        settings = settings | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
     # Some of DeepSpeed's optimizers print their memory use when they are built.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
@@ -105,7 +112,8 @@ class StepResult(NamedTuple):
     """One rank's part of a step, still on the device."""
 
     loss: Tensor
-    """Mean over micro-batches of this rank; its mean over data-parallel ranks is the step's loss."""
+    """Mean over micro-batches of this rank; its mean over data-parallel ranks is the step's loss. In a pipeline the
+    last stage's is meant, and so are its guesses."""
     num_correct: Tensor
     """Labelled positions guessed right."""
 

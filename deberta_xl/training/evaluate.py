@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,26 +37,50 @@ class Evaluation(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
 
+class Prediction(NamedTuple):
+    """What a model says of one micro-batch, on the device."""
+
+    label_L: Tensor
+    """What was to be predicted."""
+    loss_sum: Tensor
+    """Cross-entropy summed over the labelled positions."""
+    guess_L: Tensor
+    """The best guess at each."""
+
+
+Predict = Callable[[Iterable[MicroBatch]], Iterator[Prediction]]
+
+
+def predict_with(model: Callable[..., MaskedLMOutput], device: torch.device) -> Predict:
+    """Prediction by `model` (a module or an engine, in evaluation mode), batch by batch."""
+
+    def predict(batches: Iterable[MicroBatch]) -> Iterator[Prediction]:
+        for host_batch in batches:
+            batch = host_batch.to(device)
+            output = model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=1.0)
+            yield Prediction(batch.labelled.label_L, output.loss, output.guess_L)
+
+    return predict
+
+
 def evaluation_batches(
     data: PretrainingData, *, max_samples: int, micro_batch_size: int, rank: int, size: int
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of the first `max_samples` rows (0: of all).
 
     All ranks get equally many, since parameters partitioned over ranks need every rank in every forward: ranks that
-    have run out get batches of padding, without labels.
+    have run out get batches of padding, without labels. All batches have one shape, as a pipeline needs them.
     """
     num_rows = min(data.num_rows, max_samples or data.num_rows)
     starts = range(0, num_rows, micro_batch_size)
     for turn in range(rank, len(starts) + (-len(starts)) % size, size):
         start = turn * micro_batch_size
-        count = min(micro_batch_size, num_rows - start) if start < num_rows else 0
-        batch = data.fixed_batch(start, count) if count else data.fixed_batch(data.num_rows, micro_batch_size)
-        yield build_micro_batch(batch, pin=False)
+        yield build_micro_batch(data.fixed_batch(start, micro_batch_size, end=num_rows), pin=False)
 
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[..., MaskedLMOutput],
+    predict: Predict,
     data: PretrainingData,
     *,
     vocab_size: int,
@@ -67,7 +91,7 @@ def evaluate(
     size: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Evaluation:
-    """Evaluate `model` (a module or an engine, in evaluation mode) on rows in their order, under fixed masks.
+    """Evaluate what `predict` says of rows in their order, under fixed masks.
 
     Collective over the `size` ranks of `group` (all ranks by default) when there are several.
     """
@@ -75,14 +99,11 @@ def evaluate(
     label_counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
     labels, guesses = [], []
     options = {"max_samples": max_samples, "micro_batch_size": micro_batch_size, "rank": rank, "size": size}
-    for host_batch in evaluation_batches(data, **options):
-        batch = host_batch.to(device)
-        output = model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=1.0)
-        num_correct = (output.guess_L == batch.labelled.label_L).sum()
-        sums += torch.stack([output.loss.double(), num_correct.double()])
-        label_counts += torch.bincount(batch.labelled.label_L, minlength=vocab_size)
-        labels.append(batch.labelled.label_L.cpu())
-        guesses.append(output.guess_L.cpu())
+    for label_L, loss_sum, guess_L in predict(evaluation_batches(data, **options)):
+        sums += torch.stack([loss_sum.double(), (guess_L == label_L).sum().double()])
+        label_counts += torch.bincount(label_L, minlength=vocab_size)
+        labels.append(label_L.cpu())
+        guesses.append(guess_L.cpu())
     if size > 1:
         dist.all_reduce(sums, group=group)
         dist.all_reduce(label_counts, group=group)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -22,11 +23,12 @@ from deberta_xl.log import rank_zero
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.training.batches import step_batches
-from deberta_xl.training.engine import run_step, set_learning_rate
-from deberta_xl.training.evaluate import Evaluation, evaluate
+from deberta_xl.training.engine import StepResult, run_step, set_learning_rate
+from deberta_xl.training.evaluate import Evaluation, Predict, evaluate, predict_with
 from deberta_xl.training.figures import confusion_figure, prediction_table, save_loss_curve
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.pipelined import predict_in_pipeline, run_pipeline_step
 from deberta_xl.training.profiling import StepProfiler
 from deberta_xl.training.recorder import Recorder
 from deberta_xl.training.run_folder import RunFolder, State
@@ -79,14 +81,14 @@ class Pretraining:
             with recorder.timer.phase("data"):
                 micro_batches = next(batches)
             # The ranks that share a replica see the same labels; one of them counts.
-            counted = 0 if grid.tensor_parallel_rank else sum(batch.num_labels for batch in micro_batches)
+            counted = sum(batch.num_labels for batch in micro_batches) if grid.counts_labels else 0
             num_labels, is_stopping = agreement.before_step(counted, self.stop)
             if is_stopping:
                 break
             profiler.before_step(step)
             rate = self.learning_rate(step)
             set_learning_rate(self.engine, rate)
-            result = run_step(
+            result = self.run_step(
                 self.engine,
                 micro_batches,
                 num_labels=num_labels,
@@ -119,6 +121,18 @@ class Pretraining:
             size=self.groups.grid.data_parallel_size,
             pin=self.engine.device.type == "cuda",
         )
+
+    @property
+    def run_step(self) -> Callable[..., StepResult]:
+        """One optimizer step on the micro-batches of this rank."""
+        return run_pipeline_step if self.groups.grid.num_stages > 1 else run_step
+
+    @property
+    def predict(self) -> Predict:
+        """The model's word on held-out batches."""
+        if self.groups.grid.num_stages > 1:
+            return partial(predict_in_pipeline, self.engine, groups=self.groups)
+        return predict_with(self.engine, self.engine.device)
 
     def learning_rate(self, step: int) -> float:
         """The rate of update number `step`."""
@@ -168,7 +182,7 @@ class Pretraining:
         self.heartbeat.mark(self.state.step, "evaluation")
         self.engine.eval()
         result = evaluate(
-            self.engine,
+            self.predict,
             self.valid,
             vocab_size=self.architecture.vocab_size,
             device=self.engine.device,

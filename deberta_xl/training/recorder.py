@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.config import RunConfig
+from deberta_xl.model.flops import peak_flops, step_flops
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.training.engine import StepResult, gradient_norm, loss_scale, memory_gib
-from deberta_xl.training.flops import peak_flops, step_flops
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.state import TrainState
 from deberta_xl.training.timing import StepTimer
@@ -81,7 +81,9 @@ class Recorder:
 
     def interval_metrics(self, state: TrainState) -> dict[str, float | None]:
         """All metrics of the interval that ends with this step. Collective."""
-        dist.all_reduce(self.sums, group=self.groups.data_group)
+        if not self.groups.grid.reports_results:
+            self.sums.zero_()  # the same replica's results are another rank's to tell
+        dist.all_reduce(self.sums)
         loss_sum, num_correct = self.sums.tolist()
         seconds = time.perf_counter() - self.start
         train, length = self.config.train, self.config.model.sequence_length

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from ranks import run_ranks
-from small_dataset import SmallDataset
-from test_training_equality import Case, Curve, architecture, assert_equal_curves, train_plainly, train_with_engine
+from test_training_equality import architecture
 from vectors import Vector, folders
 
 from deberta_xl.architecture import DebertaConfig
@@ -189,33 +188,12 @@ def test_a_layer_needs_two_sums_forward_and_three_backward():
     assert run_ranks(count_collectives, 2) == [{"forward": 2, "backward": 3}] * 2
 
 
-class Division(NamedTuple):
-    """Ranks and how they are divided."""
-
-    world_size: int
-    tensor_parallel_size: int
-
-
-def train_divided(dataset: SmallDataset, folder, tensor_parallel_size: int, cases: list[Case]) -> list[Curve]:
-    """Every case on this rank of an engine over a divided model."""
-    groups = join(tensor_parallel_size)
-    return [train_with_engine(dataset, folder, case, groups=groups) for case in cases]
-
-
-@pytest.mark.parametrize("division", [Division(2, 2), Division(4, 2)], ids=["TP2", "TP2xDP2"])
-def test_training_a_divided_model_gives_the_plain_run(small_dataset, tmp_path, division):
-    cases = [Case(1, 1), Case(2, 2), Case(3, 1, activation_checkpointing=True)]
-    expected = train_plainly(small_dataset, cases[0])
-    arguments = (small_dataset, tmp_path, division.tensor_parallel_size, cases)
-    for curves in run_ranks(train_divided, division.world_size, *arguments, timeout=400):
-        for case, curve in zip(cases, curves, strict=True):
-            assert_equal_curves(curve, expected, case)
-
-
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do():
     from deberta_xl.parallel.grid import check_divisible
 
     with pytest.raises(ValueError, match=r"does not divide the 6 ranks; choose one of \[1, 2, 3, 6\]"):
         Grid.of(0, 6, 4)
+    with pytest.raises(ValueError, match=r"2 x parallel.pipeline_parallel_size=2 = 4 does not divide the 6 ranks"):
+        Grid.of(0, 6, 2, 2)
     with pytest.raises(ValueError, match=r"=3 does not divide model.num_heads=4; choose one of \[1, 2, 4\]"):
         check_divisible(architecture(100), 3)

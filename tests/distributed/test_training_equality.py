@@ -27,7 +27,7 @@ from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.training.batches import MicroBatch, step_batches
 from deberta_xl.training.engine import build_engine, gradient_norm, run_step, set_learning_rate
-from deberta_xl.training.evaluate import evaluate
+from deberta_xl.training.evaluate import evaluate, predict_with
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.timing import StepTimer
@@ -145,8 +145,8 @@ def evaluate_under_zero_3(dataset: SmallDataset, max_samples: int) -> tuple[floa
     engine.eval()
     valid = PretrainingData(TokenStore(dataset.valid), dataset.tokenizer, DataSection(), LENGTH, seed=5)
     result = evaluate(
-        engine, valid, vocab_size=dataset.tokenizer.vocab_size, device=engine.device, max_samples=max_samples,
-        micro_batch_size=4, rank=torch.distributed.get_rank(), size=get_world_size(),
+        predict_with(engine, engine.device), valid, vocab_size=dataset.tokenizer.vocab_size, device=engine.device,
+        max_samples=max_samples, micro_batch_size=4, rank=torch.distributed.get_rank(), size=get_world_size(),
     )  # fmt: skip
     return result.loss, result.accuracy, result.num_labels, result.unigram_entropy
 

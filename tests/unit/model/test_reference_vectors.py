@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from vectors import VECTORS, Vector, folders
+from vectors import Vector, vector_folders
 
 from deberta_xl.model.embeddings import position_ids
 from deberta_xl.model.relative_position import log_bucket
 
-# A folder of further vectors in the same format, for an extra check where there is one.
-MORE = [Path(p) for p in [os.environ.get("DEBERTA_REFERENCE_VECTORS", "")] if p]
-ROOTS = [VECTORS, *MORE]
-
 # float64: the original's own rounding, 1e-13, with room for another order of summation.
 # float32: the original's float32 run differs from its float64 run by up to 9e-5 (activations), 4.5e-5 (gradients).
 TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-4, 1e-4)}
-
-
-def cases(kind: str) -> list[Path]:
-    """The vectors of one kind in all folders."""
-    return [folder for root in ROOTS for folder in folders(kind, root)]
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
@@ -56,7 +44,7 @@ def capture_first_layer(vector: Vector) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("folder", cases("mlm_emd"), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", vector_folders("mlm_emd"), ids=lambda folder: folder.name)
 def test_masked_lm_gives_the_originals_outputs_and_gradients(folder, dtype):
     vector = Vector(folder, dtype)
     activations, gradients = TOLERANCES[dtype]
@@ -82,7 +70,7 @@ def test_masked_lm_gives_the_originals_outputs_and_gradients(folder, dtype):
     assert_gradients(vector, gradients)
 
 
-@pytest.mark.parametrize("folder", cases("mlm_emd"), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", vector_folders("mlm_emd"), ids=lambda folder: folder.name)
 def test_skipping_the_last_ordinary_pass_and_recomputing_changes_no_gradient(folder):
     vector = Vector(folder)
     vector.model.checkpoint_activations()
@@ -92,7 +80,7 @@ def test_skipping_the_last_ordinary_pass_and_recomputing_changes_no_gradient(fol
     assert_gradients(vector, 1e-10)
 
 
-@pytest.mark.parametrize("folder", cases("mlm_emd"), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", vector_folders("mlm_emd"), ids=lambda folder: folder.name)
 def test_decoding_every_position_agrees_with_decoding_the_labelled_ones(folder):
     vector = Vector(folder)
     inputs = vector.inputs
@@ -102,7 +90,7 @@ def test_decoding_every_position_agrees_with_decoding_the_labelled_ones(folder):
     assert_close(output.logits[inputs["labels"] > 0], vector.outputs["logits"], 1e-10, "logits")
 
 
-@pytest.mark.parametrize("folder", cases("mlm_emd"), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", vector_folders("mlm_emd"), ids=lambda folder: folder.name)
 def test_each_pass_of_the_enhanced_mask_decoder_gives_the_originals_states(folder):
     vector = Vector(folder)
     if vector.config.position_biased_input:
@@ -122,7 +110,7 @@ def test_each_pass_of_the_enhanced_mask_decoder_gives_the_originals_states(folde
     assert_close(positions[is_token], vector.outputs["position_embeddings"][is_token], 0.0, "position embeddings")
 
 
-@pytest.mark.parametrize("folder", cases("encoder_mask3d"), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", vector_folders("encoder_mask3d"), ids=lambda folder: folder.name)
 def test_a_mask_of_pairs_gives_the_originals_states_and_gradients(folder):
     vector = Vector(folder)
     inputs = vector.inputs
@@ -138,7 +126,7 @@ def test_a_mask_of_pairs_gives_the_originals_states_and_gradients(folder):
     assert_gradients(vector, 1e-10)
 
 
-@pytest.mark.parametrize("folder", cases("log_bucket"), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", vector_folders("log_bucket"), ids=lambda folder: folder.name)
 def test_buckets_are_the_originals(folder):
     tensors = load_file(folder / "outputs.safetensors")
     combinations = [name.removesuffix(".rel") for name in tensors if name.endswith(".rel")]

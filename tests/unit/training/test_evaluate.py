@@ -13,7 +13,9 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.training.evaluate import entropy, evaluate, evaluation_batches
+from deberta_xl.training.evaluate import entropy, evaluate, evaluation_batches, predict_with
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +45,15 @@ def test_ranks_cover_every_row_once_in_equally_many_batches(data, max_samples, m
 
 def test_an_untrained_model_is_as_good_as_guessing(data):
     vocab_size = data.tokenizer.vocab_size
-    options = {"vocab_size": vocab_size, "device": torch.device("cpu"), "max_samples": 12, "micro_batch_size": 5}
-    result = evaluate(build_model(vocab_size), data, **options)
+    options = {"vocab_size": vocab_size, "device": CPU, "max_samples": 12, "micro_batch_size": 5}
+    result = evaluate(predict_with(build_model(vocab_size), CPU), data, **options)
     # Fresh logits have a spread of about 0.1.
     assert result.loss == pytest.approx(math.log(vocab_size), abs=0.05)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert result.num_labels == len(result.label_L) == len(result.guess_L)
     assert result.accuracy == (result.label_L == result.guess_L).double().mean().item()
     assert 3 < result.unigram_entropy < math.log(vocab_size)
-    assert result[:4] == evaluate(build_model(vocab_size), data, **options)[:4], "masks are fixed"
+    assert result[:4] == evaluate(predict_with(build_model(vocab_size), CPU), data, **options)[:4], "masks are fixed"
 
 
 def test_a_text_too_short_to_be_masked_has_no_loss_rather_than_a_perfect_one(small_dataset, tmp_path):
@@ -60,17 +62,17 @@ def test_a_text_too_short_to_be_masked_has_no_loss_rather_than_a_perfect_one(sma
         writer.add(tokenizer.encode("a")[:1])
         writer.finish()
     data = PretrainingData(TokenStore(tmp_path / "short"), tokenizer, DataSection(mask_probability=0.01), 64, seed=1)
-    options = {"vocab_size": tokenizer.vocab_size, "device": torch.device("cpu"), "max_samples": 0}
-    result = evaluate(build_model(tokenizer.vocab_size), data, micro_batch_size=4, **options)
+    options = {"vocab_size": tokenizer.vocab_size, "device": CPU, "max_samples": 0}
+    result = evaluate(predict_with(build_model(tokenizer.vocab_size), CPU), data, micro_batch_size=4, **options)
     assert result.num_labels == 0
     assert math.isnan(result.loss)
     assert math.isnan(result.perplexity)
 
 
 def test_the_batch_size_does_not_matter(data):
-    options = {"vocab_size": data.tokenizer.vocab_size, "device": torch.device("cpu"), "max_samples": 12}
+    options = {"vocab_size": data.tokenizer.vocab_size, "device": CPU, "max_samples": 12}
     model = build_model(data.tokenizer.vocab_size)
-    one, many = (evaluate(model, data, micro_batch_size=micro, **options) for micro in (1, 12))
+    one, many = (evaluate(predict_with(model, CPU), data, micro_batch_size=micro, **options) for micro in (1, 12))
     assert one.loss == pytest.approx(many.loss, rel=1e-6)
     assert one.num_labels == many.num_labels
 

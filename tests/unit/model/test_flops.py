@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model.flops import forward_flops, peak_flops, step_flops
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.training.flops import forward_flops, peak_flops, step_flops
 
 
 @pytest.mark.parametrize(

@@ -18,30 +18,37 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
-def forward_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: float) -> float:
-    """Operations of one forward over `rows` sequences with `num_labels` labelled positions altogether."""
+def unit_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: float) -> list[float]:
+    """Operations of one forward over `rows` sequences with `num_labels` labelled positions, by unit of the model.
+
+    Unit 0 is the embeddings (table look-ups: none), units 1 … N−1 are the layers before the last (the convolution
+    belongs to the first of them), unit N is the last layer (as the enhanced mask decoder applies it) with the head.
+    """
     hidden, inner, width = config.hidden_size, config.attention_size, config.intermediate_size
     tokens = rows * sequence_length
     terms = 2 if config.has_position_to_content else 1
     table = 2 * config.relative_span
+    relative = 2 * terms * table * hidden * inner
 
     def query_side(queries: float) -> float:
         """Query and output projection, scores and context, feed-forward."""
         scores = 2 * sequence_length * inner + table * inner
         return 2 * queries * (2 * hidden * inner + scores + 2 * hidden * width)
 
-    def key_side() -> float:
-        """Key and value projection, and the position-to-content product."""
-        return 2 * tokens * (2 * hidden * inner + (terms - 1) * table * inner)
-
-    relative = 2 * terms * table * hidden * inner
-    layers = config.num_layers if config.position_biased_input else config.num_layers - 1
-    total = layers * (query_side(tokens) + key_side() + relative)
-    if not config.position_biased_input:
-        total += key_side() + NUM_PASSES * (query_side(num_labels) + relative)
+    # Key and value projection, and the position-to-content product.
+    key_side = 2 * tokens * (2 * hidden * inner + (terms - 1) * table * inner)
+    layer = query_side(tokens) + key_side + relative
+    decoder = layer if config.position_biased_input else key_side + NUM_PASSES * (query_side(num_labels) + relative)
+    head = 2 * num_labels * config.embedding_width * (hidden + config.vocab_size)
+    units = [0.0, *[layer] * (config.num_layers - 1), decoder + head]
     if config.conv_kernel_size:
-        total += 2 * tokens * config.conv_kernel_size * hidden * hidden / config.conv_groups
-    return total + 2 * num_labels * config.embedding_width * (hidden + config.vocab_size)
+        units[1] += 2 * tokens * config.conv_kernel_size * hidden * hidden / config.conv_groups
+    return units
+
+
+def forward_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: float) -> float:
+    """Operations of one forward over `rows` sequences with `num_labels` labelled positions altogether."""
+    return sum(unit_flops(config, rows, sequence_length, num_labels))
 
 
 def step_flops(config: DebertaConfig, rows: int, sequence_length: int, num_labels: float) -> float:

@@ -1,0 +1,208 @@
+"""The plain model as stages of a pipeline: each rank has some of the layers, and states travel from one to the next.
+
+What travels is one float tensor: hidden states with the relative table below them. Everything else that a stage needs
+(token ids, segments, labels, the dropout key) is a function of the step and the data-parallel rank, so each stage has
+it from its own data loader: nothing of it has to be sent, its shapes are free, and no device waits for it. The loss is
+computed inside the last stage, where the enhanced mask decoder and the head are.
+
+Shape suffixes of this file:
+    B batch   S sequence   D hidden   R relative rows (2k)   P rows that travel (B·S + R)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model.dropout import DropoutKey, fold_key
+from deberta_xl.model.initialization import initialize_weights
+from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel, read_mask
+from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.stages import Split, owners
+
+WORD_TABLE = "word"
+"""Key of the one weight that two stages share."""
+
+
+class StageInput(NamedTuple):
+    """What a stage needs of a micro-batch besides the states it receives."""
+
+    input_ids_BS: Tensor
+    segments_BS: Tensor
+    labelled: LabelledPositions
+    label_count: float
+    """Divisor of the loss."""
+    key: DropoutKey | None = None
+    token_type_ids_BS: Tensor | None = None
+
+
+class Activations(NamedTuple):
+    """What travels between stages."""
+
+    hidden_BSD: Tensor
+    relative_RD: Tensor
+
+    def pack(self) -> Tensor:
+        """Both as one tensor, [P, D]: one message, one gradient."""
+        return torch.cat([self.hidden_BSD.flatten(0, 1), self.relative_RD])
+
+    @classmethod
+    def unpack(cls, rows_PD: Tensor, num_sequences: int, num_relative: int) -> Activations:
+        """The inverse of `pack`."""
+        hidden, relative_RD = rows_PD.split([len(rows_PD) - num_relative, num_relative])
+        return cls(hidden.unflatten(0, (num_sequences, -1)), relative_RD)
+
+
+def build_stage(config: DebertaConfig, units: range, seed: int) -> MaskedLanguageModel:
+    """The plain model with fresh weights, of which only the parameters used by `units` exist; the others are None.
+
+    Those that exist are what the whole model of this seed has: each parameter has a random generator of its own. With
+    all units it is the plain model.
+    """
+    with torch.device("meta"):
+        model = MaskedLanguageModel(config)
+    for name, _ in list(model.named_parameters()):
+        if not any(unit in units for unit in owners(name, config)):
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent).register_parameter(child, None)
+    model.to_empty(device="cpu")
+    initialize_weights(model, config.initializer_range, seed)
+    return model
+
+
+def logical_shapes(config: DebertaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the plain model, by name."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in MaskedLanguageModel(config).named_parameters()}
+
+
+class TiedWeight:
+    """A weight of which DeepSpeed is about to sum the gradient over stages, wherever the gradient is kept.
+
+    ZeRO keeps sums of another precision than the weights' (`data_types.grad_accum_dtype`) in `grad_accum`, where
+    DeepSpeed's pipeline does not look: the two stages' copies would drift apart without an error.
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        self.weight = weight
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient summed over micro-batches."""
+        kept = getattr(self.weight, "grad_accum", None)
+        return self.weight.grad if kept is None else kept
+
+    @property
+    def _hp_grad(self) -> Tensor:
+        """The same, where DeepSpeed's BF16_Optimizer keeps it."""
+        return self.weight._hp_grad
+
+
+class PipelinedModel(PipelineModule):
+    """This rank's stage, as DeepSpeed's pipeline engine runs it."""
+
+    def __init__(self, stage_model: MaskedLanguageModel, split: Split, groups: Groups):
+        """`stage_model` comes from `build_stage` (and may be divided over tensor-parallel ranks)."""
+        grid = groups.grid
+        topology = PipeModelDataParallelTopology(
+            num_pp=grid.num_stages, num_mp=grid.tensor_parallel_size, num_dp=grid.data_parallel_size
+        )
+        object.__setattr__(self, "split", split)  # `_partition_layers` runs inside the next call
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds
+            super().__init__([stage_model], topology=topology)
+        self.grid = grid
+        self.num_relative = 2 * stage_model.config.relative_span
+        self.logical_shapes = logical_shapes(stage_model.config)
+        self.inputs: Iterator[StageInput] = iter(())
+        self.guesses: list[Tensor] = []
+        assert (self.global_rank, self.stage_id) == (grid.rank, grid.stage)
+
+    def _partition_layers(self, method: str = "ours") -> None:
+        """Called by DeepSpeed: which units are here."""
+        self.parts = list(self.split.borders)
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def _build(self) -> None:
+        """Called by DeepSpeed: take the model as it is, instead of building layers from specifications."""
+        (self.stage_model,) = self._layer_specs
+        for parameter in self.stage_model.parameters():
+            parameter.ds_pipe_replicated = False
+        if self.stage_id in (0, self.num_stages - 1) and self.num_stages > 1:
+            self.tied_modules[WORD_TABLE] = self.stage_model.embeddings.word
+            self.tied_weight_attrs[WORD_TABLE] = ["weight"]
+
+    def _index_tied_modules(self) -> dict[str, dict]:
+        """Called by DeepSpeed: the first and the last stage share the word table and sum its gradients.
+
+        Of the two copies the gradient norm, and a checkpoint, count the first stage's.
+        """
+        if self.num_stages == 1:
+            return {}
+        grid, last = self._grid, self.num_stages - 1
+        tied = {}
+        for data in range(grid.data_parallel_size):
+            for model in range(grid.get_slice_parallel_world_size()):
+                ranks = [self._topo.get_rank(pipe=stage, data=data, model=model) for stage in (0, last)]
+                group = torch.distributed.new_group(ranks)
+                if self.global_rank in ranks:
+                    module = self.tied_modules[WORD_TABLE]
+                    tied[WORD_TABLE] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": module}
+                    module.weight.ds_pipe_replicated = self.stage_id == last
+        return tied
+
+    def get_tied_weights_and_groups(self) -> list[tuple[TiedWeight, torch.distributed.ProcessGroup]]:
+        """Called by DeepSpeed: what to sum over the stages that share it, after the last micro-batch."""
+        return [(TiedWeight(weight), group) for weight, group in super().get_tied_weights_and_groups()]
+
+    def feed(self, inputs: Iterable[StageInput]) -> None:
+        """What the coming forwards are of, in order."""
+        self.inputs = iter(inputs)
+        self.guesses = []
+
+    def forward(self, received: Tensor) -> Tensor:
+        """The stage on the next micro-batch: from the rows received to the rows to send [P, D], or to the loss.
+
+        The first stage does not look at `received`.
+        """
+        given = next(self.inputs)
+        model = self.stage_model
+        segments_BS, mask_BST = read_mask(given.input_ids_BS, given.segments_BS)
+        pairs = model.pairs(mask_BST)
+        if self.stage_id == 0:
+            embedded_BSD = model.embeddings(
+                given.input_ids_BS, segments_BS, given.token_type_ids_BS, fold_key(given.key, "embeddings")
+            )
+            state = Activations(embedded_BSD, model.encoder.relative_position())
+        else:
+            state = Activations.unpack(received, len(segments_BS), self.num_relative)
+        layers = self.split.layers(self.stage_id)
+        numbers = range(layers.start, min(layers.stop, model.num_ordinary_layers))
+        (hidden_BSD,) = model.encoder(
+            state.hidden_BSD, segments_BS, state.relative_RD, pairs, numbers=numbers, key=given.key
+        )
+        if not self.grid.is_last_stage:
+            return state._replace(hidden_BSD=hidden_BSD).pack()
+        output = model.predict(
+            hidden_BSD, segments_BS, state.relative_RD, pairs, given.labelled,
+            label_count=given.label_count, key=given.key,
+        )  # fmt: skip
+        self.guesses.append(output.guess_L)
+        return output.loss
+
+
+def is_copy(parameter: nn.Parameter) -> bool:
+    """Whether another stage's parameter of the same name is the one to count and to save."""
+    return getattr(parameter, "ds_pipe_replicated", False)
+
+
+def plain_model(module: nn.Module) -> MaskedLanguageModel:
+    """The model inside what an engine holds; its parameters have the canonical names."""
+    return module.stage_model if isinstance(module, PipelinedModel) else module

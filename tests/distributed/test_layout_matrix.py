@@ -1,0 +1,127 @@
+"""Every layout trains what one process trains: losses, gradient norms, and the gradient of every parameter."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from layouts import (
+    Case,
+    Curve,
+    Layout,
+    architecture,
+    assert_equal_curves,
+    assert_equal_gradients,
+    run_cases,
+    train_plainly,
+)
+from ranks import run_ranks
+from small_dataset import SmallDataset
+from test_checkpoint_layouts import FullState, full_state
+
+LAYOUTS = {
+    "TP2": Layout(tensor=2),
+    "TP4": Layout(tensor=4),
+    "PP2": Layout(pipeline=2),
+    "PP4": Layout(pipeline=4),
+    "PP5": Layout(pipeline=5),
+    "TP2xPP2": Layout(tensor=2, pipeline=2),
+    "TP2xDP2": Layout(tensor=2, data=2),
+    "PP2xDP2": Layout(pipeline=2, data=2),
+    "PP4xDP2": Layout(pipeline=4, data=2),
+    "TP2xPP2xDP2": Layout(tensor=2, pipeline=2, data=2),
+}
+"""PP5: as many stages as the model has layers."""
+
+VARIANTS = {
+    "own position projections": {"share_att_key": False},
+    "c2p without convolution": {"pos_att_type": "c2p", "conv_kernel_size": 0},
+    "positions in the input": {"position_biased_input": True, "type_vocab_size": 2},
+    "two layers": {"num_layers": 2},
+}
+"""Other architectures, under tensor and pipeline parallelism at once."""
+
+LOW_PRECISION = {
+    "bf16": (2e-3, 3e-2),
+    "bf16_fp32_sums": (2e-3, 3e-2),
+    "fp16": (5e-4, 5e-3),
+    "fp16_fp32_sums": (5e-4, 5e-3),
+}
+"""Precision -> by how much losses and norms may differ, relatively. bf16 keeps 8 bits: 2^-8 = 4e-3 per rounding, which
+is what norms show, while losses average over many roundings; fp16 keeps 11 bits."""
+
+
+def stages_of(layout: Layout) -> tuple[int, ...]:
+    """ZeRO stages that go with a layout."""
+    return (1,) if layout.pipeline > 1 else (1, 2, 3)
+
+
+def pairwise_slice(layout: Layout) -> list[Case]:
+    """Few cases in which every two settings meet somewhere."""
+    if layout.pipeline > 1:
+        return [Case(accumulation=1, recompute=True), Case(accumulation=4)]
+    if layout.tensor == 4:
+        return [Case(1, 4, recompute=True), Case(2, 1)]
+    return [Case(2, 4), Case(3, 1, recompute=True)]
+
+
+def all_cases(layout: Layout) -> list[Case]:
+    """Every combination, and the offloaded optimizer."""
+    combinations = product(stages_of(layout), (1, 4), (False, True))
+    return [*(Case(*values) for values in combinations), *(Case(s, 2, offload=True) for s in stages_of(layout))]
+
+
+@pytest.fixture(scope="module")
+def plain(small_dataset) -> tuple[Curve, FullState]:
+    """The reference run; it must learn something, or its equality with anything would say little."""
+    curve, state = train_plainly(small_dataset, architecture(small_dataset.tokenizer.vocab_size))
+    assert curve.losses[-1] < curve.losses[0] - 0.1
+    return curve, state
+
+
+def compare(
+    dataset: SmallDataset,
+    folder: Path,
+    layout: Layout,
+    cases: list[Case],
+    plain: tuple[Curve, FullState],
+    **options: object,
+) -> None:
+    """Run `cases` in `layout`; every rank's losses and norms, and all gradients, are those of the plain run."""
+    results = run_ranks(run_cases, layout.world_size, dataset, folder, layout, cases, options, timeout=500)
+    for rank, curves in enumerate(results):
+        for case, curve in zip(cases, curves, strict=True):
+            assert_equal_curves(curve, plain[0], f"{case} on rank {rank}")
+    for case in cases:
+        step_1 = folder / layout.label / case.label / "step-00000001"
+        assert_equal_gradients(full_state(step_1), plain[1], case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_gives_the_plain_run(small_dataset, plain, tmp_path, layout):
+    compare(small_dataset, tmp_path, layout, pairwise_slice(layout), plain)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_case_of_a_layout_gives_the_plain_run(small_dataset, plain, tmp_path, layout):
+    compare(small_dataset, tmp_path, layout, all_cases(layout), plain)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_every_architecture_gives_its_plain_run_over_stages_and_slices(small_dataset, tmp_path, options):
+    # An odd vocabulary: the second slice of the table, on both stages that have it, is padded.
+    options = {"vocab_size": small_dataset.tokenizer.vocab_size | 1} | options
+    plain = train_plainly(small_dataset, architecture(**options))
+    compare(small_dataset, tmp_path, Layout(tensor=2, pipeline=2), [Case(accumulation=2)], plain, **options)
+
+
+@pytest.mark.parametrize("precision", LOW_PRECISION)
+@pytest.mark.parametrize("name", ["TP2xPP2", pytest.param("PP2xDP2", marks=pytest.mark.full)])
+def test_low_precision_follows_the_plain_run_within_its_rounding(small_dataset, plain, tmp_path, name, precision):
+    loss, norm = LOW_PRECISION[precision]
+    layout, cases = LAYOUTS[name], [Case(accumulation=a, precision=precision) for a in (1, 4)]
+    for curves in run_ranks(run_cases, layout.world_size, small_dataset, tmp_path, layout, cases, {}, timeout=300):
+        for case, curve in zip(cases, curves, strict=True):
+            assert_equal_curves(curve, plain[0], case, loss, norm)
