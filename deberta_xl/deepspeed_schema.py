@@ -244,7 +244,7 @@ class EngineSettings(Section):
 REFUSED: dict[str, str] = {
     "activation_checkpointing": "its home is train.activation_checkpointing of the run configuration",
     "elasticity": "DeepSpeed has removed it; a run resumes on another number of ranks without it",
-    "pipeline": "there is no pipeline parallelism to configure",
+    "pipeline": "the number of stages is parallel.pipeline_parallel_size of the run configuration; remove it",
     "bfloat16": 'write "bf16"',
     "aio": "only NVMe offload reads it, which is not supported; offload to the cpu",
     "gradient_allreduce_op": "the loss is normalised for averaged gradients; remove it",

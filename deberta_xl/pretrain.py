@@ -102,6 +102,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
 
 def print_arithmetic(inputs: Inputs, split: Split) -> None:
     """What the run is going to be: sizes, ranks, samples and tokens, on rank 0."""
+    from deberta_xl.parallel.memory import estimate_memory
     from deberta_xl.parallel.pipeline import logical_shapes
 
     num_parameters = sum(map(math.prod, logical_shapes(inputs.architecture).values()))
@@ -114,6 +115,12 @@ def print_arithmetic(inputs: Inputs, split: Split) -> None:
     rank_zero("ranks: %s, %s", inputs.grid.describe(), zero)
     if split.num_stages > 1:
         rank_zero("stages: %s", split.describe(accumulation))
+    for stage in range(split.num_stages):
+        needed = estimate_memory(
+            inputs.architecture, inputs.config, inputs.engine, inputs.grid._replace(stage=stage), split
+        )
+        of_stage = f" of stage {stage}" if split.num_stages > 1 else ""
+        rank_zero("each rank%s: %s estimated", of_stage, needed.describe())
     rank_zero(
         "step: %d sequences x %d tokens = %s tokens (micro-batch %d x %d accumulated x %d replicas)",
         batch, length, f"{batch * length:,}", train.micro_batch_size, accumulation, ranks,

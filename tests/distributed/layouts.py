@@ -74,7 +74,8 @@ class Case(NamedTuple):
     accumulation: int = 1
     recompute: bool = False
     precision: str = "fp32"
-    """Or `bf16`, `bf16_fp32_sums` (BF16_Optimizer), `fp16`, `fp16_fp32_sums`."""
+    """Or `bf16`, `bf16_fp32_sums` (BF16_Optimizer), `bf16_fp32_sums_at_once` (as `zero1_bf16.json` has it), `fp16`,
+    `fp16_fp32_sums`."""
     offload: bool = False
     dropout: float = 0.0
 
@@ -130,7 +131,7 @@ def settings(case: Case, micro_batch_size: int) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": sums == "sums_at_once"},
         "fp16": {"enabled": precision == "fp16", "initial_scale_power": 8},
     }
     return config | ({"data_types": {"grad_accum_dtype": "fp32"}} if sums else {})

@@ -45,6 +45,7 @@ VARIANTS = {
 LOW_PRECISION = {
     "bf16": (2e-3, 3e-2),
     "bf16_fp32_sums": (2e-3, 3e-2),
+    "bf16_fp32_sums_at_once": (2e-3, 3e-2),
     "fp16": (5e-4, 5e-3),
     "fp16_fp32_sums": (5e-4, 5e-3),
 }

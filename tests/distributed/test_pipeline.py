@@ -115,7 +115,9 @@ def word_table_after_training(dataset: SmallDataset, folder: Path, case: Case) -
     return None if table is None else table.detach().float()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_fp32_sums", "fp16", "fp16_fp32_sums"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", "bf16", "bf16_fp32_sums", "bf16_fp32_sums_at_once", "fp16", "fp16_fp32_sums"]
+)
 def test_both_copies_of_the_word_table_stay_bitwise_equal(small_dataset, tmp_path, precision):
     # In fp16 with float32 sums DeepSpeed alone would sum nothing over the stages.
     case = Case(accumulation=2, precision=precision)

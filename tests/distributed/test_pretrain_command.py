@@ -332,6 +332,7 @@ def test_launcher_variables_that_contradict_each_other_are_refused_with_a_messag
         (["model.sequence_length=64"], ["sequence_length=64", "max_position_embeddings=48"]),
         (["model.vocab_size=100"], ["model.vocab_size=100", "504"]),
         (["train.init=/nowhere"], ["/nowhere"]),
+        (["parallel.pipeline_parallel_size=3"], ["1 x parallel.pipeline_parallel_size=3 = 3", "a multiple of 3 ranks"]),
     ],
     ids=lambda value: value[0] if value[0][0] in "tmd" else None,
 )
@@ -343,6 +344,33 @@ def test_what_cannot_run_is_refused_with_a_message(small_dataset, tmp_path, over
     assert "Traceback" not in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("overrides", "engine", "words"),
+    [
+        (["parallel.pipeline_parallel_size=2"], "zero3_fp32", ["stage=3 does not go with", "zero1_bf16.json"]),
+        (["parallel.pipeline_parallel_size=4"], "cpu_debug", ["=4 is more than model.num_layers=2", "choose 1 … 2"]),
+        (
+            ["parallel.tensor_parallel_size=4", "model.num_heads=2"],
+            "cpu_debug",
+            ["=4 does not divide model.num_heads=2"],
+        ),
+    ],
+    ids=["ZeRO-3 in a pipeline", "more stages than layers", "heads"],
+)
+def test_a_layout_that_cannot_be_is_refused_on_every_rank_before_the_first_collective(
+    small_dataset, tmp_path, overrides, engine, words
+):
+    # No rank opens the port: each would wait there for the others.
+    ranks = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
+    command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path / "run", *overrides, engine=engine)]
+    for rank in ("0", "3"):
+        result = run(command, RANK=rank, **ranks)
+        assert result.returncode == 2
+        for word in words:
+            assert word in result.stdout
+        assert "Traceback" not in result.stdout
+
+
 def test_half_precision_is_refused_where_the_device_has_none(small_dataset, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this device has fp16")
@@ -352,19 +380,33 @@ def test_half_precision_is_refused_where_the_device_has_none(small_dataset, tmp_
     assert "Traceback" not in result.stdout
 
 
-def test_a_divided_run_has_the_plain_curve_and_continues_undivided(small_dataset, uninterrupted, tmp_path):
+def test_a_run_in_stages_and_slices_stops_on_a_signal_resumes_and_continues_whole(small_dataset, tmp_path):
     plain, divided = tmp_path / "plain", tmp_path / "divided"
     steady = ["model.dropout=0", "schedule.decay=constant"]
     result = run([sys.executable, SCRIPT, *arguments(small_dataset, plain, *steady)])
     assert result.returncode == 0, result.stdout
-    two = "parallel.tensor_parallel_size=2"
-    result = run([*deepspeed(2), *arguments(small_dataset, divided, *steady, two, "train.steps=4")])
+    layout = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
+    in_layout = arguments(small_dataset, divided, *steady, *layout)
+    process = subprocess.Popen(
+        [*deepspeed(4), *in_layout], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(divided, 2, process)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if SCRIPT in p.cmdline()]
+    max(ranks, key=lambda p: int(p.environ().get("RANK", -1))).send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output
+    for words in ("4 = 2 pipeline stages x 1 data-parallel x 2 tensor-parallel", "mask decoder and head",
+                  "each rank of stage 1: "):  # fmt: skip
+        assert words in output
+    assert (divided / "STATE").read_text() == "stopped\n"
+    result = run([*deepspeed(4), *in_layout, "train.steps=6"])
     assert result.returncode == 0, result.stdout
-    assert "2 = 1 data-parallel x 2 tensor-parallel" in result.stdout
+    assert "resumed from" in result.stdout
     result = run([sys.executable, SCRIPT, *arguments(small_dataset, divided, *steady, engine="zero3_fp32")])
     assert result.returncode == 0, result.stdout
     for name in ("loss", "grad_norm", "valid_loss"):
-        # float32 sums in another order, over 8 steps of Adam.
-        assert metrics(divided, name) == pytest.approx(metrics(plain, name), rel=1e-4), name
+        # float32 sums in another order, over 8 steps of Adam. Step 6 was the second run's last: it evaluated there.
+        curve = {step: value for step, value in metrics(divided, name).items() if step in metrics(plain, name)}
+        assert curve == pytest.approx(metrics(plain, name), rel=1e-4), name
     weights, expected = final_weights(divided), final_weights(plain)
     assert {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in expected.items()}

@@ -1,0 +1,134 @@
+"""How much memory a rank needs: parameters and their state exactly, activations by what autograd keeps (an estimate).
+
+Shape letters of this file's comments:
+    B batch   S sequence   D hidden   A heads' width on this rank   F feed-forward width on this rank
+    N heads on this rank   R relative rows (2k)   L labelled positions   V vocabulary on this rank
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.config import RunConfig
+from deberta_xl.deepspeed_config import DeepSpeedConfig
+from deberta_xl.model.enhanced_mask_decoder import NUM_PASSES
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.pipeline import logical_shapes
+from deberta_xl.parallel.plan import PLAN
+from deberta_xl.parallel.stages import Split, owners
+
+GIB = 2**30
+MASTER_AND_MOMENTS = 12
+"""Bytes of optimizer state per parameter: float32 weight and Adam's two moments."""
+ATTENTION_TEMPORARIES = 4
+"""Float32 matrices of pair scores that live at once in a layer's backward pass, besides what was kept for it."""
+
+
+class RankMemory(NamedTuple):
+    """Bytes on the device of one rank."""
+
+    num_parameters: int
+    """Parameters this rank computes with."""
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it; libraries and fragmentation take 1–3 GiB more on a GPU."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def describe(self) -> str:
+        """`1.57 B parameters, 17.2 GiB: weights 2.9, gradients 5.8, optimizer 2.2, activations 6.3`."""
+        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in self._fields[1:])
+        return f"{self.num_parameters:,} parameters, {self.total / GIB:.2f} GiB ({parts})"
+
+
+def estimate_memory(
+    architecture: DebertaConfig, run: RunConfig, engine: DeepSpeedConfig, grid: Grid, split: Split
+) -> RankMemory:
+    """What a rank of `grid`'s stage needs."""
+    numel = rank_parameters(architecture, split.units(grid.stage), grid.tensor_parallel_size)
+    zero, replicas = engine.settings.zero_optimization, grid.data_parallel_size
+    weight_bytes = 4 if engine.precision == "fp32" else 2
+    sum_bytes = 4 if engine.settings.data_types.grad_accum_dtype == "fp32" else weight_bytes
+    offloads_optimizer = zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu"
+    offloads_weights = zero.offload_param is not None and zero.offload_param.device == "cpu"
+    return RankMemory(
+        numel,
+        weights=0 if offloads_weights else weight_bytes * numel / (replicas if zero.stage == 3 else 1),
+        gradients=sum_bytes * numel / (replicas if zero.stage > 1 else 1),
+        optimizer=0 if offloads_optimizer else MASTER_AND_MOMENTS * numel / replicas,
+        activations=stage_activations(architecture, run, grid, split, weight_bytes),
+    )
+
+
+def rank_parameters(config: DebertaConfig, units: range, tensor_parallel_size: int) -> int:
+    """Parameters of a stage on one tensor-parallel rank, padding of the vocabulary included."""
+    total = 0
+    for name, shape in logical_shapes(config).items():
+        if any(unit in units for unit in owners(name, config)):
+            is_cut = is_divided(name)
+            rows = -(-shape[0] // tensor_parallel_size) if is_cut else shape[0]
+            total += rows * math.prod(shape[1:])
+    return total
+
+
+def is_divided(name: str) -> bool:
+    """Whether the plan gives each tensor-parallel rank a part of a parameter."""
+    module, _, kind = name.rpartition(".")
+    style = next((style for end, style in PLAN.items() if module.endswith(end)), None)
+    if style == "row":
+        return kind == "weight"
+    return style in ("column", "column_with_sum", "vocabulary") or name == "head.bias"
+
+
+def stage_activations(config: DebertaConfig, run: RunConfig, grid: Grid, split: Split, bytes_per_element: int) -> float:
+    """What a stage keeps for the backward pass at its fullest, and the temporaries of one layer."""
+    rows, length = run.train.micro_batch_size, run.model.sequence_length
+    parts = grid.tensor_parallel_size
+    layers = split.layers(grid.stage)
+    layer = layer_activations(config, rows, length, length, parts, bytes_per_element)
+    hidden = rows * length * config.hidden_size * bytes_per_element
+    kept = len(layers) * (hidden if run.train.activation_checkpointing else layer)
+    # 1F1B: stage s has begun this many micro-batches before its first backward pass.
+    in_flight = min(grid.num_stages - grid.stage, run.train.gradient_accumulation_steps(grid.data_parallel_size))
+    working = layer if run.train.activation_checkpointing else 0.0
+    working += ATTENTION_TEMPORARIES * 4 * rows * config.num_heads / parts * length**2
+    if grid.is_last_stage:
+        working += head_activations(config, rows, length, run.data.mask_probability, parts, bytes_per_element)
+    return in_flight * (kept + hidden) + working
+
+
+def layer_activations(
+    config: DebertaConfig, rows: int, queries: float, keys: int, parts: int, bytes_per_element: int
+) -> float:
+    """Bytes that autograd keeps of one layer (reference kernel, dropout on), without its input."""
+    e, score = bytes_per_element, 4  # scores and what they are made of are float32
+    inner, width, heads = config.attention_size / parts, config.intermediate_size / parts, config.num_heads / parts
+    terms = 2 if config.has_position_to_content else 1
+    table, tokens = 2 * config.relative_span, rows * queries
+    # Two normalised sums, one result and two dropout masks; the query, once for each product, and the context; the
+    # up-projection before and after its activation.
+    states = tokens * (config.hidden_size * (3 * e + 2) + inner * (2 * score + e) + width * 2 * e)
+    memory = rows * keys * inner * (terms * score + e)
+    # Softmax, the probabilities that dropout leaves, its mask; and the two masks all heads share.
+    pairs = tokens * keys * (heads * (score + e + 1) + 2)
+    # Products with the relative rows, before their gather; the rows themselves, for each sequence.
+    relative = heads * table * score * (tokens + (terms - 1) * rows * keys) + rows * table * inner * terms * score
+    return states + memory + pairs + relative + table * config.hidden_size * (e + 1)
+
+
+def head_activations(
+    config: DebertaConfig, rows: int, length: int, label_share: float, parts: int, bytes_per_element: int
+) -> float:
+    """The mask decoder's passes over the labelled positions, and the logits with their gradient."""
+    labelled = label_share * length
+    logits = rows * labelled * config.vocab_size / parts * (bytes_per_element + 3 * 4)
+    if config.position_biased_input:
+        return logits
+    passes = NUM_PASSES * layer_activations(config, rows, labelled, length, parts, bytes_per_element)
+    return logits + passes

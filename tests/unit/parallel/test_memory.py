@@ -1,0 +1,96 @@
+"""The memory estimate against what autograd keeps, and against the parameters of real stages and slices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.config_file import load_run_config
+from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.masked_lm import MaskedLanguageModel, read_mask
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.memory import GIB, estimate_memory, layer_activations, rank_parameters
+from deberta_xl.parallel.pipeline import build_stage
+from deberta_xl.parallel.stages import split_model
+
+SIZES = {"vocab_size": 1001, "hidden_size": 128, "num_layers": 4, "num_heads": 8, "intermediate_size": 512}
+XXLARGE = DebertaConfig(
+    vocab_size=128100, hidden_size=1536, num_layers=48, num_heads=24, intermediate_size=6144, conv_kernel_size=3
+)
+
+
+def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
+    """Bytes of the distinct tensors that autograd keeps of the first layer, without weights and input."""
+    segments = torch.ones(rows, length, dtype=torch.int64)
+    pairs = model.pairs(read_mask(segments, segments)[1])
+    relative = model.encoder.relative_position().detach().requires_grad_()
+    hidden = torch.randn(rows, length, model.config.hidden_size, dtype=relative.dtype, requires_grad=True)
+    kept: dict[int, torch.Tensor] = {}
+    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), hidden, pairs.delta)}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in given:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.encoder.layers[0](hidden, relative, pairs, DropoutKey(1))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"pos_att_type": "c2p"}, {"head_dim": 32}], ids=["v2", "c2p", "wide heads"])
+def test_a_layers_activations_are_what_autograd_keeps(dtype, options):
+    config = DebertaConfig(max_position_embeddings=96, position_buckets=32, **SIZES | options)
+    model = MaskedLanguageModel(config).to(dtype).train()
+    expected = kept_bytes(model, rows=3, length=96)
+    # Means and deviations of the norms and the like are left out.
+    assert layer_activations(config, 3, 96, 96, 1, dtype.itemsize) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_parameters_of_stages_and_slices_are_counted_as_they_are():
+    config = DebertaConfig(max_position_embeddings=96, position_buckets=32, conv_kernel_size=3, **SIZES)
+    split = split_model(config, 2, 2, 96, 0.15)
+    for stage in range(2):
+        model = build_stage(config, split.units(stage), seed=0)
+        assert rank_parameters(config, split.units(stage), 1) == sum(p.numel() for p in model.parameters())
+    whole, halved = (rank_parameters(config, range(5), parts) for parts in (1, 2))
+    model = MaskedLanguageModel(config)
+    cut = [
+        n for n, _ in model.named_parameters() if "_proj" in n or "feed_forward.up" in n or "feed_forward.down.w" in n
+    ]
+    cut = [n for n in cut if n.rpartition(".")[0].rpartition(".")[2] != "out_proj" or n.endswith("weight")]
+    divided = sum(model.get_parameter(n).numel() for n in cut)
+    words = 1001 * 128 + 1001  # of which 501 of 1002 rows lie on a rank
+    assert halved == whole - divided // 2 - words + 501 * 129
+
+
+def estimate(grid: Grid, engine: str, *overrides: str) -> float:
+    """GiB of a rank of the largest preset."""
+    run = load_run_config("xxlarge", list(overrides))
+    settings = load_deepspeed_config(SHIPPED_CONFIGS / f"{engine}.json", run)
+    split = split_model(XXLARGE, grid.num_stages, run.train.micro_batch_size, run.model.sequence_length, 0.15)
+    return estimate_memory(XXLARGE, run, settings, grid, split).total / GIB
+
+
+def test_what_is_partitioned_divided_offloaded_or_recomputed_needs_less():
+    alone = estimate(Grid(), "zero1_bf16", "train.micro_batch_size=1")
+    # 1.568e9 parameters: 2 bytes of weights, 4 of float32 gradient sums, 12 of optimizer state.
+    assert 1.568e9 * 18 / GIB < alone < 1.568e9 * 18 / GIB + 12
+    eight = Grid(data_parallel_size=8)
+    per_stage = [estimate(eight, f"zero{stage}_bf16", "train.micro_batch_size=1") for stage in (1, 2, 3)]
+    assert alone > per_stage[0] > per_stage[1] > per_stage[2]
+    assert estimate(eight, "zero3_offload", "train.micro_batch_size=1") < per_stage[2]
+    assert estimate(Grid(tensor_parallel_size=2), "zero1_bf16", "train.micro_batch_size=1") < 0.6 * alone
+    recomputed = "train.activation_checkpointing=true"
+    assert estimate(Grid(), "zero1_bf16", "train.micro_batch_size=8", recomputed) < estimate(
+        Grid(), "zero1_bf16", "train.micro_batch_size=8"
+    )
+
+
+def test_the_first_stage_holds_more_micro_batches_than_the_last():
+    overrides = ["train.micro_batch_size=2", "parallel.pipeline_parallel_size=4"]
+    first, second, third = (estimate(Grid(stage=s, num_stages=4), "zero1_bf16", *overrides) for s in range(3))
+    assert first > second > third
