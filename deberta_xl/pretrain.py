@@ -223,7 +223,7 @@ def start_engine(inputs: Inputs, groups: Groups, newest: Path | None) -> tuple[D
     )
     print_arithmetic(inputs, split)
     model = build_model(inputs, split.units(grid.stage), is_new=newest is None)
-    divide(model, groups)
+    divide(model, groups, sequence_parallel=inputs.config.parallel.sequence_parallel)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()} if newest is None else {}
     settings = inputs.engine.engine_dict(inputs.grid.data_parallel_size, inputs.config)
     module = PipelinedModel(model, split, groups) if grid.num_stages > 1 else model

@@ -44,8 +44,10 @@ class DisentangledAttention(nn.Module):
         super().__init__()
         self.head_size = config.head_size
         self.entry = nn.Identity()
-        """Everything that the heads' projections read passes here, once; where heads are divided over ranks, the plan
+        """The states that the heads' projections read pass here, once; where heads are divided over ranks, the plan
         puts in its place what sums the ranks' gradients."""
+        self.relative_entry = nn.Identity()
+        """The same for the relative table, which is never cut."""
         hidden, inner = config.hidden_size, config.attention_size
         self.query_proj = nn.Linear(hidden, inner)
         self.key_proj = nn.Linear(hidden, inner)
@@ -85,7 +87,7 @@ class DisentangledAttention(nn.Module):
         self, query_BNSH: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
     ) -> Tensor:
         """The attended and projected context of the queries, [B, S, D]; `key` names the dropout masks."""
-        relative_RD = self.entry(self.relative_dropout(relative_RD, fold_key(key, "relative")))
+        relative_RD = self.relative_entry(self.relative_dropout(relative_RD, fold_key(key, "relative")))
         position_key_NRH, position_query_NRH = self.project_positions(relative_RD)
         context_BNSH = disentangled_attention(
             query_BNSH,

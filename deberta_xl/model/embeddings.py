@@ -28,6 +28,8 @@ class Embeddings(nn.Module):
         self.projection = nn.Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout)
+        self.exit = nn.Identity()
+        """The last thing; where ranks divide the sequence, the plan puts in its place what keeps this rank's slice."""
         self.adds_positions = config.position_biased_input
 
     def forward(
@@ -46,7 +48,7 @@ class Embeddings(nn.Module):
             summed_BSD = summed_BSD + self.token_type(types_BS)
         if self.projection is not None:
             summed_BSD = self.projection(summed_BSD)
-        return self.dropout(self.norm(summed_BSD) * (segments_BS > 0).unsqueeze(-1), key)
+        return self.exit(self.dropout(self.norm(summed_BSD) * (segments_BS > 0).unsqueeze(-1), key))
 
     def positions(self, segments_BS: Tensor) -> Tensor:
         """Absolute-position vectors, counted from each document's first token, neither normalised nor masked."""

@@ -24,13 +24,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
+        self.entry = nn.Identity()
+        """As in the attention: where the inner width is divided over ranks, gradients are summed here."""
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        return self.down(self.activation(self.up(x_BSD)))
+        return self.down(self.activation(self.up(self.entry(x_BSD))))
 
 
 class EncoderLayer(nn.Module):

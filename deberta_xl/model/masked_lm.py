@@ -97,6 +97,8 @@ class MaskedLanguageModel(nn.Module):
         self.config = config
         self.loss = masked_lm_loss
         """Cross-entropy and guesses from logits; the plan puts another here where the vocabulary is divided."""
+        self.prediction_entry = nn.Identity()
+        """Before prediction; where ranks divide the sequence, the plan puts in its place what joins the slices."""
         device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             self.embeddings = Embeddings(config)
@@ -182,6 +184,7 @@ class MaskedLanguageModel(nn.Module):
     ) -> MaskedLMOutput:
         """From the states after the ordinary layers to logits, loss and guesses."""
         position_BM = None if labelled is None else labelled.position_BM
+        hidden_BSD = self.prediction_entry(hidden_BSD)
         decoded = self.decode(hidden_BSD, segments_BS, relative_RD, pairs, position_BM, key)
         if labelled is None:
             return MaskedLMOutput(None, self.head(decoded, self.embeddings.word))

@@ -27,15 +27,18 @@ class NgramConvolution(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout)
         self.activation = ACTIVATIONS[config.conv_act]
+        self.entry, self.exit = nn.Identity(), nn.Identity()
+        """Around what needs a token's neighbours; where ranks divide the sequence, the plan puts in their places what
+        joins the slices, and what takes this rank's slice again."""
 
     def forward(
         self, embedded_BSD: Tensor, hidden_BSD: Tensor, segments_BS: Tensor, key: DropoutKey | None = None
     ) -> Tensor:
         """LayerNorm(hidden + activation(dropout(convolution(embedded)))), zero at padding, [B, S, D]."""
         is_token_BS1 = (segments_BS > 0).unsqueeze(-1)
-        convolved_BSD = self.convolve(embedded_BSD, segments_BS) * is_token_BS1
+        convolved_BSD = self.convolve(self.entry(embedded_BSD), segments_BS) * is_token_BS1
         convolved_BSD = self.activation(self.dropout(convolved_BSD, key))
-        return self.norm(hidden_BSD + convolved_BSD) * is_token_BS1
+        return self.norm(hidden_BSD + self.exit(convolved_BSD)) * self.exit(is_token_BS1)
 
     def convolve(self, x_BSD: Tensor, segments_BS: Tensor) -> Tensor:
         """Stride 1, zeros beyond each document; one matrix product over the window's shifted copies."""

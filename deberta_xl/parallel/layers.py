@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.sequence import sum_to_slice
 from deberta_xl.parallel.shard import Shard
 
 
@@ -49,16 +51,15 @@ def keep_slice(parameter: nn.Parameter, full: Tensor, dim: int, groups: Groups) 
 class ColumnLinear(ColumnParallelLinear):
     """A linear layer of which each rank computes some outputs.
 
-    With `sums_gradient` the gradient of its input is summed over the ranks; without, something before it does that for
-    several layers at once.
+    The gradient of its input is left unsummed: something before it does that, for several layers at once.
     """
 
-    def __init__(self, plain: nn.Linear, groups: Groups, *, sums_gradient: bool):
+    def __init__(self, plain: nn.Linear, groups: Groups):
         super().__init__(
             plain.in_features,
             plain.out_features,
             bias=plain.bias is not None,
-            disable_grad_reduce=not sums_gradient,
+            disable_grad_reduce=True,
             **layer_options(groups),
         )
         keep_slice(self.weight, plain.weight, 0, groups)
@@ -88,6 +89,18 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """The whole output, on every rank."""
         return super().forward(x)[0]
+
+
+class RowLinearToSlice(RowLinear):
+    """The same; of the sum each rank gets its slice of the sequence, dimension 1."""
+
+    def __init__(self, plain: nn.Linear, groups: Groups):
+        super().__init__(plain, groups)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """This rank's slice of the output."""
+        return sum_to_slice(F.linear(x, self.weight), self.bias, self.groups)
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):

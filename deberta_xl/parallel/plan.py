@@ -1,8 +1,12 @@
-"""The plan of tensor parallelism: what in the plain model is divided over ranks, and how. The model does not know.
+"""The plan of tensor and sequence parallelism: what in the plain model is divided over ranks, and how.
 
-Heads are divided: each rank holds the content and relative projections of its own heads, so all three terms of eq. (4)
-stay on a rank. One sum of gradients where states enter the heads serves query, key and value at once, a second one the
-relative table; in the forward pass one sum follows the output projection, one the feed-forward block.
+The model does not know. Heads are divided: each rank holds the content and relative projections of its own heads, so
+all three terms of eq. (4) stay on a rank. One sum of gradients where states enter the heads serves query, key and value
+at once, a second one the relative table; in the forward pass one sum follows the output projection, one the
+feed-forward block.
+
+Sequence parallelism leaves to each rank a slice of the sequence from the embeddings to the states that prediction
+reads. There the whole sequence is joined again, and the enhanced mask decoder works on it as without.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from deberta_xl.parallel.groups import Groups
 #: Ends of module names in the plain model, and what takes their place.
 PLAN = {
     "attention.entry": "copy",
+    "attention.relative_entry": "copy",
     "attention.query_proj": "column",
     "attention.key_proj": "column",
     "attention.value_proj": "column",
@@ -25,34 +30,76 @@ PLAN = {
     "attention.pos_query_proj": "column",
     "attention.out_proj": "row",
     "attention.probability_dropout": "dropout",
-    "feed_forward.up": "column_with_sum",
+    "feed_forward.entry": "copy",
+    "feed_forward.up": "column",
     "feed_forward.down": "row",
     "embeddings.word": "vocabulary",
     "head.entry": "copy",
 }
 
+#: What sequence parallelism changes in the layers that work on slices: all but the one that EMD applies.
+#: The relative table and its dropout are no sequence, and stay as they are.
+SLICED_LAYER_PLAN = {
+    "attention.entry": "join_apart",
+    "attention.out_proj": "row_to_slice",
+    "attention_norm": "norm_of_slice",
+    "feed_forward.entry": "join_apart",
+    "feed_forward.down": "row_to_slice",
+    "feed_forward_norm": "norm_of_slice",
+    "dropout": "dropout",
+}
 
-def divide(model: MaskedLanguageModel, groups: Groups) -> None:
-    """Replace, in place, what the plan names by this rank's slice of it. Parameters keep their names."""
+#: … and around them.
+SLICED_MODEL_PLAN = {
+    "embeddings.exit": "slice",
+    "encoder.convolution.entry": "join_alike",
+    "encoder.convolution.exit": "slice",
+    "encoder.convolution.norm": "norm_of_slice",
+    "prediction_entry": "join_alike",
+}
+
+
+def plan_of(model: MaskedLanguageModel, *, sequence_parallel: bool) -> dict[str, str]:
+    """Name of each module of `model` that is replaced -> what takes its place."""
+    names = [name for name, _ in model.named_modules()]
+    plan = {name: style for name in names for end, style in PLAN.items() if name.endswith(end)}
+    if sequence_parallel:
+        sliced = dict(SLICED_MODEL_PLAN)
+        for number in range(model.num_ordinary_layers):
+            sliced |= {f"encoder.layers.{number}.{place}": style for place, style in SLICED_LAYER_PLAN.items()}
+        plan |= {name: style for name, style in sliced.items() if name in names}
+    return plan
+
+
+def divide(model: MaskedLanguageModel, groups: Groups, *, sequence_parallel: bool = False) -> None:
+    """Replace, in place, what the plan names by this rank's slice of it. Parameters keep their names.
+
+    With `sequence_parallel` the states between embeddings and prediction are this rank's slice [B, S/T, D]; everything
+    else that travels (pairs, segments, the relative table, labels) stays whole.
+    """
     if groups.grid.tensor_parallel_size == 1:
         return
-    from deberta_xl.parallel import layers  # imports megatron-core, which costs seconds
+    from deberta_xl.parallel import layers, sequence  # imports megatron-core, which costs seconds
 
     check_divisible(model.config, groups.grid.tensor_parallel_size)
     builders: dict[str, Callable[[nn.Module], nn.Module]] = {
         "copy": lambda _: layers.CopyToRanks(groups),
-        "column": lambda plain: layers.ColumnLinear(plain, groups, sums_gradient=False),
-        "column_with_sum": lambda plain: layers.ColumnLinear(plain, groups, sums_gradient=True),
+        "column": lambda plain: layers.ColumnLinear(plain, groups),
         "row": lambda plain: layers.RowLinear(plain, groups),
+        "row_to_slice": lambda plain: layers.RowLinearToSlice(plain, groups),
         "dropout": lambda plain: layers.RankDropout(plain, groups),
         "vocabulary": lambda plain: layers.VocabularyEmbedding(plain, groups),
+        "join_apart": lambda _: sequence.JoinSequence(groups, apart=True),
+        "join_alike": lambda _: sequence.JoinSequence(groups, apart=False),
+        "slice": lambda _: sequence.TakeSlice(groups),
+        "norm_of_slice": lambda plain: sequence.SliceNorm(plain, groups),
     }
-    for name, plain in list(model.named_modules()):
-        style = next((PLAN[end] for end in PLAN if name.endswith(end)), None)
-        is_here = getattr(plain, "weight", plain) is not None  # another stage's layers have no parameters
-        if style is not None and is_here:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, builders[style](plain).train(plain.training))
+    for name, style in plan_of(model, sequence_parallel=sequence_parallel).items():
+        plain = model.get_submodule(name)
+        if getattr(plain, "weight", plain) is None:
+            continue  # another stage's layers have no parameters
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, builders[style](plain).train(plain.training))
     full_bias = model.head.bias
     if full_bias is not None:
         model.head.bias = nn.Parameter(full_bias.new_empty(model.embeddings.word.weight.shape[0]))

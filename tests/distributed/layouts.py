@@ -78,11 +78,13 @@ class Case(NamedTuple):
     `fp16_fp32_sums`."""
     offload: bool = False
     dropout: float = 0.0
+    sliced: bool = False
+    """Sequence parallelism beside tensor parallelism."""
 
     @property
     def label(self) -> str:
         """Short, for messages and folder names."""
-        marks = [self.precision, *(["recompute"] if self.recompute else []), *(["offload"] if self.offload else [])]
+        marks = [self.precision, *(name for name in ("recompute", "offload", "sliced") if getattr(self, name))]
         return f"zero{self.stage}-x{self.accumulation}-{'-'.join(marks)}"
 
 
@@ -160,7 +162,7 @@ class Run:
         model = build_stage(config, split.units(self.grid.stage), seed)
         if self.case.recompute:
             model.checkpoint_activations()
-        divide(model, self.groups)
+        divide(model, self.groups, sequence_parallel=self.case.sliced)
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         module = PipelinedModel(model, split, self.groups) if self.grid.num_stages > 1 else model
         engine = build_engine(module, OPTIMIZER, engine_settings, self.groups)

@@ -385,7 +385,9 @@ def test_a_run_in_stages_and_slices_stops_on_a_signal_resumes_and_continues_whol
     steady = ["model.dropout=0", "schedule.decay=constant"]
     result = run([sys.executable, SCRIPT, *arguments(small_dataset, plain, *steady)])
     assert result.returncode == 0, result.stdout
-    layout = ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]
+    layout = [
+        "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true", "parallel.pipeline_parallel_size=2",
+    ]  # fmt: skip
     in_layout = arguments(small_dataset, divided, *steady, *layout)
     process = subprocess.Popen(
         [*deepspeed(4), *in_layout], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

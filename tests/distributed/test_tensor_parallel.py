@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -60,13 +61,15 @@ def outcome(model: MaskedLanguageModel, key: DropoutKey | None = None) -> Outcom
     return Outcome(output.loss.detach(), output.guess_L, gradients)
 
 
-def divided_outcome(config: DebertaConfig, tensor_parallel_size: int, activation_checkpointing: bool) -> Outcome:
+def divided_outcome(
+    config: DebertaConfig, tensor_parallel_size: int, *, activation_checkpointing: bool, sequence_parallel: bool
+) -> Outcome:
     """The outcome of a divided model on this rank, its slices' gradients joined to whole ones."""
     groups = join(tensor_parallel_size)
     model = MaskedLanguageModel(config, seed=3).eval()
     if activation_checkpointing:
         model.checkpoint_activations()
-    divide(model, groups)
+    divide(model, groups, sequence_parallel=sequence_parallel)
     result = outcome(model)
     return result._replace(gradients={name: join_slices(model, name, groups) for name in result.gradients})
 
@@ -93,19 +96,28 @@ def assert_equal_outcome(actual: Outcome, expected: Outcome) -> None:
         assert difference <= 1e-5 * gradient.norm() + 1e-7 * total, f"{name}: {difference} of {gradient.norm()}"
 
 
-def outcomes(tensor_parallel_size: int, configs: list[DebertaConfig]) -> list[Outcome]:
+def outcomes(tensor_parallel_size: int, configs: list[DebertaConfig], sequence_parallel: bool) -> list[Outcome]:
     """Every configuration on this rank, with and without recomputation."""
-    return [divided_outcome(c, tensor_parallel_size, recompute) for c in configs for recompute in (False, True)]
+    return [
+        divided_outcome(
+            config, tensor_parallel_size, activation_checkpointing=recompute, sequence_parallel=sequence_parallel
+        )
+        for config in configs
+        for recompute in (False, True)
+    ]
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["TP", "TP+SP"])
 @pytest.mark.parametrize("tensor_parallel_size", [2, 4])
-def test_a_divided_model_has_the_plain_ones_loss_guesses_and_gradients(tensor_parallel_size):
+def test_a_divided_model_has_the_plain_ones_loss_guesses_and_gradients(tensor_parallel_size, sequence_parallel):
     configs = [
         DebertaConfig(vocab_size=size, max_position_embeddings=24, **SIZES, **options)
         for options, size in zip(LAYOUTS.values(), VOCABULARIES * 2, strict=True)
     ]
     expected = [outcome(MaskedLanguageModel(c, seed=3).eval()) for c in configs for _ in (False, True)]
-    for results in run_ranks(outcomes, tensor_parallel_size, tensor_parallel_size, configs, timeout=200):
+    for results in run_ranks(
+        outcomes, tensor_parallel_size, tensor_parallel_size, configs, sequence_parallel, timeout=200
+    ):
         for actual, reference in zip(results, expected, strict=True):
             assert_equal_outcome(actual, reference)
 
@@ -156,36 +168,53 @@ def test_dropout_agrees_outside_the_divided_region_and_differs_inside():
     assert not torch.equal(inside_0, inside_1)
 
 
-def count_collectives() -> dict[str, int]:
-    """Collectives of one layer's forward and backward."""
-    groups = join(2)
+class Collectives:
+    """Counts the collectives of this rank, and remembers what shapes they moved."""
+
+    def __init__(self):
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+        # What each one sends is its first tensor, or its second where the first receives.
+        for name, sent in (("all_reduce", 0), ("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1)):
+            setattr(torch.distributed, name, self.counted(name, getattr(torch.distributed, name), sent))
+
+    def counted(self, name: str, real: Callable, sent: int) -> Callable:
+        """The collective `real`, which counts itself."""
+
+        def call(*args: object, **options: object) -> object:
+            self.shapes.setdefault(name, []).append(tuple(args[sent].shape))
+            return real(*args, **options)
+
+        return call
+
+    def take(self) -> dict[str, list[tuple[int, ...]]]:
+        """Name of a collective -> the shapes it sent, since the last call."""
+        taken, self.shapes = self.shapes, {}
+        return taken
+
+
+def layer_collectives(sequence_parallel: bool) -> tuple[dict, dict]:
+    """Collectives of one layer's forward and backward, on two rows of 24 tokens and a table of 16 rows."""
     config = DebertaConfig(vocab_size=100, max_position_embeddings=24, **SIZES)
     model = MaskedLanguageModel(config, seed=3).eval()
-    divide(model, groups)
-    counts = {"forward": 0, "backward": 0}
-    phase = "forward"
-    real = torch.distributed.all_reduce
-
-    def counted(*args: object, **options: object) -> object:
-        counts[phase] += 1
-        return real(*args, **options)
-
-    torch.distributed.all_reduce = counted
-    hidden = torch.randn(2, 24, 32, requires_grad=True)
+    divide(model, join(2), sequence_parallel=sequence_parallel)
+    hidden = torch.randn(2, 12 if sequence_parallel else 24, 32, requires_grad=True)
     relative = torch.randn(16, 32, requires_grad=True)
-    from deberta_xl.model.disentangled_attention import Pairs
-
-    pairs = Pairs(model.encoder.relative_position.index(24, hidden.device), torch.ones(2, 24, 24, dtype=torch.bool))
+    pairs = model.pairs(torch.ones(2, 24, 24, dtype=torch.bool))
+    collectives = Collectives()
     output = model.encoder.layers[0](hidden, relative, pairs)
-    phase = "backward"
+    forward = collectives.take()
     output.sum().backward()
-    return counts
+    return forward, collectives.take()
 
 
 def test_a_layer_needs_two_sums_forward_and_three_backward():
     # Forward: after the output projection and after the feed-forward block. Backward: states and relative table where
     # they enter the heads (two for the attention), and the input of the feed-forward block.
-    assert run_ranks(count_collectives, 2) == [{"forward": 2, "backward": 3}] * 2
+    states, table = (2, 24, 32), (16, 32)
+    for forward, backward in run_ranks(layer_collectives, 2, False):
+        assert forward == {"all_reduce": [states] * 2}
+        assert list(backward) == ["all_reduce"]
+        assert sorted(backward["all_reduce"]) == [states, states, table]
 
 
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do():

@@ -172,6 +172,7 @@ BAD_OVERRIDES = {
     "model.conv_kernel_size=4": ["conv_kernel_size=4", "odd"],
     "model.conv_groups=7": ["conv_groups=7 does not divide hidden_size=128"],
     "model.num_layers=1": ["num_layers=1", "layer before the last"],
+    "parallel.sequence_parallel=true": ["sequence_parallel=true needs tensor_parallel_size of 2 or more"],
     "model.sequence_length=1024": ["sequence_length=1024", "max_position_embeddings=512"],
     "model.sequence_length=4": ["sequence_length=4", "8 … max_position_embeddings=512"],
     "model.position_buckets=2000": ["position_buckets=2000", "2 … 1023"],
@@ -185,6 +186,18 @@ def test_a_bad_override_is_refused_in_words_that_help(override):
     message = str(caught.value)
     assert [word for word in BAD_OVERRIDES[override] if word not in message] == [], message
     assert "override" in message
+
+
+def test_a_sequence_that_does_not_divide_over_its_ranks_is_refused_with_lengths_and_sizes_that_do():
+    overrides = ["parallel.sequence_parallel=true", "parallel.tensor_parallel_size=4"]
+    assert load_run_config("debug", [*overrides, "model.sequence_length=100"]).parallel.sequence_parallel
+    with pytest.raises(ConfigError) as caught:
+        load_run_config("debug", [*overrides, "model.sequence_length=126"])
+    message = str(caught.value)
+    assert "model.sequence_length=126 does not divide over parallel.tensor_parallel_size=4 ranks" in message
+    assert "possible: model.sequence_length=124 or 128; parallel.tensor_parallel_size one of [2]" in message
+    with pytest.raises(ConfigError, match=r"sequence_length=16; parallel.tensor_parallel_size one of none, without"):
+        load_run_config("debug", [overrides[0], "parallel.tensor_parallel_size=16", "model.sequence_length=9"])
 
 
 BAD_FILES = {

@@ -1,0 +1,261 @@
+"""Sequence parallelism beside tensor parallelism: the plain run, few collectives, less kept for the backward pass.
+
+Loss, guesses and every gradient of one batch, for four kinds of model, are compared in test_tensor_parallel.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layouts import Case, Curve, architecture, assert_equal_curves, run_cases, train_plainly
+from ranks import run_ranks
+from small_dataset import SmallDataset
+from test_checkpoint_layouts import FullState
+from test_layout_matrix import LAYOUTS, LOW_PRECISION, VARIANTS, all_cases, compare
+from test_tensor_parallel import (
+    SIZES,
+    Collectives,
+    Outcome,
+    assert_equal_outcome,
+    batch,
+    divided_outcome,
+    join,
+    join_slices,
+    layer_collectives,
+    outcome,
+)
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.parallel import plan
+from deberta_xl.parallel.plan import divide
+from deberta_xl.parallel.shard import shard_of
+
+
+def small_config(**options: object) -> DebertaConfig:
+    """Three layers, 24 tokens."""
+    return DebertaConfig(vocab_size=101, max_position_embeddings=24, **SIZES, **options)
+
+
+def sliced_model(config: DebertaConfig) -> MaskedLanguageModel:
+    """A model whose layers and sequence are divided over two ranks."""
+    model = MaskedLanguageModel(config, seed=3)
+    divide(model, join(2), sequence_parallel=True)
+    return model
+
+
+SLICED_CASES = {
+    "TP2": [Case(1, 4), Case(3, 1, recompute=True)],
+    "TP4": [Case(2, 1)],
+    "TP2xDP2": [Case(1, 1, recompute=True), Case(2, 4), Case(3, 1)],
+    "TP2xPP2": [Case(1, 4)],
+}
+"""Every stage, accumulation and kind of checkpointing somewhere; the full test has all of them everywhere."""
+
+
+@pytest.fixture(scope="module")
+def plain(small_dataset: SmallDataset) -> tuple[Curve, FullState]:
+    """The reference run: one process, nothing divided."""
+    return train_plainly(small_dataset, architecture(small_dataset.tokenizer.vocab_size))
+
+
+def sliced(cases: list[Case]) -> list[Case]:
+    """The same cases with sequence parallelism."""
+    return [case._replace(sliced=True) for case in cases]
+
+
+@pytest.mark.parametrize("name", SLICED_CASES)
+def test_a_divided_sequence_gives_the_plain_run(small_dataset, plain, tmp_path, name):
+    compare(small_dataset, tmp_path, LAYOUTS[name], sliced(SLICED_CASES[name]), plain)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["TP2", "TP4", "TP2xDP2", "TP2xPP2", "TP2xPP2xDP2"])
+def test_every_case_of_a_divided_sequence_gives_the_plain_run(small_dataset, plain, tmp_path, name):
+    compare(small_dataset, tmp_path, LAYOUTS[name], sliced(all_cases(LAYOUTS[name])), plain)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_every_architecture_gives_its_plain_run_over_stages_and_slices(small_dataset, tmp_path, options):
+    options = {"vocab_size": small_dataset.tokenizer.vocab_size} | options
+    plain = train_plainly(small_dataset, architecture(**options))
+    compare(small_dataset, tmp_path, LAYOUTS["TP2xPP2"], sliced([Case(1, 2)]), plain, **options)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", LOW_PRECISION)
+def test_low_precision_on_slices_follows_the_plain_run_within_its_rounding(small_dataset, plain, tmp_path, precision):
+    loss, norm = LOW_PRECISION[precision]
+    cases = sliced([Case(stage, 2, precision=precision) for stage in (1, 2, 3)])
+    arguments = (small_dataset, tmp_path, LAYOUTS["TP2xDP2"], cases, {})
+    for curves in run_ranks(run_cases, 4, *arguments, timeout=300):
+        for case, curve in zip(cases, curves, strict=True):
+            assert_equal_curves(curve, plain[0], case, loss, norm)
+
+
+def test_a_layer_needs_two_gathers_and_two_scatters_each_way_and_three_small_sums_backward():
+    # What the sums of tensor parallelism move in two halves: whole sequences are gathered where states enter the heads
+    # and the feed-forward block, slices are scattered after them; the other way round in the backward pass. There the
+    # relative table is summed as without, never gathered, and each norm's weight and bias in one sum.
+    part, whole, table, norm = (2, 12, 32), (4, 12, 32), (16, 32), (64,)
+    for forward, backward in run_ranks(layer_collectives, 2, True):
+        assert forward == {"all_gather_into_tensor": [part] * 2, "reduce_scatter_tensor": [whole] * 2}
+        sums = backward.pop("all_reduce")
+        assert backward == {"all_gather_into_tensor": [part] * 2, "reduce_scatter_tensor": [whole] * 2}
+        assert sorted(sums) == [table, norm, norm]
+
+
+def model_collectives() -> tuple[dict[str, int], dict[str, int]]:
+    """How many collectives the whole model needs beyond those of its two sliced layers, forward and backward."""
+    model = sliced_model(small_config(conv_kernel_size=3))
+    ids, segments, labels = batch(101)
+    collectives = Collectives()
+    loss = model(ids, segments, labels=labels).loss
+    forward = {name: len(shapes) for name, shapes in collectives.take().items()}
+    loss.backward()
+    return forward, {name: len(shapes) for name, shapes in collectives.take().items()}
+
+
+def test_around_the_layers_the_sequence_is_joined_twice_forward_and_twice_backward():
+    # Forward: for the convolution and for prediction; backward: for what the embeddings and the convolution made whole.
+    # Sums forward: word table; twice 2 in EMD; 3 in the loss. Backward: head; in EMD keys and values, and twice
+    # queries, table and feed-forward; in two layers 3 each; the convolution's norm.
+    for forward, backward in run_ranks(model_collectives, 2):
+        assert forward == {"all_reduce": 1 + 4 + 3, "all_gather_into_tensor": 2 * 2 + 2, "reduce_scatter_tensor": 2 * 2}
+        assert backward == {
+            "all_reduce": 1 + 7 + 2 * 3 + 1, "all_gather_into_tensor": 2 * 2 + 2, "reduce_scatter_tensor": 2 * 2,
+        }  # fmt: skip
+
+
+def unsummed_outcome(place: str) -> Outcome:
+    """The outcome when the plan forgets a place, as a model divided by hand might."""
+    del plan.SLICED_LAYER_PLAN[place]
+    return divided_outcome(small_config(), 2, activation_checkpointing=False, sequence_parallel=True)
+
+
+def test_a_norm_whose_gradients_are_not_summed_over_slices_is_noticed():
+    expected = outcome(MaskedLanguageModel(small_config(), seed=3).eval())
+    for actual in run_ranks(unsummed_outcome, 2, "attention_norm"):
+        torch.testing.assert_close(actual.loss, expected.loss)  # the forward pass is right: nothing else would tell
+        with pytest.raises(AssertionError, match=r"encoder\.layers\.0\.attention_norm\.weight"):
+            assert_equal_outcome(actual, expected)
+
+
+def replicated_gradients() -> dict[str, torch.Tensor]:
+    """This rank's gradients of what every rank holds."""
+    model = sliced_model(small_config(conv_kernel_size=3)).eval()
+    gradients = outcome(model).gradients
+    return {name: gradients[name] for name, p in model.named_parameters() if shard_of(p) is None}
+
+
+def test_what_every_rank_holds_gets_the_very_same_gradient_on_each():
+    # Bit for bit, or the copies would drift apart over the steps.
+    one, other = run_ranks(replicated_gradients, 2)
+    assert {"encoder.relative_position.table.weight", "encoder.convolution.weight"} < one.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+DROPPED = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
+
+
+def dropout_masks() -> dict[str, torch.Tensor]:
+    """What some dropouts zero on this rank."""
+    model = sliced_model(small_config(conv_kernel_size=3, **DROPPED)).train()
+    layer, emd_layer = model.encoder.layers[0], model.encoder.layers[-1]
+    places = {
+        "embeddings": model.embeddings.dropout,
+        "table": layer.attention.relative_dropout,
+        "slice": layer.dropout,
+        "convolution": model.encoder.convolution.dropout,
+        "decoder": emd_layer.dropout,
+    }
+    seen: dict[str, torch.Tensor] = {}
+
+    def remember(name: str, output: torch.Tensor) -> None:
+        seen.setdefault(name, output == 0)
+
+    for name, module in places.items():
+        module.register_forward_hook(lambda _m, _a, output, name=name: remember(name, output))
+    outcome(model, DropoutKey(1))
+    return seen
+
+
+def test_dropout_differs_on_slices_and_agrees_on_what_is_whole():
+    one, other = run_ranks(dropout_masks, 2)
+    assert one["slice"].shape == (2, 12, 32)
+    assert not torch.equal(one["slice"], other["slice"])
+    for name in ("embeddings", "table", "convolution", "decoder"):
+        assert torch.equal(one[name], other[name]), name
+
+
+def dropped_outcomes() -> list[Outcome]:
+    """With dropout: kept and recomputed."""
+    results = []
+    for is_recomputed in (False, True):
+        model = sliced_model(small_config(conv_kernel_size=3, **DROPPED)).train()
+        if is_recomputed:
+            model.checkpoint_activations()
+        result = outcome(model, DropoutKey(1))
+        groups = join(2)
+        results.append(result._replace(gradients={n: join_slices(model, n, groups) for n in result.gradients}))
+    return results
+
+
+def test_recomputation_draws_the_same_masks_on_slices():
+    for kept, recomputed in run_ranks(dropped_outcomes, 2):
+        assert_equal_outcome(recomputed, kept)
+
+
+def kept_bytes(*, sequence_parallel: bool, activation_checkpointing: bool) -> int:
+    """Bytes that one more layer keeps for the backward pass, parameters left out; with dropout, in training."""
+    totals = []
+    for num_layers in (3, 4):
+        sizes = {**SIZES, **DROPPED, "num_layers": num_layers}
+        model = MaskedLanguageModel(DebertaConfig(vocab_size=101, max_position_embeddings=24, **sizes), seed=3).train()
+        divide(model, join(2), sequence_parallel=sequence_parallel)
+        if activation_checkpointing:
+            model.checkpoint_activations()
+        totals.append(bytes_kept_by(model))
+    return totals[1] - totals[0]
+
+
+def bytes_kept_by(model: MaskedLanguageModel) -> int:
+    """Bytes that a forward keeps besides the parameters."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids, segments, labels = batch(model.config.vocab_size)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, segments, labels=labels, dropout_key=DropoutKey(1))
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def kept_with_and_without_slices(activation_checkpointing: bool) -> tuple[int, int]:
+    """What a layer keeps on this rank of two, in bytes: with a divided sequence and without."""
+    return tuple(
+        kept_bytes(sequence_parallel=is_sliced, activation_checkpointing=activation_checkpointing)
+        for is_sliced in (True, False)
+    )
+
+
+STATES = 2 * 24 * 32
+"""Numbers in the states of a batch, B·S·D."""
+
+
+def test_a_layer_keeps_its_norms_inputs_and_dropout_masks_as_slices():
+    # In float32, of 4 bytes: two norms' inputs, and a mean and a deviation per token and norm; two masks of a byte.
+    outside = 2 * (4 * STATES + 2 * 4 * 2 * 24) + 2 * STATES
+    for sliced, whole in run_ranks(kept_with_and_without_slices, 2, False):
+        assert whole - sliced == outside / 2
+
+
+def test_a_recomputed_layer_keeps_only_a_slice_of_its_input():
+    for sliced, whole in run_ranks(kept_with_and_without_slices, 2, True):
+        assert (sliced, whole) == (4 * STATES / 2, 4 * STATES)

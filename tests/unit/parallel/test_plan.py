@@ -1,0 +1,40 @@
+"""The plan: every place it names is there, and sequence parallelism leaves alone what is no sequence."""
+
+from __future__ import annotations
+
+import pytest
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.parallel.plan import PLAN, SLICED_LAYER_PLAN, SLICED_MODEL_PLAN, plan_of
+
+SIZES = {"vocab_size": 60, "num_layers": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64}
+
+
+def model(**options: object) -> MaskedLanguageModel:
+    """A small one with a convolution."""
+    return MaskedLanguageModel(DebertaConfig(conv_kernel_size=3, position_buckets=8, **SIZES, **options))
+
+
+def test_every_place_of_the_tables_is_in_the_model():
+    whole = model(share_att_key=False)
+    plan = plan_of(whole, sequence_parallel=True)
+    for end in PLAN:
+        assert any(name.endswith(end) for name in plan), end
+    assert plan.keys() >= SLICED_MODEL_PLAN.keys()
+    assert plan.keys() >= {f"encoder.layers.0.{place}" for place in SLICED_LAYER_PLAN}
+    assert plan.keys() <= dict(whole.named_modules()).keys()
+
+
+@pytest.mark.parametrize(("position_biased_input", "num_sliced"), [(False, 2), (True, 3)])
+def test_the_layer_that_emd_applies_works_on_the_whole_sequence(position_biased_input, num_sliced):
+    divided = model(position_biased_input=position_biased_input)
+    plan = plan_of(divided, sequence_parallel=True)
+    entries = [plan[f"encoder.layers.{number}.attention.entry"] for number in range(3)]
+    assert entries == ["join_apart"] * num_sliced + ["copy"] * (3 - num_sliced)
+
+
+def test_the_relative_table_takes_the_plain_path():
+    plan = plan_of(model(), sequence_parallel=True)
+    assert {style for name, style in plan.items() if name.endswith("relative_entry")} == {"copy"}
+    assert not any("relative_position" in name or "relative_dropout" in name for name in plan)
