@@ -23,7 +23,7 @@ from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.parallel.grid import Grid
-from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.training.batches import MicroBatch, step_batches
 from deberta_xl.training.engine import build_engine, gradient_norm, run_step, set_learning_rate
@@ -128,13 +128,15 @@ def shipped_settings(name: str, case: Case, micro_batch_size: int) -> dict:
     """What a run hands to DeepSpeed with `deepspeed_configs/NAME.json`."""
     batch = [f"train.global_batch_size={ROWS}", f"train.micro_batch_size={micro_batch_size}"]
     run = load_run_config("debug", batch)
-    return load_deepspeed_config(SHIPPED_CONFIGS / f"{name}.json", run).engine_dict(get_world_size(), run)
+    data_parallel_size = ROWS // (micro_batch_size * case.accumulation)
+    return load_deepspeed_config(SHIPPED_CONFIGS / f"{name}.json", run).engine_dict(data_parallel_size, run)
 
 
-def train_as_shipped(dataset: SmallDataset, folder: str, name: str) -> Curve:
+def train_as_shipped(dataset: SmallDataset, folder: str, name: str, tensor_parallel_size: int) -> Curve:
     """A run in low precision on this rank, accumulating, under a configuration of `deepspeed_configs/`."""
     get_accelerator().is_fp16_supported = lambda: True  # the CPU can, slowly; DeepSpeed asks for hardware support
-    return train_with_engine(dataset, folder, Case(0, 2), build_settings=partial(shipped_settings, name))
+    groups = build_groups(Grid.of(torch.distributed.get_rank(), get_world_size(), tensor_parallel_size))
+    return train_with_engine(dataset, folder, Case(0, 2), partial(shipped_settings, name), groups)
 
 
 def evaluate_under_zero_3(dataset: SmallDataset, max_samples: int) -> tuple[float, ...]:
@@ -246,10 +248,13 @@ def test_the_originals_adam_gives_its_plain_run(small_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_offload", "fp16"])
-def test_every_shipped_low_precision_configuration_follows_the_plain_run(small_dataset, plain_curve, tmp_path, name):
+@pytest.mark.parametrize("tensor_parallel_size", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_every_shipped_low_precision_configuration_follows_the_plain_run(
+    small_dataset, plain_curve, tmp_path, name, tensor_parallel_size
+):
     # bf16 keeps 8 bits: a relative 2^-8 = 4e-3 per rounding, which is what norms may differ by (measured: 4e-3). Losses
     # average over many roundings (measured: 2e-4). fp16 keeps 11 bits.
-    for curve in run_ranks(train_as_shipped, 2, small_dataset, tmp_path, name, timeout=300):
+    for curve in run_ranks(train_as_shipped, 2, small_dataset, tmp_path, name, tensor_parallel_size, timeout=300):
         torch.testing.assert_close(torch.tensor(curve.losses), torch.tensor(plain_curve.losses), rtol=1e-3, atol=0)
         torch.testing.assert_close(torch.tensor(curve.norms), torch.tensor(plain_curve.norms), rtol=2e-2, atol=0)
 

@@ -1,0 +1,84 @@
+"""What DeepSpeed gets wrong about a divided model without a word, when it is not told enough; and that it is told.
+
+The other traps of this kind have their tests elsewhere: stage 0 and keys that nobody reads are refused
+(tests/unit/test_deepspeed_config.py); norms on slices (test_sequence_parallel.py); a layer applied twice and recomputed
+under ZeRO 2 and 3 (test_layout_matrix.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import layouts
+import pytest
+import torch
+from layouts import Case, Curve, Layout, Run, architecture, train_plainly
+from ranks import run_ranks
+from small_dataset import SmallDataset
+
+from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.plan import divide
+from deberta_xl.parallel.shard import shard_of
+
+STEPS = 4
+NOTICED = 1e-3
+"""A hundred times what sums in another order make of float32."""
+
+
+@pytest.fixture(scope="module")
+def plain(small_dataset: SmallDataset) -> Curve:
+    """The reference run: one process, nothing divided."""
+    return train_plainly(small_dataset, architecture(small_dataset.tokenizer.vocab_size), STEPS)[0]
+
+
+def train(dataset: SmallDataset, folder: Path, sabotage: str) -> Curve:
+    """A run over two tensor-parallel ranks that keeps something from DeepSpeed."""
+    if sabotage == "groups":
+        Groups.model_parallel_unit = lambda self: None
+    if sabotage == "marks":
+        layouts.divide = divide_without_marks
+    run = Run(dataset, folder, Layout(tensor=2).join(), Case(), architecture(dataset.tokenizer.vocab_size))
+    return run.train(1, STEPS)
+
+
+def divide_without_marks(model: torch.nn.Module, groups: Groups, **options: object) -> None:
+    """`divide`, but nothing tells DeepSpeed which parameters are slices."""
+    divide(model, groups, **options)
+    for parameter in model.parameters():
+        parameter.tensor_model_parallel = False
+
+
+def largest_difference(actual: list[float], expected: list[float]) -> float:
+    """Relative, over the steps."""
+    return max(abs(a - e) / e for a, e in zip(actual, expected, strict=True))
+
+
+def test_an_engine_that_does_not_know_the_groups_trains_something_else(small_dataset, plain, tmp_path):
+    for curve in run_ranks(train, 2, small_dataset, tmp_path, "groups"):
+        # It takes the slices for copies of one weight: all ranks begin with the first one's.
+        assert largest_difference(curve.losses, plain.losses) > NOTICED
+        assert largest_difference(curve.norms, plain.norms) > NOTICED
+
+
+def test_slices_that_are_not_marked_give_another_gradient_norm(small_dataset, plain, tmp_path):
+    for curve in run_ranks(train, 2, small_dataset, tmp_path, "marks"):
+        assert curve.losses[0] == pytest.approx(plain.losses[0], rel=1e-5)  # the forward pass is right
+        assert largest_difference(curve.norms, plain.norms) > NOTICED
+
+
+def what_deepspeed_knows(dataset: SmallDataset, folder: Path) -> tuple[int, int, set[str], set[str]]:
+    """Replicas and model-parallel ranks as the engine has them; slices by our mark, and by the one it reads."""
+    run = Run(dataset, folder, Layout(tensor=2, data=2).join(), Case(), architecture(dataset.tokenizer.vocab_size))
+    named = list(run.engine.module.named_parameters())
+    ours = {name for name, p in named if shard_of(p) is not None}
+    theirs = {name for name, p in named if getattr(p, "tensor_model_parallel", False)}
+    return run.engine.dp_world_size, run.engine.mp_world_size, ours, theirs
+
+
+def test_the_engine_is_told_the_groups_and_every_slice(small_dataset, tmp_path):
+    for replicas, model_ranks, ours, theirs in run_ranks(what_deepspeed_knows, 4, small_dataset, tmp_path):
+        assert (replicas, model_ranks) == (2, 2)
+        assert ours == theirs
+        # The bias is a parameter of ours, which megatron-core does not mark.
+        assert {"head.bias", "embeddings.word.weight", "encoder.layers.0.feed_forward.down.weight"} < ours
+        assert "encoder.layers.0.feed_forward.down.bias" not in ours
