@@ -30,6 +30,7 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.parallel import plan
 from deberta_xl.parallel.plan import divide
+from deberta_xl.parallel.sequence import own_slice
 from deberta_xl.parallel.shard import shard_of
 
 
@@ -127,6 +128,33 @@ def test_around_the_layers_the_sequence_is_joined_twice_forward_and_twice_backwa
         assert backward == {
             "all_reduce": 1 + 7 + 2 * 3 + 1, "all_gather_into_tensor": 2 * 2 + 2, "reduce_scatter_tensor": 2 * 2,
         }  # fmt: skip
+
+
+def convolution_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings and states of two rows of 24 tokens, and their documents, of which one crosses the middle."""
+    generator = torch.Generator().manual_seed(2)
+    embedded, hidden = torch.randn(2, 2, 24, 32, generator=generator)
+    return embedded, hidden, batch(101)[1]
+
+
+def convolved_slice() -> torch.Tensor:
+    """What the convolution makes of this rank's slices."""
+    groups = join(2)
+    model = sliced_model(small_config(conv_kernel_size=3)).eval()
+    embedded, hidden, segments = convolution_input()
+    with torch.no_grad():
+        return model.encoder.convolution(own_slice(embedded, groups), own_slice(hidden, groups), segments)
+
+
+def test_the_convolution_sees_neighbours_beyond_the_cut():
+    plain = MaskedLanguageModel(small_config(conv_kernel_size=3), seed=3).eval().encoder.convolution
+    embedded, hidden, segments = convolution_input()
+    with torch.no_grad():
+        expected = plain(embedded, hidden, segments)
+        halves = [plain(*half) for half in zip(*(x.chunk(2, dim=1) for x in (embedded, hidden, segments)), strict=True)]
+    differs = (torch.cat(halves, dim=1) - expected).abs().amax((0, 2)) > 1e-3
+    assert differs.nonzero().flatten().tolist() == [11, 12]  # what each rank alone would get wrong
+    torch.testing.assert_close(torch.cat(run_ranks(convolved_slice, 2), dim=1), expected)
 
 
 def unsummed_outcome(place: str) -> Outcome:
