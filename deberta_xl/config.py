@@ -265,9 +265,10 @@ class RunConfig:
             below = length - length % size
             lengths = " or ".join(str(n) for n in (below, below + size) if n)
             common = math.gcd(length, self.model.num_heads, self.model.intermediate_size)
-            sizes = [n for n in divisors(common) if n > 1] or "none, without sequence parallelism"
+            sizes = [n for n in divisors(common) if n > 1]
+            other_sizes = f"parallel.tensor_parallel_size one of {sizes}, or " if sizes else ""
             raise ConfigError(
                 f"model.sequence_length={length} does not divide over parallel.tensor_parallel_size={size} ranks, as "
-                f"parallel.sequence_parallel=true asks for; possible: model.sequence_length={lengths}; "
-                f"parallel.tensor_parallel_size one of {sizes}"
+                f"parallel.sequence_parallel=true asks for; possible: model.sequence_length={lengths}, "
+                f"{other_sizes}parallel.sequence_parallel=false"
             )

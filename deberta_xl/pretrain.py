@@ -112,7 +112,8 @@ def print_arithmetic(inputs: Inputs, split: Split) -> None:
     samples = train.steps * batch
     zero = f"ZeRO-{inputs.engine.zero_stage} in {inputs.engine.precision}"
     rank_zero("model: %s parameters, vocabulary %d", f"{num_parameters:,}", inputs.architecture.vocab_size)
-    rank_zero("ranks: %s, %s", inputs.grid.describe(), zero)
+    sliced = ", sequence divided" if inputs.config.parallel.sequence_parallel else ""
+    rank_zero("ranks: %s%s, %s", inputs.grid.describe(), sliced, zero)
     if split.num_stages > 1:
         rank_zero("stages: %s", split.describe(accumulation))
     for stage in range(split.num_stages):

@@ -195,8 +195,8 @@ def test_a_sequence_that_does_not_divide_over_its_ranks_is_refused_with_lengths_
         load_run_config("debug", [*overrides, "model.sequence_length=126"])
     message = str(caught.value)
     assert "model.sequence_length=126 does not divide over parallel.tensor_parallel_size=4 ranks" in message
-    assert "possible: model.sequence_length=124 or 128; parallel.tensor_parallel_size one of [2]" in message
-    with pytest.raises(ConfigError, match=r"sequence_length=16; parallel.tensor_parallel_size one of none, without"):
+    assert "possible: model.sequence_length=124 or 128, parallel.tensor_parallel_size one of [2], or" in message
+    with pytest.raises(ConfigError, match=r"possible: model\.sequence_length=16, parallel\.sequence_parallel=false"):
         load_run_config("debug", [overrides[0], "parallel.tensor_parallel_size=16", "model.sequence_length=9"])
 
 
