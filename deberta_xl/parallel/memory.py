@@ -83,17 +83,18 @@ def is_divided(name: str) -> bool:
     style = next((style for end, style in PLAN.items() if module.endswith(end)), None)
     if style == "row":
         return kind == "weight"
-    return style in ("column", "column_with_sum", "vocabulary") or name == "head.bias"
+    return style in ("column", "vocabulary") or name == "head.bias"
 
 
 def stage_activations(config: DebertaConfig, run: RunConfig, grid: Grid, split: Split, bytes_per_element: int) -> float:
     """What a stage keeps for the backward pass at its fullest, and the temporaries of one layer."""
     rows, length = run.train.micro_batch_size, run.model.sequence_length
     parts = grid.tensor_parallel_size
+    slices = parts if run.parallel.sequence_parallel else 1
     layers = split.layers(grid.stage)
-    layer = layer_activations(config, rows, length, length, parts, bytes_per_element)
+    layer = layer_activations(config, rows, length, length, parts, bytes_per_element, slices)
     hidden = rows * length * config.hidden_size * bytes_per_element
-    kept = len(layers) * (hidden if run.train.activation_checkpointing else layer)
+    kept = len(layers) * (hidden / slices if run.train.activation_checkpointing else layer)
     # 1F1B: stage s has begun this many micro-batches before its first backward pass.
     in_flight = min(grid.num_stages - grid.stage, run.train.gradient_accumulation_steps(grid.data_parallel_size))
     working = layer if run.train.activation_checkpointing else 0.0
@@ -104,16 +105,19 @@ def stage_activations(config: DebertaConfig, run: RunConfig, grid: Grid, split: 
 
 
 def layer_activations(
-    config: DebertaConfig, rows: int, queries: float, keys: int, parts: int, bytes_per_element: int
+    config: DebertaConfig, rows: int, queries: float, keys: int, parts: int, bytes_per_element: int, slices: int = 1
 ) -> float:
-    """Bytes that autograd keeps of one layer (reference kernel, dropout on), without its input."""
+    """Bytes that autograd keeps of one layer (reference kernel, dropout on), its input included.
+
+    Heads and feed-forward width lie on `parts` ranks, and between them the sequence on `slices`.
+    """
     e, score = bytes_per_element, 4  # scores and what they are made of are float32
     inner, width, heads = config.attention_size / parts, config.intermediate_size / parts, config.num_heads / parts
     terms = 2 if config.has_position_to_content else 1
     table, tokens = 2 * config.relative_span, rows * queries
-    # Two normalised sums, one result and two dropout masks; the query, once for each product, and the context; the
-    # up-projection before and after its activation.
-    states = tokens * (config.hidden_size * (3 * e + 2) + inner * (2 * score + e) + width * 2 * e)
+    # What enters attention and feed-forward; two normalised sums and two dropout masks; the query, once for each
+    # product, and the context; the up-projection before and after its activation.
+    states = tokens * (config.hidden_size * (2 * e + (2 * e + 2) / slices) + inner * (2 * score + e) + width * 2 * e)
     memory = rows * keys * inner * (terms * score + e)
     # Softmax, the probabilities that dropout leaves, its mask; and the two masks all heads share.
     pairs = tokens * keys * (heads * (score + e + 1) + 2)

@@ -22,13 +22,13 @@ XXLARGE = DebertaConfig(
 
 
 def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
-    """Bytes of the distinct tensors that autograd keeps of the first layer, without weights and input."""
+    """Bytes of the distinct tensors that autograd keeps of the first layer, without weights."""
     segments = torch.ones(rows, length, dtype=torch.int64)
     pairs = model.pairs(read_mask(segments, segments)[1])
     relative = model.encoder.relative_position().detach().requires_grad_()
     hidden = torch.randn(rows, length, model.config.hidden_size, dtype=relative.dtype, requires_grad=True)
     kept: dict[int, torch.Tensor] = {}
-    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), hidden, pairs.delta)}
+    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), pairs.delta)}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in given:
@@ -84,6 +84,11 @@ def test_what_is_partitioned_divided_offloaded_or_recomputed_needs_less():
     assert alone > per_stage[0] > per_stage[1] > per_stage[2]
     assert estimate(eight, "zero3_offload", "train.micro_batch_size=1") < per_stage[2]
     assert estimate(Grid(tensor_parallel_size=2), "zero1_bf16", "train.micro_batch_size=1") < 0.6 * alone
+    two = Grid(tensor_parallel_size=2)
+    divided = ["train.micro_batch_size=8", "parallel.tensor_parallel_size=2"]
+    assert estimate(two, "zero1_bf16", *divided, "parallel.sequence_parallel=true") < estimate(
+        two, "zero1_bf16", *divided
+    )
     recomputed = "train.activation_checkpointing=true"
     assert estimate(Grid(), "zero1_bf16", "train.micro_batch_size=8", recomputed) < estimate(
         Grid(), "zero1_bf16", "train.micro_batch_size=8"
