@@ -61,7 +61,7 @@ def stages_of(layout: Layout) -> tuple[int, ...]:
 def pairwise_slice(layout: Layout) -> list[Case]:
     """Few cases in which every two settings meet somewhere."""
     if layout.pipeline > 1:
-        return [Case(accumulation=1, recompute=True), Case(accumulation=4)]
+        return [Case(accumulation=1, recompute=True), Case(accumulation=4, sliced=layout.tensor > 1)]
     if layout.tensor == 4:
         return [Case(1, 4, recompute=True), Case(2, 1)]
     return [Case(2, 4), Case(3, 1, recompute=True)]
@@ -69,8 +69,10 @@ def pairwise_slice(layout: Layout) -> list[Case]:
 
 def all_cases(layout: Layout) -> list[Case]:
     """Every combination, and the offloaded optimizer."""
-    combinations = product(stages_of(layout), (1, 4), (False, True))
-    return [*(Case(*values) for values in combinations), *(Case(s, 2, offload=True) for s in stages_of(layout))]
+    sliced = (False, True) if layout.tensor > 1 else (False,)
+    combinations = product(stages_of(layout), (1, 4), (False, True), sliced)
+    cases = [Case(stage, accumulation, recompute, sliced=cut) for stage, accumulation, recompute, cut in combinations]
+    return [*cases, *(Case(stage, 2, offload=True) for stage in stages_of(layout))]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 The other traps of this kind have their tests elsewhere: stage 0 and keys that nobody reads are refused
 (tests/unit/test_deepspeed_config.py); norms on slices (test_sequence_parallel.py); a layer applied twice and recomputed
-under ZeRO 2 and 3 (test_layout_matrix.py).
+under ZeRO 2 and 3 (test_layout_matrix.py); gradients of the shared word table (test_pipeline.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def train(dataset: SmallDataset, folder: Path, sabotage: str) -> Curve:
         Groups.model_parallel_unit = lambda self: None
     if sabotage == "marks":
         layouts.divide = divide_without_marks
-    run = Run(dataset, folder, Layout(tensor=2).join(), Case(), architecture(dataset.tokenizer.vocab_size))
+    layout = Layout(pipeline=2) if sabotage == "copies" else Layout(tensor=2)
+    run = Run(dataset, folder, layout.join(), Case(), architecture(dataset.tokenizer.vocab_size))
+    if sabotage == "copies":
+        for parameter in run.engine.module.parameters():
+            parameter.ds_pipe_replicated = False
     return run.train(1, STEPS)
 
 
@@ -82,3 +86,25 @@ def test_the_engine_is_told_the_groups_and_every_slice(small_dataset, tmp_path):
         # The bias is a parameter of ours, which megatron-core does not mark.
         assert {"head.bias", "embeddings.word.weight", "encoder.layers.0.feed_forward.down.weight"} < ours
         assert "encoder.layers.0.feed_forward.down.bias" not in ours
+
+
+def test_a_word_table_counted_on_both_of_its_stages_gives_another_gradient_norm(small_dataset, plain, tmp_path):
+    for curve in run_ranks(train, 2, small_dataset, tmp_path, "copies"):
+        assert curve.losses[0] == pytest.approx(plain.losses[0], rel=1e-5)
+        assert largest_difference(curve.norms, plain.norms) > NOTICED
+
+
+def what_a_stage_sends(dataset: SmallDataset, folder: Path) -> tuple[torch.Size, bool, bool] | None:
+    """Shape of what the first stage of three hands over, and whether it is one float tensor with a gradient."""
+    run = Run(dataset, folder, Layout(pipeline=3).join(), Case(), architecture(dataset.tokenizer.vocab_size))
+    sent = []
+    run.engine.module.register_forward_hook(lambda _module, _inputs, output: sent.append(output))
+    run.train(1, 1)
+    return None if run.grid.is_last_stage else (sent[0].shape, sent[0].is_floating_point(), sent[0].requires_grad)
+
+
+def test_stages_exchange_one_float_tensor(small_dataset, tmp_path):
+    # From three stages on DeepSpeed reuses receive buffers whatever their dtype: integers beside floats become garbage.
+    first, second, last = run_ranks(what_a_stage_sends, 3, small_dataset, tmp_path)
+    assert first == second == ((layouts.ROWS * layouts.LENGTH + 16, 32), True, True)
+    assert last is None
