@@ -15,10 +15,11 @@ SAVED_STEP, LAST_STEP = 2, 4
 
 
 class Way(NamedTuple):
-    """A layout and a ZeRO stage."""
+    """A layout, a ZeRO stage, and whether there is sequence parallelism."""
 
     layout: Layout
     stage: int = 1
+    sliced: bool = False
 
 
 WAYS = {
@@ -28,6 +29,7 @@ WAYS = {
     "TP2": Way(Layout(tensor=2)),
     "TP4-ZeRO2": Way(Layout(tensor=4), 2),
     "TP2xDP2-ZeRO3": Way(Layout(tensor=2, data=2), 3),
+    "TP2xDP2-ZeRO2-SP": Way(Layout(tensor=2, data=2), 2, sliced=True),
     "PP2": Way(Layout(pipeline=2)),
     "PP4": Way(Layout(pipeline=4)),
     "TP2xPP2": Way(Layout(tensor=2, pipeline=2)),
@@ -42,13 +44,14 @@ SOURCES = {
     "TP2": ["TP2", "TP4-ZeRO2", "PP2xDP2"],
     "TP4-ZeRO2": ["TP4-ZeRO2", "plain", "TP2"],
     "TP2xDP2-ZeRO3": ["TP2xDP2-ZeRO3", "TP2xPP2", "PP2"],
+    "TP2xDP2-ZeRO2-SP": ["TP2xDP2-ZeRO2-SP", "TP2", "DP2-ZeRO3"],
     "PP2": ["PP2", "PP4", "TP2xDP2-ZeRO3", "plain"],
-    "PP4": ["PP4", "PP2", "DP2-ZeRO3"],
+    "PP4": ["PP4", "PP2", "DP2-ZeRO3", "TP2xDP2-ZeRO2-SP"],
     "TP2xPP2": ["TP2xPP2", "plain", "TP4-ZeRO2"],
     "PP2xDP2": ["PP2xDP2", "TP2xPP2", "PP4"],
     "TP2xPP2xDP2": ["TP2xPP2xDP2", "TP2xDP2-ZeRO3", "plain"],
 }
-"""Target -> what it continues from; the first is itself. 25 pairs of different layouts."""
+"""Target -> what it continues from; the first is itself. 29 pairs of different layouts."""
 
 SLICE = ("DP2-ZeRO3", "TP2xPP2", "PP2")
 
@@ -56,7 +59,7 @@ SLICE = ("DP2-ZeRO3", "TP2xPP2", "PP2")
 def start(dataset: SmallDataset, folder: Path, way: Way, seed: int) -> Run:
     """A run with fresh weights, of `seed`."""
     config = architecture(dataset.tokenizer.vocab_size)
-    return Run(dataset, folder, way.layout.join(), Case(way.stage, accumulation=2), config, seed)
+    return Run(dataset, folder, way.layout.join(), Case(way.stage, accumulation=2, sliced=way.sliced), config, seed)
 
 
 def run_original(dataset: SmallDataset, root: Path, name: str) -> Curve:
