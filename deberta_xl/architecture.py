@@ -9,6 +9,9 @@ from deberta_xl.strict import at_least, divisors, frozen, positive, probability
 
 Activation = Literal["gelu", "relu", "tanh"]
 
+EMD_PASSES = 2
+"""How often the enhanced mask decoder applies the last layer, with the same weights (the paper's n)."""
+
 
 @frozen
 class DebertaConfig:

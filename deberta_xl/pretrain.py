@@ -29,14 +29,16 @@ from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.errors import ConfigError, UserError
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, log_to_file, logger, rank_zero
+from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.parallel.grid import Grid, check_divisible, check_stages
+from deberta_xl.parallel.memory import estimate_memory
+from deberta_xl.parallel.stages import Split, split_model
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from deberta_xl.model.masked_lm import MaskedLanguageModel
     from deberta_xl.parallel.groups import Groups
-    from deberta_xl.parallel.stages import Split
     from deberta_xl.training.loop import Pretraining
     from deberta_xl.training.run_folder import RunFolder
     from deberta_xl.training.state import TrainState
@@ -72,6 +74,7 @@ class Inputs(NamedTuple):
     engine: DeepSpeedConfig
     launch: Launch
     grid: Grid
+    split: Split
     tokenizer: Tokenizer
     tokenizer_folder: Path
     architecture: DebertaConfig
@@ -94,18 +97,17 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_divisible(architecture, grid.tensor_parallel_size)
     check_stages(architecture, grid.num_stages)
-    options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)
+    length, share = config.model.sequence_length, config.data.mask_probability
+    split = split_model(architecture, grid.num_stages, config.train.micro_batch_size, length, share)
+    options = (tokenizer, config.data, length, config.train.seed)
     data = PretrainingData(store, *options)
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
-    return Inputs(config, engine, launch, grid, tokenizer, tokenizer_folder, architecture, data, valid)
+    return Inputs(config, engine, launch, grid, split, tokenizer, tokenizer_folder, architecture, data, valid)
 
 
-def print_arithmetic(inputs: Inputs, split: Split) -> None:
+def print_arithmetic(inputs: Inputs) -> None:
     """What the run is going to be: sizes, ranks, samples and tokens, on rank 0."""
-    from deberta_xl.parallel.memory import estimate_memory
-    from deberta_xl.parallel.pipeline import logical_shapes
-
-    num_parameters = sum(map(math.prod, logical_shapes(inputs.architecture).values()))
+    num_parameters = sum(map(math.prod, parameter_shapes(inputs.architecture).values()))
     train, length = inputs.config.train, inputs.config.model.sequence_length
     ranks, batch = inputs.grid.data_parallel_size, train.global_batch_size
     accumulation = train.gradient_accumulation_steps(ranks)
@@ -114,13 +116,12 @@ def print_arithmetic(inputs: Inputs, split: Split) -> None:
     rank_zero("model: %s parameters, vocabulary %d", f"{num_parameters:,}", inputs.architecture.vocab_size)
     sliced = ", sequence divided" if inputs.config.parallel.sequence_parallel else ""
     rank_zero("ranks: %s%s, %s", inputs.grid.describe(), sliced, zero)
-    if split.num_stages > 1:
-        rank_zero("stages: %s", split.describe(accumulation))
-    for stage in range(split.num_stages):
-        needed = estimate_memory(
-            inputs.architecture, inputs.config, inputs.engine, inputs.grid._replace(stage=stage), split
-        )
-        of_stage = f" of stage {stage}" if split.num_stages > 1 else ""
+    if inputs.split.num_stages > 1:
+        rank_zero("stages: %s", inputs.split.describe(accumulation))
+    for stage in range(inputs.split.num_stages):
+        grid = inputs.grid._replace(stage=stage)
+        needed = estimate_memory(inputs.architecture, inputs.config, inputs.engine, grid, inputs.split)
+        of_stage = f" of stage {stage}" if inputs.split.num_stages > 1 else ""
         rank_zero("each rank%s: %s estimated", of_stage, needed.describe())
     rank_zero(
         "step: %d sequences x %d tokens = %s tokens (micro-batch %d x %d accumulated x %d replicas)",
@@ -210,19 +211,11 @@ def start_engine(inputs: Inputs, groups: Groups, newest: Path | None) -> tuple[D
     from deberta_xl.checkpoint.store import load_checkpoint
     from deberta_xl.parallel.pipeline import PipelinedModel
     from deberta_xl.parallel.plan import divide
-    from deberta_xl.parallel.stages import split_model
     from deberta_xl.training.engine import build_engine
     from deberta_xl.training.state import TrainState
 
-    train, grid = inputs.config.train, inputs.grid
-    split = split_model(
-        inputs.architecture,
-        grid.num_stages,
-        train.micro_batch_size,
-        inputs.config.model.sequence_length,
-        inputs.config.data.mask_probability,
-    )
-    print_arithmetic(inputs, split)
+    print_arithmetic(inputs)
+    split, grid = inputs.split, inputs.grid
     model = build_model(inputs, split.units(grid.stage), is_new=newest is None)
     divide(model, groups, sequence_parallel=inputs.config.parallel.sequence_parallel)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()} if newest is None else {}

@@ -10,12 +10,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from deberta_xl.architecture import EMD_PASSES
 from deberta_xl.model.disentangled_attention import Pairs
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.layer import EncoderLayer
-
-NUM_PASSES = 2
-"""Applications of the last layer, with the same weights (the paper's n)."""
 
 
 def enhanced_mask_decoder(
@@ -35,7 +33,7 @@ def enhanced_mask_decoder(
     pass, so they are computed once. Queries do not see each other: decoding only the labelled positions is exact.
     """
     memory = layer.attention.memorize(layer.attention.entry(hidden_BSD))
-    for number in range(NUM_PASSES):
+    for number in range(EMD_PASSES):
         pass_key = fold_key(key, "enhanced_mask_decoder", number)
         query_BMD = apply_layer(layer.refine, query_BMD, memory, relative_RD, pairs, pass_key)
     return query_BMD

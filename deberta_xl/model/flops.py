@@ -6,8 +6,7 @@ pass counts twice the forward. Recomputation under activation checkpointing is w
 
 from __future__ import annotations
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.model.enhanced_mask_decoder import NUM_PASSES
+from deberta_xl.architecture import EMD_PASSES, DebertaConfig
 
 #: Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
@@ -38,7 +37,7 @@ def unit_flops(config: DebertaConfig, rows: int, sequence_length: int, num_label
     # Key and value projection, and the position-to-content product.
     key_side = 2 * tokens * (2 * hidden * inner + (terms - 1) * table * inner)
     layer = query_side(tokens) + key_side + relative
-    decoder = layer if config.position_biased_input else key_side + NUM_PASSES * (query_side(num_labels) + relative)
+    decoder = layer if config.position_biased_input else key_side + EMD_PASSES * (query_side(num_labels) + relative)
     head = 2 * num_labels * config.embedding_width * (hidden + config.vocab_size)
     units = [0.0, *[layer] * (config.num_layers - 1), decoder + head]
     if config.conv_kernel_size:

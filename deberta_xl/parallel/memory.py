@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.architecture import EMD_PASSES, DebertaConfig
 from deberta_xl.config import RunConfig
 from deberta_xl.deepspeed_config import DeepSpeedConfig
-from deberta_xl.model.enhanced_mask_decoder import NUM_PASSES
+from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.parallel.grid import Grid
-from deberta_xl.parallel.pipeline import logical_shapes
 from deberta_xl.parallel.plan import PLAN
 from deberta_xl.parallel.stages import Split, owners
 
@@ -69,7 +68,7 @@ def estimate_memory(
 def rank_parameters(config: DebertaConfig, units: range, tensor_parallel_size: int) -> int:
     """Parameters of a stage on one tensor-parallel rank, padding of the vocabulary included."""
     total = 0
-    for name, shape in logical_shapes(config).items():
+    for name, shape in parameter_shapes(config).items():
         if any(unit in units for unit in owners(name, config)):
             is_cut = is_divided(name)
             rows = -(-shape[0] // tensor_parallel_size) if is_cut else shape[0]
@@ -134,5 +133,5 @@ def head_activations(
     logits = rows * labelled * config.vocab_size / parts * (bytes_per_element + 3 * 4)
     if config.position_biased_input:
         return logits
-    passes = NUM_PASSES * layer_activations(config, rows, labelled, length, parts, bytes_per_element)
+    passes = EMD_PASSES * layer_activations(config, rows, labelled, length, parts, bytes_per_element)
     return logits + passes

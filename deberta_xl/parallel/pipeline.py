@@ -25,6 +25,7 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.initialization import initialize_weights
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel, read_mask
+from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.stages import Split, owners
 
@@ -78,12 +79,6 @@ def build_stage(config: DebertaConfig, units: range, seed: int) -> MaskedLanguag
     return model
 
 
-def logical_shapes(config: DebertaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the plain model, by name."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in MaskedLanguageModel(config).named_parameters()}
-
-
 class TiedWeight:
     """A weight of which DeepSpeed is about to sum the gradient over stages, wherever the gradient is kept.
 
@@ -120,7 +115,7 @@ class PipelinedModel(PipelineModule):
             super().__init__([stage_model], topology=topology)
         self.grid = grid
         self.num_relative = 2 * stage_model.config.relative_span
-        self.logical_shapes = logical_shapes(stage_model.config)
+        self.logical_shapes = parameter_shapes(stage_model.config)
         self.inputs: Iterator[StageInput] = iter(())
         self.guesses: list[Tensor] = []
         assert (self.global_rank, self.stage_id) == (grid.rank, grid.stage)

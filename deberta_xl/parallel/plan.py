@@ -12,12 +12,15 @@ reads. There the whole sequence is joined again, and the enhanced mask decoder w
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.parallel.grid import check_divisible
-from deberta_xl.parallel.groups import Groups
+
+if TYPE_CHECKING:  # the tables are read before torch is imported
+    from torch import nn
+
+    from deberta_xl.model.masked_lm import MaskedLanguageModel
+    from deberta_xl.parallel.groups import Groups
 
 #: Ends of module names in the plain model, and what takes their place.
 PLAN = {
@@ -79,6 +82,8 @@ def divide(model: MaskedLanguageModel, groups: Groups, *, sequence_parallel: boo
     """
     if groups.grid.tensor_parallel_size == 1:
         return
+    from torch import nn
+
     from deberta_xl.parallel import layers, sequence  # imports megatron-core, which costs seconds
 
     check_divisible(model.config, groups.grid.tensor_parallel_size)
