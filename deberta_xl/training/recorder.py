@@ -15,6 +15,7 @@ from deberta_xl.training.engine import StepResult, gradient_norm, loss_scale, me
 from deberta_xl.training.flops import peak_flops, step_flops
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.state import TrainState
+from deberta_xl.training.stragglers import NodeTimes
 from deberta_xl.training.timing import StepTimer
 
 
@@ -38,6 +39,7 @@ class Recorder:
         self.num_rows, self.groups = num_rows, groups
         self.writer = writer
         self.timer = StepTimer(engine.device)
+        self.node_times = NodeTimes(engine.device)
         self.peak = self.device_peak()
         self.reset()
 
@@ -74,6 +76,7 @@ class Recorder:
         self.num_steps += 1
         if self.is_logged(state.step):
             values = self.interval_metrics(state) | {"learning_rate": rate}
+            values |= self.node_times.metrics(state.step, self.timer.seconds["forward"])
             if self.writer is not None:
                 self.writer.write(state.step, values)
                 self.writer.show_step(state.step, values)
