@@ -5,8 +5,10 @@ Imports no torch: batch arithmetic is checked before the first expensive second.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ from deberta_xl.errors import ConfigError
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM_KEYS = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 SLURM_PORTS = range(20000, 30000)
+SIOCGIFADDR = 0x8915
+"""Linux: ask for the address of an interface."""
 
 
 class Launch(NamedTuple):
@@ -23,6 +27,11 @@ class Launch(NamedTuple):
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine, by slurm's name for it where there is one."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def is_srun_step(environment: Mapping[str, str]) -> bool:
@@ -64,6 +73,33 @@ def export_launch(launch: Launch, environment: MutableMapping[str, str] = os.env
         environment["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in environment:
         environment["MASTER_PORT"] = str(default_port(launch, environment))
+    # Gloo listens on what this machine's own name stands for: often loopback, and nothing where names do not resolve.
+    if "GLOO_SOCKET_IFNAME" not in environment and (
+        interface := interface_towards(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    ):
+        environment["GLOO_SOCKET_IFNAME"] = interface
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface that leads to `host`; None when there is none, or when it is this machine's loopback."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing: the system chooses a route
+            own = probe.getsockname()[0]
+            named = {name: address_of_interface(probe, name) for _, name in socket.if_nameindex()}
+    except OSError:
+        return None
+    return next((name for name, address in named.items() if address == own and name != "lo"), None)
+
+
+def address_of_interface(probe: socket.socket, name: str) -> str | None:
+    """The IPv4 address of a network interface, None when it has none."""
+    request = struct.pack("256s", name.encode()[:15])
+    try:
+        return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24])
+    except OSError:
+        return None
 
 
 def default_port(launch: Launch, environment: Mapping[str, str]) -> int:

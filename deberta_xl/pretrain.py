@@ -33,6 +33,7 @@ from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.parallel.grid import Grid, check_divisible, check_stages
 from deberta_xl.parallel.memory import estimate_memory
 from deberta_xl.parallel.stages import Split, split_model
+from deberta_xl.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from deberta_xl.model.masked_lm import MaskedLanguageModel
     from deberta_xl.parallel.groups import Groups
     from deberta_xl.training.loop import Pretraining
+    from deberta_xl.training.ownership import Ownership
     from deberta_xl.training.run_folder import RunFolder
     from deberta_xl.training.state import TrainState
 
@@ -62,9 +64,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     names = ", ".join(preset_names())
     parser.add_argument("--config", required=True, help=f"preset ({names}) or path of a TOML file")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
+    parser.add_argument("--check", action="store_true", help="check everything that can be without torch, then exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. train.steps=500")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # overrides may stand before, between and after options
 
 
 class Inputs(NamedTuple):
@@ -154,14 +157,15 @@ def fingerprints_of(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def take_over(folder: RunFolder, inputs: Inputs, fingerprints: Mapping[str, Any]) -> Path | None:
-    """Prepare the run folder; its newest whole checkpoint, None when there is none. Collective.
+def take_over(folder: RunFolder, inputs: Inputs, fingerprints: Mapping[str, Any]) -> tuple[Path | None, Ownership]:
+    """Prepare the run folder and claim it; its newest whole checkpoint, None when there is none. Collective.
 
     A checkpoint that does not fit this run is refused before anything in the folder changes.
     """
     from deberta_xl.checkpoint.agreement import on_rank_zero
     from deberta_xl.checkpoint.folders import newest_whole_checkpoint
     from deberta_xl.checkpoint.store import read_state
+    from deberta_xl.training.ownership import Ownership, claim_folder, own_claim
     from deberta_xl.training.state import check_fingerprints, check_last_step
 
     newest = newest_whole_checkpoint(folder.checkpoints, collective=True)
@@ -174,6 +178,7 @@ def take_over(folder: RunFolder, inputs: Inputs, fingerprints: Mapping[str, Any]
             check_last_step(saved["step"], inputs.config.train.steps)
 
     on_rank_zero(check)
+    ownership = Ownership(folder.owner, on_rank_zero(lambda: claim_folder(folder, own_claim())))
     facts = {
         "command": sys.argv,
         "world_size": inputs.launch.world_size,
@@ -181,7 +186,7 @@ def take_over(folder: RunFolder, inputs: Inputs, fingerprints: Mapping[str, Any]
         "precision": inputs.engine.precision,
     }
     on_rank_zero(lambda: folder.prepare(inputs.config, inputs.tokenizer_folder, facts))
-    return newest
+    return newest, ownership
 
 
 def build_model(inputs: Inputs, units: range, *, is_new: bool) -> MaskedLanguageModel:
@@ -232,7 +237,7 @@ def start_engine(inputs: Inputs, groups: Groups, newest: Path | None) -> tuple[D
     return engine, state
 
 
-def assemble(inputs: Inputs) -> Pretraining:
+def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
     """Process group, run folder, engine: everything the loop works with. Collective."""
     import torch
 
@@ -242,15 +247,13 @@ def assemble(inputs: Inputs) -> Pretraining:
     from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.loop import Pretraining
     from deberta_xl.training.run_folder import RunFolder
-    from deberta_xl.training.signals import StopRequest
 
     config, launch = inputs.config, inputs.launch
     start_engine_runtime(launch, deterministic=config.train.deterministic)
     check_precision(inputs.engine.precision)
-    stop = StopRequest()
     folder = RunFolder(config.run.folder)
     fingerprints = fingerprints_of(inputs)
-    newest = take_over(folder, inputs, fingerprints)
+    newest, ownership = take_over(folder, inputs, fingerprints)
     log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
     torch.manual_seed(config.train.seed)
     groups = build_groups(inputs.grid)
@@ -266,7 +269,8 @@ def assemble(inputs: Inputs) -> Pretraining:
         tokenizer=inputs.tokenizer,
         folder=folder,
         state=state,
-        heartbeat=Heartbeat(folder.heartbeat, launch.rank),
+        heartbeat=Heartbeat(folder.heartbeat, launch.rank, ownership),
+        ownership=ownership,
         stop=stop,
         checkpoint_files={
             "config.json": json.dumps(native_config(inputs.architecture), indent=2).encode(),
@@ -276,12 +280,12 @@ def assemble(inputs: Inputs) -> Pretraining:
     )
 
 
-def run(inputs: Inputs) -> None:
+def run(inputs: Inputs, stop: StopRequest) -> None:
     """Train. A failure is reported with rank, step and phase and ends the process: peers must not wait for it."""
     run: Pretraining | None = None
     try:
         choose_accelerator()
-        run = assemble(inputs)
+        run = assemble(inputs, stop)
         if run.launch.rank == 0:
             run.folder.write_state("running")
         ended = run.train()
@@ -314,6 +318,7 @@ def main() -> None:
     """The command."""
     arguments = parse_arguments()
     configure_logging()
+    stop = StopRequest()
     try:
         inputs = read_inputs(arguments)
     except UserError as error:
@@ -323,7 +328,10 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    run(inputs)
+    if arguments.check:
+        print_arithmetic(inputs)
+    else:
+        run(inputs, stop)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ FLOORS = {
     "errors": Floor(0, "0"),
     "launch": Floor(0, "0"),
     "log": Floor(0, "0"),
+    "stop_request": Floor(0, "0"),
     "strict": Floor(0, "0"),
     "kernels": Floor(1, "1a"),
     "model": Floor(1, "1a"),

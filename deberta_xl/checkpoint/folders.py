@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import uuid
 from pathlib import Path
 
 from deberta_xl.checkpoint.agreement import on_rank_zero, rank_and_size, together
@@ -11,9 +12,17 @@ from deberta_xl.checkpoint.manifest import CheckpointError, read_manifest, step_
 from deberta_xl.log import logger, rank_zero
 
 
-def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Where a checkpoint is written until it is whole."""
-    return checkpoints / f".{step_folder_name(step)}.partial"
+def make_partial_folder(checkpoints: Path, step: int) -> Path:
+    """A fresh folder to write a checkpoint into until it is whole; leftovers of saves that never finished are deleted.
+
+    No other save has its name, be it of the same step: an earlier start of the run may still be writing on a node
+    that was lost, and may clean up after itself there.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_partial_folders(checkpoints)
+    folder = checkpoints / f".{step_folder_name(step)}.{uuid.uuid4().hex[:8]}.partial"
+    folder.mkdir()
+    return folder
 
 
 def remove_partial_folders(checkpoints: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from deberta_xl.checkpoint.agreement import gathered, on_rank_zero, rank_and_size, together
 from deberta_xl.checkpoint.durable import sync_folder, write_files
-from deberta_xl.checkpoint.folders import partial_folder, remove_partial_folders
+from deberta_xl.checkpoint.folders import make_partial_folder
 from deberta_xl.checkpoint.fragments import (
     Fragment,
     adam_step,
@@ -85,14 +85,14 @@ def save_checkpoint(
     checkpoints are then as they were.
     """
     assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "gradients are being accumulated"
-    folder = partial_folder(checkpoints, state["step"])
+    folder: Path | None = None
     try:
-        on_rank_zero(lambda: _make_empty(folder))
+        folder = on_rank_zero(lambda: make_partial_folder(checkpoints, state["step"]))
         written = gathered(lambda: _write_files(engine, folder, state, extra_files, tensor_parallel))
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
         return on_rank_zero(lambda: _publish(folder, checkpoints / step_folder_name(state["step"]), files))
     except (CheckpointError, RuntimeError) as failure:
-        if rank_and_size()[0] == 0:
+        if folder is not None and rank_and_size()[0] == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise type(failure)(f"step {state['step']} was not saved: {failure}") from failure
 
@@ -131,13 +131,6 @@ def _logical_shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
 def _is_written_here(parameter: nn.Parameter, tensor_parallel_rank: int) -> bool:
     """Whether this rank, of those that hold the same elements, writes them."""
     return (shard_of(parameter) is not None or tensor_parallel_rank == 0) and not is_copy(parameter)
-
-
-def _make_empty(folder: Path) -> None:
-    """A fresh folder to write into; leftovers of saves that never finished are deleted."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_partial_folders(folder.parent)
-    folder.mkdir()
 
 
 def _write_files(

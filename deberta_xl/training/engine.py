@@ -141,9 +141,14 @@ def run_step(
         batch = host_batch.to(engine.device)
         micro_key = key.fold("micro-step", number)
         with timer.phase("forward_backward"):
-            output = engine(
-                batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=share, dropout_key=micro_key
-            )
+            with timer.phase("forward"):
+                output = engine(
+                    batch.input_ids_BS,
+                    batch.segments_BS,
+                    labels=batch.labelled,
+                    label_count=share,
+                    dropout_key=micro_key,
+                )
             engine.backward(output.loss)
         losses.append(output.loss.detach())
         corrects.append((output.guess_L == batch.labelled.label_L).sum())

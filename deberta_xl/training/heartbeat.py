@@ -1,24 +1,40 @@
-"""A heartbeat file per rank: which step and phase it is in, and since when. Watchdogs and people read it."""
+"""A heartbeat file per rank: which step and phase it is in, and since when. Watchdogs and people read it.
+
+The content changes with the work, the file's time every few seconds as long as the process runs at all: so a rank
+that is stopped or gone can be told from one that waits for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from pathlib import Path
 
+from deberta_xl.launch import node_name
+from deberta_xl.log import logger
+from deberta_xl.training.ownership import Ownership
+
 INTERVAL_SECONDS = 1.0
+ALIVE_INTERVALS = 5
+"""Intervals between two signs of life, and between two looks at whose folder it is."""
+TAKEN_OVER = 3
+"""Exit status of a rank whose folder another start has."""
 
 
 class Heartbeat:
-    """Keeps `heartbeat/rank-00000.json` current; the file is written beside the work, at most once a second."""
+    """Keeps `heartbeat/rank-00000.json` current; the file is written beside the work, at most once a second.
 
-    def __init__(self, folder: Path, rank: int):
+    Ends the process when another start has taken the folder: a rank that waits for dead peers would do so for ever.
+    """
+
+    def __init__(self, folder: Path, rank: int, ownership: Ownership):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"rank-{rank:05d}.json"
-        self.beat = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "step": 0, "phase": "start"}
+        self.ownership = ownership
+        self.beat = {"rank": rank, "host": node_name(), "pid": os.getpid(), "step": 0, "phase": "start"}
         self.stopped = threading.Event()
         self.mark(0, "start")
         self.write()
@@ -40,12 +56,23 @@ class Heartbeat:
         self.beat = {**self.beat, "step": step, "phase": phase, "time": time.time()}
 
     def keep_writing(self) -> None:
-        """Write the last mark whenever it changed, until closed."""
-        written = self.beat
+        """Write the last mark whenever it changed, and a sign of life now and then, until closed."""
+        written, intervals = self.beat, 0
         while not self.stopped.wait(INTERVAL_SECONDS):
+            intervals += 1
             if self.beat is not written:
                 written = self.beat
                 self.write()
+            if intervals % ALIVE_INTERVALS == 0:
+                self.leave_if_taken_over()
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
+
+    def leave_if_taken_over(self) -> None:
+        """End this process at once, without another word to the folder, when it is another start's."""
+        if self.ownership.is_lost():
+            logger.error("%s names another start of this run: this one ends", self.ownership.file)
+            os._exit(TAKEN_OVER)
 
     def write(self) -> None:
         """Write the file in one piece. A full disk must not end a run for the sake of its heartbeat."""

@@ -22,18 +22,20 @@ from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
+from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.batches import step_batches
 from deberta_xl.training.engine import StepResult, run_step, set_learning_rate
 from deberta_xl.training.evaluate import Evaluation, Predict, evaluate, predict_with
 from deberta_xl.training.figures import confusion_figure, prediction_table, save_loss_curve
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.pipelined import predict_in_pipeline, run_pipeline_step
 from deberta_xl.training.profiling import StepProfiler
 from deberta_xl.training.recorder import Recorder
 from deberta_xl.training.run_folder import RunFolder, State
 from deberta_xl.training.schedule import learning_rate
-from deberta_xl.training.signals import Agreement, StopRequest
+from deberta_xl.training.signals import Agreement
 from deberta_xl.training.state import TrainState
 
 STEPS_AHEAD = 2
@@ -55,6 +57,7 @@ class Pretraining:
     folder: RunFolder
     state: TrainState
     heartbeat: Heartbeat
+    ownership: Ownership
     stop: StopRequest
     checkpoint_files: Mapping[str, Any]
     """What rides along in every checkpoint: config.json and the tokenizer."""
@@ -163,6 +166,7 @@ class Pretraining:
         step = self.state.step
         self.heartbeat.mark(step, "checkpoint")
         start = time.perf_counter()
+        on_rank_zero(self.ownership.check)
         state = {**asdict(self.state), "fingerprints": dict(self.fingerprints)}
         folder = save_checkpoint(
             self.engine,

@@ -15,6 +15,7 @@ from deberta_xl.parallel.groups import Groups
 from deberta_xl.training.engine import StepResult, gradient_norm, loss_scale, memory_gib
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.state import TrainState
+from deberta_xl.training.stragglers import NodeTimes
 from deberta_xl.training.timing import StepTimer
 
 
@@ -38,6 +39,7 @@ class Recorder:
         self.num_rows, self.groups = num_rows, groups
         self.writer = writer
         self.timer = StepTimer(engine.device)
+        self.node_times = NodeTimes(engine.device)
         self.peak = self.device_peak()
         self.reset()
 
@@ -74,6 +76,8 @@ class Recorder:
         self.num_steps += 1
         if self.is_logged(state.step):
             values = self.interval_metrics(state) | {"learning_rate": rate}
+            if self.groups.grid.num_stages == 1:  # nodes with other stages have other work
+                values |= self.node_times.metrics(state.step, self.timer.seconds["forward"])
             if self.writer is not None:
                 self.writer.write(state.step, values)
                 self.writer.show_step(state.step, values)

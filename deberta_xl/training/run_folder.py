@@ -34,6 +34,7 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.state_file = self.path / "STATE"
         self.latest = self.path / "LATEST"
+        self.owner = self.path / "OWNER"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"

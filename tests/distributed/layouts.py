@@ -37,6 +37,7 @@ from deberta_xl.training.batches import MicroBatch, step_batches
 from deberta_xl.training.engine import StepResult, build_engine, gradient_norm, run_step, set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
+from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.pipelined import run_pipeline_step
 from deberta_xl.training.timing import StepTimer
 
@@ -149,7 +150,7 @@ class Run:
         self.grid = groups.grid
         self.micro_batch_size = ROWS // (self.grid.data_parallel_size * case.accumulation)
         self.engine = self.build(config, settings(case, self.micro_batch_size), seed)
-        self.heartbeat = Heartbeat(folder, dist.get_rank())
+        self.heartbeat = Heartbeat(folder, dist.get_rank(), Ownership(folder / "OWNER", "this test"))
         self.timer = StepTimer(self.engine.device)
 
     def build(self, config: DebertaConfig, engine_settings: dict, seed: int) -> deepspeed.DeepSpeedEngine:

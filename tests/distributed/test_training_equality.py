@@ -30,6 +30,7 @@ from deberta_xl.training.engine import build_engine, gradient_norm, run_step, se
 from deberta_xl.training.evaluate import evaluate, predict_with
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
+from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.timing import StepTimer
 
 STEPS, ROWS, LENGTH = 20, 8, 48
@@ -171,7 +172,8 @@ def train_with_engine(
     engine = build_engine(model, case.optimizer, build_settings(case, micro), groups)
     train = TrainSection(global_batch_size=ROWS, micro_batch_size=micro)
     batches = step_batches(open_data(dataset), train, 0, rank=rank, size=size, pin=False)
-    heartbeat, timer = Heartbeat(folder, torch.distributed.get_rank()), StepTimer(engine.device)
+    ownership = Ownership(folder / "OWNER", "nobody else")
+    heartbeat, timer = Heartbeat(folder, torch.distributed.get_rank(), ownership), StepTimer(engine.device)
     curve = Curve([], [])
     for step in range(1, STEPS + 1):
         micro_batches = [

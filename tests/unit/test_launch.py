@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from deberta_xl.errors import ConfigError
-from deberta_xl.launch import Launch, export_launch, read_launch
+from deberta_xl.launch import Launch, address_of_interface, export_launch, interface_towards, read_launch
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "123"}
 
@@ -49,3 +51,16 @@ def test_what_the_launcher_said_is_kept():
 def test_several_nodes_need_an_address_to_meet_at():
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         export_launch(Launch(3, 4, 1), dict(SRUN, SLURM_NNODES="2"))
+
+
+def test_gloo_is_told_the_interface_that_leads_to_the_first_node():
+    assert interface_towards("127.0.0.1", 5) is None  # this machine alone: gloo's own choice is right
+    names = [name for _, name in socket.if_nameindex() if name != "lo"]
+    with socket.socket() as probe:
+        addresses = {name: address for name in names if (address := address_of_interface(probe, name))}
+    for name, address in addresses.items():
+        assert interface_towards(address, 5) in (None, name)
+    environment = {"MASTER_ADDR": "n1", "MASTER_PORT": "5", "GLOO_SOCKET_IFNAME": "ib0"}
+    export_launch(Launch(1, 2, 1), environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert interface_towards("no.such.name.invalid", 5) is None

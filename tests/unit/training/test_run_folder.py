@@ -17,6 +17,7 @@ from deberta_xl.log import logger
 from deberta_xl.training.figures import save_loss_curve
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.state import TrainState, check_fingerprints, check_last_step
 
@@ -158,7 +159,7 @@ def test_the_loss_curve_is_a_picture(tmp_path):
 
 
 def test_a_heartbeat_tells_step_and_phase_while_the_rank_works(tmp_path):
-    heartbeat = Heartbeat(tmp_path, rank=3)
+    heartbeat = Heartbeat(tmp_path, rank=3, ownership=Ownership(tmp_path / "OWNER", "nobody else"))
     heartbeat.mark(7, "optimizer")
     path, deadline = tmp_path / "rank-00003.json", time.monotonic() + 20
     while json.loads(path.read_text())["step"] != 7 and time.monotonic() < deadline:

@@ -1,0 +1,90 @@
+#!/bin/bash
+# Check a job, then queue it. From the repository's root:
+#
+#     slurm/submit.sh [--dry-run] [--chain N] [OPTIONS OF SBATCH] SCRIPT [ARGUMENTS OF THE JOB]
+#     slurm/submit.sh --dry-run --nodes=4 slurm/pretrain_1.5b.sh data.train=/shared/train run.folder=/shared/runs/first
+#
+# Refused here, in seconds: a configuration that does not parse or fit together, data or tokenizer that are missing or
+# do not match, a batch that this number of GPUs cannot divide, a run folder that cannot be made, resources that the
+# cluster does not have. --dry-run shows the job and asks the scheduler, and queues nothing. --chain N queues N jobs
+# that run one after the other and continue each other, where preempted or timed-out jobs are not requeued; those that
+# are left when the run is done end at once.
+set -euo pipefail
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+is_dry='' links=1 options=()
+while (($#)) && [[ $1 != *.sh ]]; do
+  case $1 in
+    --dry-run) is_dry=yes ;;
+    --chain=*) links=${1#*=} ;;
+    --chain)
+      links=${2:-}
+      shift
+      ;;
+    *) options+=("$1") ;;
+  esac
+  shift
+done
+(($#)) || fail "no job script; for example: slurm/submit.sh --dry-run slurm/pretrain_1.5b.sh data.train=..."
+[[ -r $1 ]] || fail "there is no job script $1"
+[[ $links =~ ^[1-9][0-9]*$ ]] || fail "--chain $links is not a number of jobs"
+script=$1
+shift
+
+# What sbatch will take: the command line, else its environment (site.env may set it), else the script's headers.
+value_of() { # value_of LONG SHORT VARIABLE
+  local long=$1 short=$2 variable=$3 value='' number
+  for number in "${!options[@]}"; do
+    case ${options[number]} in
+      "--$long="*) value=${options[number]#*=} ;;
+      "--$long" | "-$short") value=${options[number + 1]:-} ;;
+      "-$short"?*) value=${options[number]#-"$short"} ;;
+    esac
+  done
+  printf '%s' "${value:-${!variable:-$(sed -n "s/^#SBATCH --$long=//p" "$script" | head -n 1)}}"
+}
+
+if [[ -r slurm/site.env ]]; then
+  # shellcheck disable=SC1091
+  . slurm/site.env
+fi
+command -v sbatch >/dev/null || fail "there is no sbatch here; log in to a machine of the cluster"
+nodes=$(value_of nodes N SBATCH_NODES) per_node=$(value_of ntasks-per-node ' ' SBATCH_NTASKS_PER_NODE)
+[[ ${nodes:=1} =~ ^[0-9]+$ ]] || fail "--nodes=$nodes: give one number; a training job has a fixed size"
+[[ ${per_node:=1} =~ ^[0-9]+$ ]] || fail "--ntasks-per-node=$per_node is not a number"
+
+echo "== $script on $nodes nodes x $per_node ranks"
+said=$(DEBERTA_XL_CHECK=yes SLURM_JOB_NUM_NODES=$nodes SLURM_NTASKS=$((nodes * per_node)) bash "$script" "$@" 2>&1) || {
+  echo "$said" >&2
+  exit 2
+}
+echo "$said"
+run_folder=$(sed -n 's/^run folder: //p' <<<"$said")
+[[ -n $run_folder ]] || exit 0 # the run is done
+needed=$(sed -n 's/.*each rank.* parameters, \([0-9.]*\) GiB .*/\1/p' <<<"$said" | sort -n | tail -n 1) # the fullest stage's
+if [[ -n ${GPU_MEMORY_GIB:-} && -n $needed ]] && awk "BEGIN { exit !($needed > 0.9 * $GPU_MEMORY_GIB) }"; then
+  fail "an estimated $needed GiB per rank does not fit GPU_MEMORY_GIB=$GPU_MEMORY_GIB: use a smaller train.micro_batch_size, train.activation_checkpointing=true, parallel.tensor_parallel_size, or ZeRO-3"
+fi
+
+if ((links > 1)); then
+  # singleton: one job of this name at a time, so the name has to be the run's own
+  name=$(value_of job-name J SBATCH_JOB_NAME)-$(basename "$run_folder")
+  options+=(--no-requeue --dependency=singleton "--job-name=$name")
+  DEBERTA_XL_CHAIN=$name-$(date +%s)
+  export DEBERTA_XL_CHAIN
+fi
+command=(sbatch "${options[@]}" "$script" "$@")
+printf '== '
+printf '%q ' "${command[@]}"
+printf '\n'
+sbatch --test-only "${options[@]}" "$script" "$@" || fail "the scheduler would not take this job: see above"
+if [[ -n $is_dry ]]; then
+  echo "== dry run: nothing was queued"
+  exit 0
+fi
+for ((link = 1; link <= links; link++)); do "${command[@]}"; done
+echo "== watch it: squeue --me; tail -F the log; tensorboard --logdir $run_folder/tensorboard"

@@ -1,0 +1,166 @@
+"""submit.sh and the start of a job: what cannot work is refused in seconds, with one line that says what to change."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs import SCRIPT, Cluster, make_checkout, user_environment
+from lab import Lab, wait_for
+from small_dataset import SmallDataset
+
+Submit = Callable[..., subprocess.CompletedProcess[str]]
+PRETRAIN = ["train.global_batch_size=2048", "model.vocab_size=none", "data.valid=none"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as a user has it."""
+    return make_checkout(tmp_path_factory.mktemp("submit") / "checkout")
+
+
+@pytest.fixture
+def submit(big_lab: Lab, checkout: Path, small_dataset: SmallDataset, tmp_path: Path) -> Submit:
+    """Runs submit.sh on the pretended GPU cluster with a good dataset and run folder; arguments come last and win."""
+
+    def run(*arguments: str, options: list[str] | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+        data = [f"data.train={small_dataset.train}", f"run.folder={tmp_path / 'runs' / 'first'}", *PRETRAIN]
+        command = ["bash", "slurm/submit.sh", *(options or ["--dry-run"]), SCRIPT, *data, *arguments]
+        return big_lab.run(*command, cwd=checkout, extra=user_environment(**variables))
+
+    return run
+
+
+def queue(lab: Lab) -> list[str]:
+    """Name and dependency of every queued job."""
+    return lab.run("squeue", "--noheader", "--format=%j %E").stdout.splitlines()
+
+
+def test_a_dry_run_shows_the_job_asks_the_scheduler_and_queues_nothing(submit: Submit, big_lab: Lab, tmp_path: Path):
+    answer = submit()
+    assert answer.returncode == 0, answer.stdout
+    assert "16 nodes x 8 ranks" in answer.stdout
+    assert "ranks: 128 = 128 data-parallel" in answer.stdout
+    assert re.search(r"each rank: [0-9,]+ parameters, [0-9.]+ GiB ", answer.stdout)
+    assert re.search(r"Job \d+ to start at .* using 1536 processors on nodes n\[1-16\]", answer.stdout)
+    assert "nothing was queued" in answer.stdout
+    assert not queue(big_lab)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_sbatch_override_the_headers(submit: Submit):
+    answer = submit("parallel.tensor_parallel_size=2", options=["--dry-run", "-N", "4"])
+    assert answer.returncode == 0, answer.stdout
+    assert "ranks: 32 = 16 data-parallel x 2 tensor-parallel" in answer.stdout
+    assert "using 384 processors" in answer.stdout
+
+
+def test_a_chain_is_n_jobs_of_one_name_that_are_not_requeued(submit: Submit, big_lab: Lab):
+    answer = submit(options=["--chain", "3", "--hold"])
+    assert answer.returncode == 0, answer.stdout
+    numbers = re.findall(r"Submitted batch job (\d+)", answer.stdout)
+    jobs = [big_lab.job(number) for number in numbers]
+    big_lab.run("scancel", *numbers)
+    assert [job["JobName"] for job in jobs] == ["pretrain-1.5b-first"] * 3
+    assert [job["Requeue"] for job in jobs] == ["0"] * 3
+    assert all("singleton" in job["Dependency"] for job in jobs[1:])
+
+
+BAD = {
+    "a mistyped key": (["train.stepz=3"], "did you mean 'steps'"),
+    "no dataset": (["data.train=/nowhere/train"], "/nowhere/train"),
+    "a batch that does not divide": (["train.global_batch_size=1000"], "is not a multiple of"),
+    "a layout that does not fit": (["parallel.tensor_parallel_size=5"], "does not divide"),
+    "no such preset": (["--config", "xxxlarge"], "did you mean 'xxlarge'"),
+    "no such engine file": (["--deepspeed_config", "nowhere.json"], "nowhere.json"),
+    "a run folder below a file": (["run.folder=README.md/run"], "run.folder"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "reason"), BAD.values(), ids=BAD)
+def test_what_cannot_work_is_refused_before_it_is_queued(
+    submit: Submit, big_lab: Lab, checkout: Path, arguments: list[str], reason: str
+):
+    (checkout / "README.md").touch()
+    answer = submit(*arguments, options=["--hold"])
+    assert answer.returncode == 2, answer.stdout
+    assert reason in answer.stdout.splitlines()[-1]
+    assert not queue(big_lab)
+
+
+@pytest.mark.parametrize("option", ["--partition=nowhere", "--gres=gpu:9", "--nodes=32"])
+def test_resources_that_the_cluster_does_not_have_are_refused(submit: Submit, big_lab: Lab, option: str):
+    answer = submit(options=[option])
+    assert answer.returncode == 2
+    assert "the scheduler would not take this job" in answer.stdout
+    assert not queue(big_lab)
+
+
+def test_a_run_that_does_not_fit_the_memory_is_refused(submit: Submit):
+    answer = submit(GPU_MEMORY_GIB="16")
+    assert answer.returncode == 2
+    assert "does not fit GPU_MEMORY_GIB=16" in answer.stdout
+
+
+def test_a_job_script_outside_a_job_says_how_to_start_it(checkout: Path):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    result = subprocess.run(["bash", SCRIPT], cwd=checkout, env=kept, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.strip().endswith("start this script with sbatch or slurm/submit.sh")
+    result = subprocess.run(["bash", checkout / SCRIPT], cwd="/", env=kept, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "submit from the root of the repository" in result.stderr
+
+
+def refused(cluster: Cluster, folder: Path, *arguments: str, options: list[str] | None = None) -> str:
+    """The error lines of a job that is refused before its first step."""
+    job = cluster.submit(folder, *arguments, options=options)
+    assert job.wait_for_end() == "FAILED", job.output
+    assert cluster.lab.job(job.number)["ExitCode"] == "2:0"
+    assert job.restarts == 0
+    assert "step 1/" not in job.output
+    return "\n".join(line for line in job.output.splitlines() if "error" in line.lower())
+
+
+def test_more_ranks_than_gpus_are_refused_in_the_job(cluster: Cluster, tmp_path: Path):
+    text = refused(cluster, tmp_path / "run", options=["--ntasks-per-node=9"])
+    assert "9 ranks but 8 GPUs on a node" in text
+
+
+def test_a_bad_configuration_is_refused_in_the_job_once(cluster: Cluster, tmp_path: Path):
+    text = refused(cluster, tmp_path / "run", "parallel.tensor_parallel_size=3")
+    assert text.count("parallel.tensor_parallel_size=3 does not divide the 4 ranks") == 1
+
+
+def hide(cluster: Cluster, folder: Path) -> None:
+    """Make a folder look empty on the second node only."""
+    if not cluster.lab.is_isolated:
+        pytest.skip("nodes share their files here: no namespaces without root")
+    cluster.lab.hosts["n2"].run("mount", "-t", "tmpfs", "none", str(folder))
+
+
+def show(cluster: Cluster, folder: Path) -> None:
+    """Undo `hide`."""
+    cluster.lab.hosts["n2"].run("umount", str(folder))
+
+
+@pytest.mark.parametrize("what", ["dataset", "python", "run folder"])
+def test_what_is_missing_on_one_node_is_refused_with_the_nodes_name(cluster: Cluster, tmp_path: Path, what: str):
+    (tmp_path / "runs").mkdir()
+    folders = {"dataset": cluster.dataset.train.parent, "python": Path(sys.prefix), "run folder": tmp_path / "runs"}
+    hide(cluster, folders[what])
+    try:
+        text = refused(cluster, tmp_path / "runs" / "run")
+    finally:
+        wait_for(lambda: not cluster.lab.run("squeue", "--noheader").stdout, "an empty queue")
+        show(cluster, folders[what])
+    assert "error: node n2: " in text
+    assert "error: node n1: " not in text
+    if what != "python":  # another Python of the system may stand in for the missing one; it lacks what training needs
+        assert {"dataset": str(cluster.dataset.train), "run folder": "run.folder="}[what] in text
+    assert "the node named above cannot take part" in text
