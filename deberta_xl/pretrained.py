@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.foreign import find_foreign_config, is_foreign_folder, read_foreign_weights
+from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.checkpoint.native_config import native_config, read_native_config
-from deberta_xl.checkpoint.weights import find_weights_folder, read_weights, write_weights
+from deberta_xl.checkpoint.native_config import native_config
+from deberta_xl.checkpoint.weights import find_weights_folder, open_native, write_weights
 from deberta_xl.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 
@@ -29,14 +29,13 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         """The model in a folder, in evaluation mode.
 
         `directory` may be a weights folder, a checkpoint or a run folder of ours (the newest whole checkpoint), or a
-        folder in the original release's or Hugging Face's layout with `config.json` (or `model_config.json`) and
-        `model*.safetensors`, `weights.safetensors` or `pytorch_model.bin`.
+        folder in the original release's or Hugging Face's layout (v1, v2, v3) with `config.json` (or
+        `model_config.json`) and `model.safetensors`, `weights.safetensors`, `pytorch_model.bin`, or shards and index.
 
         Raises CheckpointError when files are missing or damaged, or tensors do not fit the configuration.
         """
         source = find_pretrained(directory)
         config, weights = read_pretrained(source)
-        check_num_layers(config, weights, source)
         with torch.device("meta"):
             model = cls(config)
         fill_weights(model, weights, source, dtype)
@@ -61,16 +60,8 @@ def find_pretrained(directory: str | Path) -> Path:
 
 def read_pretrained(folder: Path) -> tuple[DebertaConfig, dict[str, Tensor]]:
     """Architecture, and weights under our names, of a folder given by `find_pretrained`."""
-    if is_foreign_folder(folder):
-        return find_foreign_config(folder), read_foreign_weights(folder)
-    return read_native_config(folder / "config.json"), read_weights(folder)
-
-
-def check_num_layers(config: DebertaConfig, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Refuse a configuration of more layers than there are weights for, before it is built."""
-    last = f"encoder.layers.{config.num_layers - 1}."
-    if not any(name.startswith(last) for name in weights):
-        raise CheckpointError(f"{source}: {config.num_layers} layers are configured, the weights have fewer")
+    model = open_foreign(folder) if is_foreign_folder(folder) else open_native(folder)
+    return model.config, {name: tensor.read() for name, tensor in model.tensors.items()}
 
 
 def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], source: Path, dtype: torch.dtype) -> None:

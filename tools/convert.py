@@ -1,45 +1,108 @@
-"""Convert a pretrained model to another layout.
+"""Convert a pretrained model between layouts: ours (native), Hugging Face's, the original release's (microsoft).
 
-SOURCE is a run folder (its newest whole checkpoint), a step folder or a weights folder. DESTINATION is a new folder,
-which transformers loads with AutoModel, AutoTokenizer and AutoModelForMaskedLM; DebertaForMaskedLM.from_pretrained and
-tools/fill_mask.py read it as well, with the enhanced mask decoder that transformers lacks.
+SOURCE is a run folder (its newest whole checkpoint), a step folder, a weights folder, a Hugging Face or Microsoft
+folder (DeBERTa v1, v2 or v3; safetensors or .bin, whole or in shards), or one file of weights with its configuration
+beside it. DESTINATION is a new folder, which appears whole or not at all. Tensors pass through memory one at a time.
 
-example:
-  python tools/convert.py --from native --to huggingface runs/first exported
+What comes out:
+  native       weights folder for train.init and DebertaForMaskedLM.from_pretrained; no optimizer state
+  huggingface  AutoModel, AutoTokenizer and AutoModelForMaskedLM load it; what transformers has no place for (absolute
+               positions, other heads) travels along, so the way back loses nothing
+  microsoft    model_config.json, pytorch_model.bin, spm.model for the original code
+
+examples:
+  python tools/convert.py --to huggingface runs/first exported --verify --model_card
+  python tools/convert.py --to native downloads/deberta-v3-large start
+  python tools/convert.py --to native runs/first averaged --average 5
+  python tools/convert.py --to native runs/first longer --max_position_embeddings 2048 --max_relative_positions 2048
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from deberta_xl.checkpoint.export import export_huggingface
+from deberta_xl.checkpoint.convert import Conversion, convert
+from deberta_xl.checkpoint.edits import Edits
+from deberta_xl.checkpoint.pretrained_folder import Kind
+from deberta_xl.checkpoint.verify import TOLERANCES
 from deberta_xl.command_line import build_parser, run_tool
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__)
-    parser.add_argument("--from", dest="source_layout", choices=["native"], default="native", help="layout of SOURCE")
-    parser.add_argument("--to", choices=["huggingface"], default="huggingface", help="layout of DESTINATION")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: float32)")
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of a run, checkpoint or weights")
+    kinds = get_args(Kind)
+    parser.add_argument("--from", dest="source_kind", choices=kinds, help="layout of SOURCE (default: found out)")
+    parser.add_argument("--to", choices=kinds, required=True, help="layout of DESTINATION")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as they are stored)")
+    parser.add_argument(
+        "--max_shard_size", type=parse_size, metavar="SIZE", help="largest file of weights, e.g. 500MB (default: 5GB)"
+    )
+    parser.add_argument("--model_card", action="store_true", help="write README.md for the Hub (--to huggingface)")
+    parser.add_argument("--generator", type=Path, help="generator of a v3 discriminator (default: the one beside it)")
+    check = parser.add_argument_group("comparison of the result with the source, layer by layer")
+    check.add_argument("--verify", action="store_true", help="run one text through both; refuse a result that differs")
+    check.add_argument(
+        "--tolerance", type=float, metavar="SHARE", help="largest difference allowed, as a share of the largest value"
+    )
+    change = parser.add_argument_group("changes on the way (docs/conversion.md has their rules)")
+    change.add_argument("--average", type=int, metavar="K", help="mean of the newest K checkpoints of a run folder")
+    change.add_argument("--tokenizer", type=Path, help="tokenizer folder with other pieces: rows follow their pieces")
+    change.add_argument("--vocab_size", type=int, help="more rows in the word table, each the mean of the others")
+    change.add_argument("--max_position_embeddings", type=int, help="longer sequences")
+    change.add_argument("--max_relative_positions", type=int, help="farther distances told apart")
+    change.add_argument("--position_buckets", type=int, help="more buckets of relative positions")
+    change.add_argument("--num_layers", type=int, help="fewer layers, evenly spaced, the first and the last kept")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder, or file of weights")
     parser.add_argument("destination", metavar="DESTINATION", type=Path, help="folder to write")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.tolerance is not None and not parsed.verify:
+        parser.error("--tolerance needs --verify")
+    return parsed
 
 
-def convert(arguments: argparse.Namespace) -> None:
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "1GiB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 5GB, 500MB or 1GiB")
+    return size
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Convert, and say what came out."""
-    export_huggingface(arguments.source, arguments.destination, dtype=DTYPES[arguments.dtype])
-    megabytes = sum(file.stat().st_size for file in arguments.destination.iterdir()) / 1e6
-    names = ", ".join(sorted(file.name for file in arguments.destination.iterdir()))
-    print(f"{arguments.destination}: {megabytes:,.1f} MB: {names}")
+    started = time.monotonic()
+    dtype = DTYPES.get(arguments.dtype)
+    tolerance = TOLERANCES[dtype] if arguments.tolerance is None else arguments.tolerance
+    changes = {name: getattr(arguments, name) for name in Edits.__dataclass_fields__}
+    conversion = Conversion(
+        to=arguments.to,
+        source_kind=arguments.source_kind,
+        dtype=dtype,
+        edits=Edits(**changes),
+        shard_bytes=arguments.max_shard_size,
+        generator=arguments.generator,
+        with_card=arguments.model_card,
+        tolerance=tolerance if arguments.verify else None,
+        show=print,
+    )
+    convert(arguments.source, arguments.destination, conversion)
+    files = sorted(path for path in arguments.destination.rglob("*") if path.is_file())
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    names = ", ".join(file.relative_to(arguments.destination).as_posix() for file in files)
+    print(f"{arguments.destination}: {megabytes:,.1f} MB in {time.monotonic() - started:.1f} s: {names}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(convert, parse_arguments()))
+    sys.exit(run_tool(run, parse_arguments()))

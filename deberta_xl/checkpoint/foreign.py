@@ -1,29 +1,41 @@
-"""Folders in the original release's or Hugging Face's layout: their files, read safely."""
+"""Folders, and single files, in the original release's or Hugging Face's layout, read safely."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import Any
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.foreign_config import from_foreign_config
+from deberta_xl.checkpoint.dialect import read_dialect
+from deberta_xl.checkpoint.foreign_config import from_foreign_config, other_fields
+from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.checkpoint.names import from_microsoft
 from deberta_xl.checkpoint.native_config import MODEL_TYPE, explain
-from deberta_xl.log import logger
+from deberta_xl.checkpoint.pretrained_folder import Origin, Pretrained, check_num_layers, complete
+from deberta_xl.checkpoint.tensor_files import find_weight_file, open_tensors
 
 CONFIG_NAMES = ("config.json", "model_config.json")
+GENERATOR_CONFIG_NAMES = ("generator_config.json", *CONFIG_NAMES)
+GENERATOR_NAME = "pytorch_model.generator.bin"
+"""Where the released v3 folders keep the generator, with `generator_config.json`."""
 FOREIGN_TYPES = (None, "deberta", "deberta-v2")
+TOKENIZER_FILES = (
+    "spm.model",
+    "tokenizer_settings.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""All that travels of a tokenizer; v1's `bpe_encoder.bin` is a pickle and stays behind."""
 
 
-def read_config_fields(folder: Path) -> dict[str, object] | None:
+def read_config_fields(folder: Path, names: tuple[str, ...] = CONFIG_NAMES) -> dict[str, Any] | None:
     """The fields of a folder's configuration, or None when it has none."""
-    for name in CONFIG_NAMES:
+    for name in names:
         if (folder / name).is_file():
             try:
                 fields = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -47,65 +59,48 @@ def is_foreign_folder(folder: Path) -> bool:
     return model_type in FOREIGN_TYPES
 
 
-def find_foreign_config(folder: Path) -> DebertaConfig:
-    """The architecture of a foreign folder. Raises CheckpointError when it is none that we have."""
-    fields = read_config_fields(folder)
-    assert fields is not None, "asked for a folder that is_foreign_folder accepts"
+def parse_config(fields: dict[str, Any], path: Path) -> DebertaConfig:
+    """The architecture of a foreign configuration. Raises CheckpointError when it is none that we have."""
     try:
         return from_foreign_config(fields)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} does not describe a DeBERTa that can be loaded: {explain(error)}") from error
+        raise CheckpointError(f"{path} does not describe a DeBERTa that can be loaded: {explain(error)}") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: all shards of safetensors, or one pickled file."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("weights.safetensors"))
-    files = files or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise CheckpointError(f"{folder} has no model*.safetensors, weights.safetensors or pytorch_model.bin")
-    return files
+def open_foreign(source: Path, *, generator: Path | None = None, may_be_fresh: bool = False) -> Pretrained:
+    """The model of a foreign folder, or of one file of weights in it; nothing is read yet but names and shapes.
+
+    `generator` is the file, or folder, of the generator whose tables a v3 discriminator adds to; by default the one
+    beside it. `may_be_fresh` lets absolute positions and the masked-LM head be absent.
+
+    Raises CheckpointError when files are missing or damaged, or tensors do not fit the configuration.
+    """
+    folder = source if source.is_dir() else source.parent
+    weights = find_weight_file(source) if source.is_dir() else source
+    names = GENERATOR_CONFIG_NAMES if "generator" in weights.name else CONFIG_NAMES
+    fields = read_config_fields(folder, names)
+    if fields is None:
+        raise CheckpointError(f"{folder} has no {' or '.join(names)}: the weights' architecture is not known")
+    config = parse_config(fields, source)
+    tensors, dialect = read_dialect(open_tensors(weights), config, weights, open_generator(folder, generator))
+    check_num_layers(config, tensors, source)
+    tensors, fresh = complete(tensors, config, source, may_be_fresh=may_be_fresh)
+    kind = "huggingface" if fields.get("model_type") else "microsoft"
+    origin = Origin(source=source.name, kind=kind, dialect=dialect, fields=other_fields(fields), fresh=fresh)
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return Pretrained(
+        folder=folder,
+        kind=kind,
+        config=config,
+        tensors=tensors,
+        tokenizer=folder if has_tokenizer else None,
+        origin=origin,
+    )
 
 
-def read_file(file: Path) -> dict[str, Tensor]:
-    """Tensors of one file. Raises CheckpointError when it is damaged, or holds anything else."""
-    content = read_pickle(file) if file.suffix == ".bin" else read_safetensors(file)
-    is_table = isinstance(content, dict)
-    if not is_table or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in content.items()):
-        raise CheckpointError(f"{file} is no table of named tensors, as a model's weights are")
-    return content
-
-
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Contents of a safetensors file."""
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; restore it from a copy") from error
-
-
-def read_pickle(file: Path) -> object:
-    """Contents of a pickled file; nothing in it is executed."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch.load raise almost anything
-        # torch's own message is left out: it advises to load the file without this protection.
-        raise CheckpointError(
-            f"{file} is damaged, or holds other things than tensors, which are not loaded: a pickle can run any "
-            "program; restore the file from a copy, or get the weights as safetensors"
-        ) from error
-
-
-def read_foreign_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a foreign folder under our names; other tensors are left out, with a warning that names them."""
-    weights: dict[str, Tensor] = {}
-    ignored = []
-    for file in weight_files(folder):
-        for name, tensor in read_file(file).items():
-            ours = from_microsoft(name)
-            if ours is None:
-                ignored.append(name)
-            else:
-                weights[ours] = tensor
-    if ignored:
-        logger.warning("%s: %d tensors are not used: %s", folder, len(ignored), ", ".join(ignored[:8]))
-    return weights
+def open_generator(folder: Path, given: Path | None) -> LazyTensors | None:
+    """The generator's tensors as its file has them; None when there is no generator."""
+    path = given or folder / GENERATOR_NAME
+    if given is None and not path.is_file():
+        return None
+    return open_tensors(find_weight_file(path) if path.is_dir() else path)

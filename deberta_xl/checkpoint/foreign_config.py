@@ -70,23 +70,46 @@ def position_terms(value: str | list[str]) -> str:
     raise ConfigError(f"pos_att_type={value!r} is not supported; known: 'c2p' and 'c2p|p2c'")
 
 
-def to_huggingface_config(config: DebertaConfig) -> dict[str, Any]:
-    """Fields of a `deberta-v2` config.json that `transformers` loads; our own absolute positions and EMD ride along."""
+#: Fields that the functions below compute from the architecture, besides RENAMED.
+COMPUTED = ("relative_attention", "pos_att_type", "norm_rel_ebd", "padding_idx", "pad_token_id", "model_type", "legacy")
+#: Fields that describe a file, not a model; they are written anew.
+OF_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def other_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a released configuration says beyond the architecture (pooling, labels, …): kept for the way back."""
+    known = {*RENAMED.values(), *COMPUTED, *OF_THE_FILE}
+    return {name: value for name, value in fields.items() if name not in known}
+
+
+def to_microsoft_config(config: DebertaConfig) -> dict[str, Any]:
+    """Fields of the original release's `model_config.json`."""
     fields = {theirs: getattr(config, ours) for ours, theirs in RENAMED.items()}
-    fields = {name: value for name, value in fields.items() if value is not None}
-    return fields | {
-        "model_type": "deberta-v2",
-        "architectures": ["DebertaV2ForMaskedLM"],
+    return {name: value for name, value in fields.items() if value is not None} | {
         "relative_attention": True,
         "attention_head_size": config.head_size,
         "max_relative_positions": config.max_relative_positions or -1,
         "position_buckets": config.position_buckets or -1,
-        "pos_att_type": config.pos_att_type.split("|"),
+        "pos_att_type": config.pos_att_type,
         "norm_rel_ebd": "layer_norm" if config.normalize_relative_table else "none",
-        "pad_token_id": 0,
         "padding_idx": 0,
-        "legacy": False,
+    }
+
+
+def to_huggingface_config(config: DebertaConfig, *, is_fused: bool = False, is_legacy: bool = False) -> dict[str, Any]:
+    """Fields of a config.json that `transformers` loads; our own absolute positions and EMD ride along.
+
+    `is_fused` writes `deberta` (v1's attention) instead of `deberta-v2`; `is_legacy` its older masked-LM head.
+    """
+    fields = to_microsoft_config(config) | {
+        "model_type": "deberta" if is_fused else "deberta-v2",
+        "architectures": ["DebertaForMaskedLM" if is_fused else "DebertaV2ForMaskedLM"],
+        "pos_att_type": config.pos_att_type.split("|"),
+        "pad_token_id": 0,
+        "legacy": is_legacy,
         "pooler_hidden_size": config.hidden_size,
         "pooler_dropout": 0,
         "pooler_hidden_act": "gelu",
     }
+    v2_only = ("share_att_key", "position_buckets", "norm_rel_ebd", "attention_head_size") if is_fused else ()
+    return {name: value for name, value in fields.items() if name not in v2_only}

@@ -1,6 +1,10 @@
 """Parameter names at the border: ours, and those of the original release (which Hugging Face keeps).
 
 Inside the package a parameter has one name, that of the plain model (`MaskedLanguageModel.named_parameters()`).
+
+To let a new head be converted both ways, add its modules to HEADS: one line per module with a weight or bias. Until
+then its tensors are carried along under their original names behind "extra." (RIDERS), and nothing is lost.
+`dialect.py` has what differs between releases beyond names.
 """
 
 from __future__ import annotations
@@ -34,6 +38,17 @@ PREFIXES = {
     "head": "lm_predictions.lm_head",
 }
 
+#: Heads besides the masked-LM head, ours and theirs, in the form of PREFIXES.
+HEADS: dict[str, str] = {}
+
+#: Beginnings of tensors that belong to a DeBERTa but to no parameter of ours: the
+#: discriminator's head of v3, heads for tasks.
+RIDERS = ("mask_predictions.", "pooler.", "classifier.", "qa_outputs.")
+#: The ending of v3's gradient-disentangled tables: what the discriminator adds to the generator's table of that name.
+DELTA = "._weight"
+#: Before the original name of a rider among our names.
+EXTRA = "extra."
+
 
 def translate(name: str, prefixes: Iterable[tuple[str, str]]) -> str | None:
     """`name` with its prefix exchanged by the first pair that fits, or None."""
@@ -47,7 +62,7 @@ def translate(name: str, prefixes: Iterable[tuple[str, str]]) -> str | None:
 
 def to_microsoft(name: str) -> str:
     """Our name -> the original release's."""
-    translated = translate(name, PREFIXES.items())
+    translated = translate(name, (PREFIXES | HEADS).items())
     if translated is None:
         raise KeyError(f"no name of the original release is known for parameter {name!r}")
     return translated
@@ -55,4 +70,9 @@ def to_microsoft(name: str) -> str:
 
 def from_microsoft(name: str) -> str | None:
     """The original release's name -> ours; None for tensors that are no parameters of the model."""
-    return translate(name, ((theirs, ours) for ours, theirs in PREFIXES.items()))
+    return translate(name, ((theirs, ours) for ours, theirs in (PREFIXES | HEADS).items()))
+
+
+def is_rider(name: str) -> bool:
+    """Whether a tensor of the original release is carried along without being a parameter of ours."""
+    return name.startswith(RIDERS) or name.endswith(DELTA)

@@ -1,24 +1,24 @@
 """Weights without an engine: read them from a run, a checkpoint or a weights folder; write a weights folder.
 
-A weights folder is `model.safetensors` (canonical names), `config.json` and `tokenizer/`; a checkpoint holds the last
-two as well. Nothing here is collective, and DeepSpeed is not needed.
+A weights folder is `model.safetensors` (canonical names; shards and their index where it is large), `config.json` and
+`tokenizer/`; a checkpoint holds the last two as well. Nothing here is collective, and DeepSpeed is not needed.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deberta_xl.checkpoint.durable import sync_file, sync_folder, write_files
+from deberta_xl.checkpoint.destination import whole_or_nothing
+from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, verify_checkpoint
+from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, in_memory
 from deberta_xl.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -27,7 +27,11 @@ from deberta_xl.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from deberta_xl.checkpoint.rank_file import Piece, fill, is_rank_file, logical_shapes, read_indices
+from deberta_xl.checkpoint.native_config import read_native_config
+from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin, Pretrained, complete
+from deberta_xl.checkpoint.rank_file import Piece, StoredIndex, fill, is_rank_file, logical_shapes, read_indices
+from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, open_tensors
+from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no_progress, total_bytes, write_shards
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -47,7 +51,7 @@ def find_weights_folder(folder: Path) -> Path:
         return newest
     if (folder / MANIFEST_NAME).exists():
         verify_checkpoint(folder, collective=False)
-    elif not (folder / WEIGHTS_NAME).is_file():
+    elif weights_file(folder) is None:
         what = "has neither" if folder.is_dir() else "is no folder; it should have"
         raise CheckpointError(
             f"{folder} {what} {WEIGHTS_NAME} (weights), {MANIFEST_NAME} (a checkpoint) or checkpoints/ (a run)"
@@ -55,21 +59,61 @@ def find_weights_folder(folder: Path) -> Path:
     return folder
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Canonical name → weight, from a folder given by `find_weights_folder`.
+def weights_file(folder: Path) -> Path | None:
+    """The weights of a weights folder, or the index of their shards; None when there are none."""
+    for path in (folder / WEIGHTS_NAME, folder / f"{WEIGHTS_NAME}{INDEX_SUFFIX}"):
+        if path.is_file():
+            return path
+    return None
 
-    From a checkpoint, of any layout, these are the float32 master weights; one file is open at a time, so the memory
-    needed is that of the model. Raises CheckpointError when the files do not hold them.
+
+def open_weights(folder: Path) -> LazyTensors:
+    """Canonical name → weight, from a folder given by `find_weights_folder`; each is read when asked for.
+
+    From a checkpoint, of any layout, these are the float32 master weights. Raises CheckpointError when the files do
+    not hold them.
     """
+    if (path := weights_file(folder)) is not None:
+        return open_tensors(path)
     try:
-        if (folder / WEIGHTS_NAME).is_file():
-            return load_file(folder / WEIGHTS_NAME)
         stored = read_indices(inside(folder, name) for name in read_manifest(folder) if is_rank_file(name))
-        weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in logical_shapes(stored).items()}
-        fill([(Piece(n, tuple(w.shape), 0, w.numel()), w.view(-1)) for n, w in weights.items()], stored, "master")
-        return weights
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder} holds no weights that can be read: {error}") from None
+    return {name: _stored_weight(name, shape, stored, folder) for name, shape in logical_shapes(stored).items()}
+
+
+def _stored_weight(name: str, shape: tuple[int, ...], stored: StoredIndex, folder: Path) -> LazyTensor:
+    """A master weight, put together from the rank files of a checkpoint."""
+
+    def read() -> Tensor:
+        weight = torch.empty(shape, dtype=torch.float32)
+        try:
+            fill([(Piece(name, shape, 0, weight.numel()), weight.view(-1))], stored, "master")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder}: {name} cannot be read: {error}") from None
+        return weight
+
+    return LazyTensor(shape, torch.float32, read, f"{folder}: {name}")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All of `open_weights`; the memory needed is that of the model."""
+    return {name: tensor.read() for name, tensor in open_weights(folder).items()}
+
+
+def open_native(folder: Path) -> Pretrained:
+    """The model in a folder given by `find_weights_folder`, to be read tensor by tensor."""
+    config = read_native_config(folder / CONFIG_NAME)
+    tensors, _ = complete(open_weights(folder), config, folder, may_be_fresh=False)
+    tokenizer = folder / TOKENIZER_NAME
+    return Pretrained(
+        folder=folder,
+        kind="native",
+        config=config,
+        tensors=tensors,
+        tokenizer=tokenizer if tokenizer.is_dir() else None,
+        origin=Origin.read(folder / ORIGIN_NAME),
+    )
 
 
 def write_weights(
@@ -78,25 +122,25 @@ def write_weights(
     """Write a weights folder: all of it, or nothing.
 
     A manifest with the hash of the weights goes with them, so that later damage is noticed. Raises CheckpointError
-    when `folder` exists and is not empty, or cannot be written.
+    when `folder` exists and is not empty, or cannot be written, or a weight is NaN or infinite.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists already; choose another folder, or delete it")
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
+    tensors = in_memory({name: weight.detach().cpu() for name, weight in weights.items()}, "the model")
     sources: dict[str, Path | bytes] = {CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()}
     if tokenizer_folder is not None:
         sources[TOKENIZER_NAME] = tokenizer_folder
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_files(partial, sources)
-        save_file(
-            {n: w.detach().cpu().contiguous() for n, w in weights.items()}, partial / WEIGHTS_NAME, {"format": "pt"}
-        )
-        sync_file(partial / WEIGHTS_NAME)
-        write_manifest(partial, {WEIGHTS_NAME: file_facts(partial / WEIGHTS_NAME)})
-        partial.rename(folder)
-        sync_folder(folder.parent)
-    except (SafetensorError, OSError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    with whole_or_nothing(folder, total_bytes(tensors)) as partial:
+        write_native(partial, tensors, sources)
+
+
+def write_native(
+    partial: Path,
+    tensors: LazyTensors,
+    sources: Mapping[str, Path | bytes],
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    advance: Advance = no_progress,
+) -> None:
+    """Write the weights, the other files of a weights folder (`sources`), and the manifest, into an empty folder."""
+    write_files(partial, sources)
+    names = write_shards(partial, tensors, shard_bytes=shard_bytes, advance=advance)
+    write_manifest(partial, {name: file_facts(partial / name) for name in names})

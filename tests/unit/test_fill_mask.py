@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.export import export_huggingface
+from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.foreign_config import to_huggingface_config
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.checkpoint.tokenizer_export import huggingface_tokenizer
@@ -210,7 +210,7 @@ def write_original_layout(folder: Path, model: DebertaForMaskedLM, tokenizer: To
 
 
 def test_every_layout_of_a_checkpoint_gives_the_same_table(tool, native, model, tokenizer, tmp_path, capsys):
-    export_huggingface(native, tmp_path / "exported")
+    convert(native, tmp_path / "exported", Conversion(to="huggingface"))
     write_original_layout(tmp_path / "original", model, tokenizer)
     tables = []
     for layout in ("native", "exported", "original"):

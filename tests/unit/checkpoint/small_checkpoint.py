@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import resource
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -87,3 +89,14 @@ def write_checkpoint(checkpoints: Path, step: int) -> tuple[Path, State]:
     names += write_files(folder, extra)
     write_manifest(folder, {name: file_facts(folder / name) for name in names})
     return folder, state
+
+
+@contextlib.contextmanager
+def no_file_larger_than(num_bytes: int) -> Iterator[None]:
+    """The system refuses to write more, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -14,11 +14,11 @@ import sentencepiece
 import torch
 import transformers
 from safetensors.torch import load_file
-from small_checkpoint import write_state
+from small_checkpoint import no_file_larger_than, write_state
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.durable import write_files
-from deberta_xl.checkpoint.export import export_huggingface
 from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.checkpoint.native_config import native_config
@@ -115,7 +115,7 @@ def exported(request, tokenizer_folder, tmp_path_factory) -> tuple[DebertaForMas
     folder = tmp_path_factory.mktemp("layout")
     model = random_model(request.param)
     model.save_pretrained(folder / "native", tokenizer=tokenizer_folder)
-    export_huggingface(folder / "native", folder / "exported")
+    convert(folder / "native", folder / "exported", Conversion(to="huggingface"))
     return model, folder / "exported"
 
 
@@ -131,7 +131,7 @@ def native(tokenizer_folder, tmp_path_factory) -> tuple[DebertaForMaskedLM, Path
 def test_embeddings_of_another_width_reach_the_encoder_and_come_back(tokenizer_folder, tmp_path, caplog):
     model = DebertaForMaskedLM(DebertaConfig(**SIZES, position_biased_input=True, embedding_size=32)).eval()
     model.save_pretrained(tmp_path / "native", tokenizer=tokenizer_folder)
-    export_huggingface(tmp_path / "native", tmp_path / "out")
+    convert(tmp_path / "native", tmp_path / "out", Conversion(to="huggingface"))
     assert "AutoModelForMaskedLM" in caplog.text
     input_ids, mask = batch(40)
     back = DebertaForMaskedLM.from_pretrained(tmp_path / "out")
@@ -204,7 +204,7 @@ def test_the_way_back_gives_the_same_model_to_the_bit(exported):
 
 def test_the_word_table_is_stored_once_and_every_tensor_has_the_original_releases_name(native, tmp_path):
     model, folder = native
-    export_huggingface(folder, tmp_path / "out")
+    convert(folder, tmp_path / "out", Conversion(to="huggingface"))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert set(tensors) == {to_microsoft(name) for name, _ in model.named_parameters()}
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
@@ -213,7 +213,7 @@ def test_the_word_table_is_stored_once_and_every_tensor_has_the_original_release
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_are_rounded_to_the_type_asked_for_and_transformers_loads_them_in_it(native, tmp_path, dtype):
     model, folder = native
-    export_huggingface(folder, tmp_path / "out", dtype=dtype)
+    convert(folder, tmp_path / "out", Conversion(to="huggingface", dtype=dtype))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensors[to_microsoft(n)], p.to(dtype)) for n, p in model.named_parameters())
     assert transformers.AutoModel.from_pretrained(tmp_path / "out").dtype == dtype
@@ -229,7 +229,7 @@ def test_a_run_folder_stands_for_its_newest_checkpoint_of_any_layout(native, tmp
         config = json.dumps(native_config(model.config)).encode()
         names += write_files(checkpoint, {"config.json": config, "tokenizer": folder / "tokenizer"})
         write_manifest(checkpoint, {name: file_facts(checkpoint / name) for name in names})
-    export_huggingface(tmp_path / "run", tmp_path / "out")
+    convert(tmp_path / "run", tmp_path / "out", Conversion(to="huggingface"))
     back = DebertaForMaskedLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in back.named_parameters())
 
@@ -241,7 +241,7 @@ def refuses(source: Path, destination: Path, words: str, **options: torch.dtype)
     """The export fails with `words`; what was at the destination, or not, stays as it was."""
     before = sorted(destination.parent.iterdir())
     with pytest.raises(CheckpointError, match=words):
-        export_huggingface(source, destination, **options)
+        convert(source, destination, Conversion(to="huggingface", **options))
     assert sorted(destination.parent.iterdir()) == before
 
 
@@ -250,11 +250,6 @@ def test_an_existing_destination_is_refused_and_kept(native, tmp_path):
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     refuses(native[1], tmp_path / "out", "exists already")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
-
-
-def test_a_folder_that_is_exported_already_is_refused(native, tmp_path):
-    export_huggingface(native[1], tmp_path / "once")
-    refuses(tmp_path / "once", tmp_path / "twice", "already")
 
 
 def test_a_missing_source_is_refused(tmp_path):
@@ -283,17 +278,14 @@ def test_an_attention_that_transformers_lacks_is_refused(tmp_path):
     refuses(tmp_path / "native", tmp_path / "out", "hidden_size=64")
 
 
-def test_a_failed_write_leaves_nothing(native, tmp_path, monkeypatch):
-    def full_disk(*_arguments):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("deberta_xl.checkpoint.export.save_file", full_disk)
-    refuses(native[1], tmp_path / "out", "no space left")
+def test_a_failed_write_leaves_nothing(native, tmp_path):
+    with no_file_larger_than(100_000):
+        refuses(native[1], tmp_path / "out", "File too large")
 
 
 def test_a_model_without_tokenizer_is_exported_without_one(native, tmp_path, caplog):
     native[0].save_pretrained(tmp_path / "native")
-    export_huggingface(tmp_path / "native", tmp_path / "out")
+    convert(tmp_path / "native", tmp_path / "out", Conversion(to="huggingface"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert "no tokenizer" in caplog.text
 
@@ -306,7 +298,7 @@ def automatic(tokenizer_folder, tmp_path_factory) -> transformers.PreTrainedToke
     """The tokenizer that a user of transformers gets from an exported folder."""
     folder = tmp_path_factory.mktemp("automatic")
     random_model("v2").save_pretrained(folder / "native", tokenizer=tokenizer_folder)
-    export_huggingface(folder / "native", folder / "exported")
+    convert(folder / "native", folder / "exported", Conversion(to="huggingface"))
     return transformers.AutoTokenizer.from_pretrained(folder / "exported")
 
 
@@ -445,14 +437,41 @@ def test_the_tool_converts_and_says_what_it_wrote(native, tmp_path, capsys):
         str(native[1]),
         str(tmp_path / "out"),
     ]
-    assert run_tool(tool.convert, tool.parse_arguments(arguments)) == 0
+    assert run_tool(tool.run, tool.parse_arguments(arguments)) == 0
     assert "model.safetensors" in capsys.readouterr().out
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_predictions.lm_head.bias"].dtype == torch.bfloat16
 
 
 def test_the_tool_says_in_one_line_what_is_wrong(tmp_path, capsys):
     tool = load_tool("convert")
-    assert run_tool(tool.convert, tool.parse_arguments([str(tmp_path / "none"), str(tmp_path / "out")])) == 2
+    assert (
+        run_tool(tool.run, tool.parse_arguments(["--to", "native", str(tmp_path / "none"), str(tmp_path / "out")])) == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+# The documentation.
+
+
+def test_the_documented_lines_give_transformers_the_enhanced_mask_decoder(native, tmp_path, monkeypatch, capsys):
+    model, folder = native
+    convert(folder, tmp_path / "exported", Conversion(to="huggingface"))
+    page = (Path(__file__).parents[3] / "docs" / "conversion.md").read_text(encoding="utf-8")
+    program = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(program, "docs/conversion.md", "exec"), names)
+    with torch.no_grad():
+        expected = model(names["inputs"].input_ids).logits
+    assert (names["logits"] - expected).abs().max() <= TOLERANCE
+    assert capsys.readouterr().out.count("'") == 10
+
+
+def test_the_model_card_says_what_is_recorded_and_nothing_else(native, tmp_path):
+    convert(native[1], tmp_path / "out", Conversion(to="huggingface", with_card=True))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"| parameters | {sum(p.numel() for p in native[0].parameters()):,} |" in card
+    assert card.count("Not recorded with these weights.") == 3
+    assert "## Intended use" in card
