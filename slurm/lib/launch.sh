@@ -167,8 +167,8 @@ check_node() { # check_node ROOT RUN_FOLDER PROBE NUM CONTAINER... ENTRY_POINT A
     complain "$(tail -n 1 <<<"$said")" || return
 }
 
-ranks() { # ranks COMMAND...: start it once per rank
-  srun --export=ALL --mpi=none --kill-on-bad-exit=1 --distribution=block \
+ranks() { # ranks COMMAND... &: start it once per rank; "exec", so that $! is srun, which passes signals on
+  exec srun --export=ALL --mpi=none --kill-on-bad-exit=1 --distribution=block \
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER[@]}" "$@"
 }
 
