@@ -2,18 +2,23 @@
 
 Input files are .txt (documents separated by blank lines) or .jsonl (one document per line), each also .gz or .zst.
 The files have the format of Megatron's indexed datasets. Records that hold no text are skipped, counted and reported
-with file and line. The output is the same for any number of workers. Literal special tokens in the text, such as the
-letters [MASK], are tokenised like any other text.
+with file and line. Literal special tokens in the text, such as the letters [MASK], are tokenised like any other text.
+
+The output is the same for any number of workers, and of processes under MPI. Those share the input files out, so there
+should be more files than processes; the output must be on a file system that all nodes see.
 
 examples:
   python tools/preprocess.py --input 'corpus/*.jsonl.zst' --tokenizer tokenizer/ --output data/wiki --workers 16
   python tools/preprocess.py --input book.txt --tokenizer tokenizer/ --output data/train \\
       --valid_output data/valid --valid_share 0.05
+  mpirun -n 16 python -m mpi4py tools/preprocess.py --input 'corpus/*.jsonl.zst' --tokenizer tokenizer/ \\
+      --output data/wiki
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -23,10 +28,13 @@ from deberta_xl.data.corpus import expand_inputs, total_size
 from deberta_xl.data.errors import DataError
 from deberta_xl.data.preprocessing import Summary, preprocess
 from deberta_xl.data.progress import progress
+from deberta_xl.data.spread_preprocessing import Communicator, preprocess_spread
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.tokenizer import Tokenizer
 
+#: What mpirun (Open MPI, MPICH) says of the number of processes.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 #: Share of unknown tokens above which the tokenizer does not suit the text.
 MANY_UNKNOWN = 0.01
 
@@ -46,7 +54,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0.05,
         help="share of the documents held out, chosen by a hash of their text (default: 0.05, as in the paper)",
     )
-    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, {cores} here)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help=f"processes (default: one per core, {cores} here; one in each of MPI's)",
+    )
     parser.add_argument("--json_key", "--json-key", default="text", help="key of the text in .jsonl (default: text)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
@@ -55,28 +67,50 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Tokenise, read the result back, and say what came out."""
+    communicator = find_communicator()
+    workers = arguments.workers or (1 if communicator else len(os.sched_getaffinity(0)))
     check(arguments)
     started = time.monotonic()
     tokenizer = Tokenizer.load(arguments.tokenizer)
     paths = expand_inputs(arguments.input)
-    with progress("tokenising", total_size(paths)) as advance:
-        summary = preprocess(
+    size = communicator.Get_size() if communicator else 1
+    spread = functools.partial(preprocess_spread, communicator=communicator) if communicator else preprocess
+    # Under MPI the first process sees its own share of the input only.
+    with progress("tokenising", total_size(paths) // size) as advance:
+        summary = spread(
             paths,
             tokenizer,
             arguments.output,
             json_key=arguments.json_key,
-            workers=arguments.workers,
+            workers=workers,
             strict=arguments.strict,
             overwrite=arguments.overwrite,
             valid_output=arguments.valid_output,
             valid_share=arguments.valid_share if arguments.valid_output else 0.0,
             advance=advance,
         )
+    if communicator and communicator.Get_rank():
+        return
     report_bad_records(summary.bad_records, summary.reported)
     for prefix in filter(None, (arguments.output, arguments.valid_output)):
         store = TokenStore(prefix)
         print(f"{prefix}: {len(store):,} documents, {store.num_tokens:,} tokens, read back")
     report(summary, time.monotonic() - started)
+
+
+def find_communicator() -> Communicator | None:
+    """MPI's processes, where `python -m mpi4py` started this one; MPI is not imported otherwise.
+
+    Raises DataError under mpirun without it: each process would do everything, and one that fails would leave the
+    others waiting.
+    """
+    if "mpi4py" in sys.modules:
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD
+    if any(int(os.environ.get(key, "1")) > 1 for key in MPI_SIZES):
+        raise DataError("under MPI, start this as: mpirun -n N python -m mpi4py tools/preprocess.py ...")
+    return None
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -87,7 +121,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise DataError(f"--valid_share {arguments.valid_share} is not a share; allowed: between 0 and 1")
     if len(places) < len(prefixes):
         raise DataError(f"--output and --valid_output both name the dataset {arguments.output}; choose two prefixes")
-    if arguments.workers < 1:
+    if arguments.workers is not None and arguments.workers < 1:
         raise DataError(f"--workers {arguments.workers} is too few; allowed: 1 and more")
 
 

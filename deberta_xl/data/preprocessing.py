@@ -241,13 +241,20 @@ def preprocess(
             if strict and batch.bad:
                 raise CorpusError(f"{batch.bad[0]} (--strict stops at the first bad record)")
             summary.add(batch)
-            for writer, is_meant in zip(writers, (~batch.is_held_out, batch.is_held_out), strict=False):
-                writer.add_many(batch.ids[np.repeat(is_meant, batch.lengths)], batch.lengths[is_meant])
+            write_batch(writers, batch.ids, batch.lengths, batch.is_held_out)
             advance(batch.num_bytes, f"{summary.documents:,} documents, {summary.tokens:,} tokens")
         check(summary, valid_output)
         for writer in writers:
             writer.finish(summary.inputs)
     return summary
+
+
+def write_batch(
+    writers: Sequence[TokenStoreWriter], ids: np.ndarray, lengths: np.ndarray, is_held_out: np.ndarray
+) -> None:
+    """Append documents to the dataset, and those that are held out to the second one where there is one."""
+    for writer, is_meant in zip(writers, (~is_held_out, is_held_out), strict=False):
+        writer.add_many(ids[np.repeat(is_meant, lengths)], lengths[is_meant])
 
 
 def check(summary: Summary, valid_output: str | Path | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import Cluster, make_checkout
+from jobs import Cluster, Job, make_checkout
 from lab import PROGRAMS, Lab, can_isolate, install
 
 
@@ -42,3 +42,11 @@ def big_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder: Path = tmp_path_factory.mktemp("big") / "lab"
     with Lab(folder, num_nodes=16, cpus=96, memory_mib=2_000_000, gpus=8, is_isolated=False) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run that nothing happened to."""
+    job = cluster.submit(tmp_path_factory.mktemp("runs") / "uninterrupted")
+    assert job.wait_for_end() == "COMPLETED", job.output
+    return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -49,10 +50,14 @@ class Cluster(NamedTuple):
         """Queue a training job."""
         log = run_folder.with_suffix(".out")
         data = [f"data.train={self.dataset.train}", f"data.valid={self.dataset.valid}", f"run.folder={run_folder}"]
-        command = ["sbatch", *OPTIONS, f"--output={log}", *(options or []), SCRIPT, *SETTINGS, *data, *arguments]
+        command = [*OPTIONS, f"--output={log}", *(options or []), SCRIPT, *SETTINGS, *data, *arguments]
+        return Job(self.lab, self.queue("sbatch", *command, **variables)[-1], run_folder, log)
+
+    def queue(self, *command: str, **variables: str) -> list[str]:
+        """Run a command that queues jobs; their numbers."""
         answer = self.lab.run(*command, cwd=self.checkout, extra=user_environment(**variables))
         assert answer.returncode == 0, answer.stdout
-        return Job(self.lab, answer.stdout.strip().splitlines()[-1], run_folder, log)
+        return re.findall(r"^(?:Submitted batch job )?(\d+)$", answer.stdout, re.MULTILINE)
 
 
 def user_environment(**variables: str) -> dict[str, str]:

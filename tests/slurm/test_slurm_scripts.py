@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from jobs import ROOT
+from jobs import ROOT, Cluster, Job
 from lab import Lab, install, wait_for
+from small_dataset import documents
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 JOBS = [script for script in SCRIPTS if "\n#SBATCH" in script.read_text()]
@@ -78,3 +81,27 @@ def test_the_scheduler_refuses_what_the_cluster_does_not_have(big_lab: Lab, opti
     answer = big_lab.run("sbatch", "--test-only", *options, str(ROOT / "slurm" / "pretrain_1.5b.sh"))
     assert answer.returncode != 0
     assert reason in answer.stdout
+
+
+def test_preprocessing_over_two_nodes_writes_what_one_process_writes(cluster: Cluster, tmp_path: Path):
+    texts = documents()[:60]
+    for number in range(5):
+        lines = [json.dumps({"text": text}) for text in texts[number::5]]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    cluster.dataset.tokenizer.save(tmp_path / "tokenizer")
+    inputs = ["--input", str(tmp_path / "*.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
+    for name in ("alone", "nodes"):
+        (tmp_path / name).mkdir()
+    alone = ["tools/preprocess.py", *inputs, "--output", str(tmp_path / "alone" / "data"), "--workers", "1"]
+    subprocess.run([sys.executable, *alone], cwd=ROOT, check=True, capture_output=True)
+    options = ["--nodes=2", "--cpus-per-task=1", "--parsable", f"--output={tmp_path}/log"]
+    command = ["sbatch", *options, "slurm/preprocess.sh", *inputs, "--output", str(tmp_path / "nodes" / "data")]
+    job = Job(cluster.lab, cluster.queue(*command)[-1], tmp_path, tmp_path / "log")
+    assert job.wait_for_end() == "COMPLETED", job.output
+    assert job.output.count("60 documents") == 1
+    assert contents(tmp_path / "alone") == contents(tmp_path / "nodes")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -5,17 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
-import pytest
 from jobs import STEPS, Cluster, Job, assert_same_weights
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run that nothing happened to."""
-    job = cluster.submit(tmp_path_factory.mktemp("runs") / "uninterrupted")
-    assert job.wait_for_end() == "COMPLETED", job.output
-    return job
 
 
 def test_a_job_trains_across_nodes_to_the_end(uninterrupted: Job):
@@ -35,8 +27,10 @@ def test_a_finished_run_ends_at_once_and_says_how_to_go_on(cluster: Cluster, uni
     assert "they meet at" not in job.output.split(f"job {job.number}.0")[-1]
 
 
-def test_usr1_saves_requeues_and_the_result_is_that_of_an_uninterrupted_run(cluster: Cluster, uninterrupted: Job):
-    job = cluster.submit(uninterrupted.folder.with_name("usr1"))
+def test_usr1_saves_requeues_and_the_result_is_that_of_an_uninterrupted_run(
+    cluster: Cluster, uninterrupted: Job, tmp_path: Path
+):
+    job = cluster.submit(tmp_path / "run")
     job.wait_for_step(8)
     job.signal_batch("USR1")
     job.wait_for_text("requeued")
@@ -62,8 +56,8 @@ def test_a_killed_rank_ends_the_step_and_the_job_goes_on_from_its_last_checkpoin
     assert_same_weights(job, uninterrupted)
 
 
-def test_a_cancelled_job_stays_cancelled(cluster: Cluster, uninterrupted: Job):
-    job = cluster.submit(uninterrupted.folder.with_name("cancelled"))
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path):
+    job = cluster.submit(tmp_path / "run")
     job.wait_for_step(2)
     cluster.lab.run("scancel", job.number)
     assert job.wait_for_end() == "CANCELLED", job.output
