@@ -31,3 +31,7 @@ def test_the_slow_node_is_named_with_its_time_and_the_others():
 def test_alike_nodes_and_a_single_node_are_no_news():
     assert [said for _, said in run_ranks(report, 2, 1, [1.0, 1.05])] == [[], []]
     assert run_ranks(report, 2, 2, [1.0, 9.0]) == [({}, []), ({}, [])]
+
+
+def test_times_that_were_not_measured_are_not_reported():
+    assert run_ranks(report, 2, 1, [0.0, 0.0]) == [({}, []), ({}, [])]
