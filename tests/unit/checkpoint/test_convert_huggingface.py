@@ -101,7 +101,14 @@ def test_the_head_of_a_task_is_carried_along(tmp_path):
     make("v3", "ForSequenceClassification", tmp_path / "source", legacy=True)
     there_and_back(tmp_path)
     assert_same_files(tmp_path)
-    assert "extra.classifier.weight" in load_file(tmp_path / "native" / "model.safetensors")
+    assert {"classifier.weight", "pooler.dense.bias"} <= load_file(tmp_path / "native" / "model.safetensors").keys()
+
+
+def test_a_head_that_has_no_name_with_us_is_carried_along_too(tmp_path):
+    make("v1", "ForQuestionAnswering", tmp_path / "source", legacy=True)
+    there_and_back(tmp_path)
+    assert_same_files(tmp_path)
+    assert "extra.qa_outputs.weight" in load_file(tmp_path / "native" / "model.safetensors")
 
 
 def test_the_configuration_keeps_what_says_nothing_of_the_architecture(tmp_path):
