@@ -166,16 +166,10 @@ def take_rows(old: Tensor, rows: Tensor) -> Tensor:
 def with_positions(model: Pretrained, edits: Edits) -> Pretrained:
     """Longer sequences, farther distances, more buckets."""
     old = model.config
-    length = edits.max_position_embeddings or old.max_position_embeddings
+    length = old.max_position_embeddings if edits.max_position_embeddings is None else edits.max_position_embeddings
     # Unset, it would follow the longer table, and every bucket would stand for other distances.
-    reach = edits.max_relative_positions or old.relative_reach
+    reach = old.relative_reach if edits.max_relative_positions is None else edits.max_relative_positions
     buckets = old.position_buckets if edits.position_buckets is None else edits.position_buckets
-    new = replace(
-        old,
-        max_position_embeddings=length,
-        max_relative_positions=reach if reach != length else None,
-        position_buckets=buckets,
-    )
     if (length, reach, buckets) == (old.max_position_embeddings, old.relative_reach, old.position_buckets):
         return model
     for name, value, minimum in (
@@ -185,6 +179,12 @@ def with_positions(model: Pretrained, edits: Edits) -> Pretrained:
     ):
         if value < minimum or bool(value) != bool(minimum):
             raise CheckpointError(f"--{name} {value}: the model has {minimum}; only more can be had")
+    new = replace(
+        old,
+        max_position_embeddings=length,
+        max_relative_positions=reach if reach != length else None,
+        position_buckets=buckets,
+    )
     tensors = dict(model.tensors)
     if length != old.max_position_embeddings:
         rows = torch.arange(length) % old.max_position_embeddings

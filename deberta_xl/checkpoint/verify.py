@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import tokenizers
 import torch
 from torch import Tensor, nn
 
@@ -176,8 +177,6 @@ def compare_tokenizers(source: Pretrained, written: Pretrained, show: Callable[[
         return
     before, after = load(source).encode(TEXT).tolist(), load(written).encode(TEXT).tolist()
     if (path := written.tokenizer / "tokenizer.json").is_file():
-        import tokenizers
-
         after = tokenizers.Tokenizer.from_file(str(path)).encode(TEXT, add_special_tokens=False).ids
     if before != after:
         raise CheckpointError(f"{written.tokenizer} gives other ids than {source.tokenizer} for the same text")
