@@ -27,7 +27,7 @@ from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Kind, Pretraine
 from deberta_xl.checkpoint.tensor_writer import (
     DEFAULT_SHARD_BYTES,
     Advance,
-    share_a_type,
+    most_common_type,
     total_bytes,
     write_pickle,
     write_shards,
@@ -125,6 +125,8 @@ def open_source(source: Path, conversion: Conversion) -> Pretrained:
     is_hub_release = (conversion.source_kind, found) == ("microsoft", "huggingface")
     if conversion.source_kind not in (None, found) and not is_hub_release:
         raise CheckpointError(f"--from {conversion.source_kind}: {source} is in the {found} layout; leave --from out")
+    if conversion.generator is not None and found == "native":
+        raise CheckpointError("--generator: only a v3 discriminator of the original release needs it; leave it out")
     if conversion.edits.average is not None:
         if found != "native":
             raise CheckpointError(f"--average: {source} is no run folder, which has several checkpoints")
@@ -159,7 +161,7 @@ def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, 
     fields = to_huggingface_config(model.config, is_fused=dialect.is_fused, is_legacy=dialect.is_legacy)
     fields |= model.origin.fields if model.origin else {}
     tensors = write_dialect(not_fresh(model), model.config, dialect)
-    fields["dtype"] = str(share_a_type(tensors)).removeprefix("torch.")
+    fields["dtype"] = str(most_common_type(tensors)).removeprefix("torch.")
     files = {CONFIG_NAME: json_bytes(fields)}
     tokenizer = load_tokenizer(model)
     if tokenizer is not None:

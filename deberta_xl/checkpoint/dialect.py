@@ -138,10 +138,8 @@ def add_deltas(tensors: LazyTensors, generator: LazyTensors | None, path: Path) 
     added stays with it as a rider. A file with `._weight` alone has no table without its generator.
     """
     merged = dict(tensors)
-    for name in [name for name in tensors if name.endswith(DELTA)]:
-        table = name.removesuffix(DELTA) + ".weight"
-        if table in tensors:
-            continue
+    for name in deltas_alone(tensors):
+        table = table_of(name)
         if generator is None or table not in generator:
             raise CheckpointError(
                 f"{path} holds {name} without {table}: that is what a v3 discriminator adds to its generator's table, "
@@ -155,6 +153,21 @@ def add_deltas(tensors: LazyTensors, generator: LazyTensors | None, path: Path) 
             )
         merged[table] = derived(torch.add, (generator[table], tensors[name]), tensors[name].shape)
     return merged
+
+
+def deltas_alone(tensors: LazyTensors) -> list[str]:
+    """The tensors that are added to a table which is not there."""
+    return [name for name in tensors if name.endswith(DELTA) and table_of(name) not in tensors]
+
+
+def table_of(delta: str) -> str:
+    """The name of the table that a delta is added to."""
+    return delta.removesuffix(DELTA) + ".weight"
+
+
+def needs_generator(tensors: LazyTensors) -> bool:
+    """Whether a file's tables are there only together with its generator's."""
+    return bool(deltas_alone(tensors))
 
 
 def split_attention(tensors: LazyTensors, config: DebertaConfig) -> LazyTensors:

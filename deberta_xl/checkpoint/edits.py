@@ -21,7 +21,7 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.folders import verify_checkpoint
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, derived
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
-from deberta_xl.checkpoint.names import EXTRA
+from deberta_xl.checkpoint.names import DELTA
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.checkpoint.weights import open_native
 from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer
@@ -62,11 +62,10 @@ def apply_edits(model: Pretrained, edits: Edits) -> Pretrained:
         model = with_layers(model, edits.num_layers)
     if model.config == before.config and model.tokenizer == before.tokenizer:
         return model
-    # Riders were made for the model as it was, and so was what the way back would restore.
-    riders = [name.removeprefix(EXTRA) for name in model.tensors if name.startswith(EXTRA)]
-    if riders:
-        logger.warning("left out, since they belong to the unchanged model: %s", ", ".join(riders[:8]))
-    tensors = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(EXTRA)}
+    # What a discriminator added to its tables was for the tables as they were, and so was what the way back restores.
+    tensors = {name: tensor for name, tensor in model.tensors.items() if not name.endswith(DELTA)}
+    if len(tensors) < len(model.tensors):
+        logger.warning("what the discriminator added to its generator's tables is left out")
     return replace(model, tensors=tensors, origin=None)
 
 
@@ -92,8 +91,7 @@ def average_of_newest(run: Path, count: int) -> Pretrained:
         if other.config != first.config:
             raise CheckpointError(f"{other.folder} is of another architecture than {first.folder}: no average")
     logger.info("average of %s", ", ".join(folder.name for folder in whole))
-    names = [name for name in first.tensors if not name.startswith(EXTRA)]
-    tensors = {n: derived(mean, [model.tensors[n] for model in models], first.tensors[n].shape) for n in names}
+    tensors = {n: derived(mean, [model.tensors[n] for model in models], t.shape) for n, t in first.tensors.items()}
     return replace(first, tensors=tensors)
 
 
@@ -168,16 +166,10 @@ def take_rows(old: Tensor, rows: Tensor) -> Tensor:
 def with_positions(model: Pretrained, edits: Edits) -> Pretrained:
     """Longer sequences, farther distances, more buckets."""
     old = model.config
-    length = edits.max_position_embeddings or old.max_position_embeddings
+    length = old.max_position_embeddings if edits.max_position_embeddings is None else edits.max_position_embeddings
     # Unset, it would follow the longer table, and every bucket would stand for other distances.
-    reach = edits.max_relative_positions or old.relative_reach
+    reach = old.relative_reach if edits.max_relative_positions is None else edits.max_relative_positions
     buckets = old.position_buckets if edits.position_buckets is None else edits.position_buckets
-    new = replace(
-        old,
-        max_position_embeddings=length,
-        max_relative_positions=reach if reach != length else None,
-        position_buckets=buckets,
-    )
     if (length, reach, buckets) == (old.max_position_embeddings, old.relative_reach, old.position_buckets):
         return model
     for name, value, minimum in (
@@ -187,6 +179,12 @@ def with_positions(model: Pretrained, edits: Edits) -> Pretrained:
     ):
         if value < minimum or bool(value) != bool(minimum):
             raise CheckpointError(f"--{name} {value}: the model has {minimum}; only more can be had")
+    new = replace(
+        old,
+        max_position_embeddings=length,
+        max_relative_positions=reach if reach != length else None,
+        position_buckets=buckets,
+    )
     tensors = dict(model.tensors)
     if length != old.max_position_embeddings:
         rows = torch.arange(length) % old.max_position_embeddings

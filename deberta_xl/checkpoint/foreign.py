@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.dialect import read_dialect
+from deberta_xl.checkpoint.dialect import needs_generator, read_dialect
 from deberta_xl.checkpoint.foreign_config import from_foreign_config, other_fields
 from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.native_config import MODEL_TYPE, explain
-from deberta_xl.checkpoint.pretrained_folder import Origin, Pretrained, check_num_layers, complete
+from deberta_xl.checkpoint.pretrained_folder import Origin, Pretrained, complete
 from deberta_xl.checkpoint.tensor_files import find_weight_file, open_tensors
 
 CONFIG_NAMES = ("config.json", "model_config.json")
@@ -82,8 +82,9 @@ def open_foreign(source: Path, *, generator: Path | None = None, may_be_fresh: b
     if fields is None:
         raise CheckpointError(f"{folder} has no {' or '.join(names)}: the weights' architecture is not known")
     config = parse_config(fields, source)
-    tensors, dialect = read_dialect(open_tensors(weights), config, weights, open_generator(folder, generator))
-    check_num_layers(config, tensors, source)
+    stored = open_tensors(weights)
+    partner = open_generator(folder, generator) if needs_generator(stored) else None
+    tensors, dialect = read_dialect(stored, config, weights, partner)
     tensors, fresh = complete(tensors, config, source, may_be_fresh=may_be_fresh)
     kind = "huggingface" if fields.get("model_type") else "microsoft"
     origin = Origin(source=source.name, kind=kind, dialect=dialect, fields=other_fields(fields), fresh=fresh)

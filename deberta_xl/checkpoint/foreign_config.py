@@ -72,8 +72,8 @@ def position_terms(value: str | list[str]) -> str:
 
 #: Fields that the functions below compute from the architecture, besides RENAMED.
 COMPUTED = ("relative_attention", "pos_att_type", "norm_rel_ebd", "padding_idx", "pad_token_id", "model_type", "legacy")
-#: Fields that describe a file, not a model; they are written anew.
-OF_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version")
+#: Fields that describe a file, not a model, and are written anew; or that point to programs, and are never passed on.
+OF_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
 
 
 def other_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

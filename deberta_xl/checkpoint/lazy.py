@@ -39,16 +39,14 @@ def in_memory(tensors: Mapping[str, Tensor], place: str) -> LazyTensors:
     }
 
 
-def derived(
-    make: Callable[..., Tensor], sources: Iterable[LazyTensor], shape: Iterable[int], place: str | None = None
-) -> LazyTensor:
+def derived(make: Callable[..., Tensor], sources: Iterable[LazyTensor], shape: Iterable[int]) -> LazyTensor:
     """What `make` computes from other tensors, of the type of the first."""
     sources = list(sources)
     return LazyTensor(
         tuple(shape),
         sources[0].dtype,
         lambda: make(*(source.read() for source in sources)),
-        place or " with ".join(source.place for source in sources),
+        " with ".join(source.place for source in sources),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deberta_xl.checkpoint.names import EXTRA
+from deberta_xl.checkpoint.names import is_beside_the_model
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 
 STATE_NAME = "state.json"
@@ -63,7 +63,7 @@ def table(facts: dict[str, Any]) -> Iterator[str]:
 def architecture(model: Pretrained) -> dict[str, Any]:
     """Sizes, and the choices that distinguish the releases."""
     config = model.config
-    parameters = sum(math.prod(t.shape) for name, t in model.tensors.items() if not name.startswith(EXTRA))
+    parameters = sum(math.prod(t.shape) for name, t in model.tensors.items() if not is_beside_the_model(name))
     return {
         "parameters": f"{parameters:,}",
         "layers": config.num_layers,

@@ -2,9 +2,9 @@
 
 Inside the package a parameter has one name, that of the plain model (`MaskedLanguageModel.named_parameters()`).
 
-To let a new head be converted both ways, add its modules to HEADS: one line per module with a weight or bias. Until
-then its tensors are carried along under their original names behind "extra." (RIDERS), and nothing is lost.
-`dialect.py` has what differs between releases beyond names.
+A head besides the masked-LM head is converted both ways once its modules have a line each in HEADS; its tensors then
+stand under our names in `model.safetensors`. Tensors of other known heads (RIDERS) are carried along under their own
+names behind "extra.", so nothing is lost. `dialect.py` has what differs between releases beyond names.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ PREFIXES = {
 }
 
 #: Heads besides the masked-LM head, ours and theirs, in the form of PREFIXES.
-HEADS: dict[str, str] = {}
+HEADS: dict[str, str] = {
+    "pooler.dense": "pooler.dense",
+    "classifier": "classifier",
+}
 
-#: Beginnings of tensors that belong to a DeBERTa but to no parameter of ours: the
-#: discriminator's head of v3, heads for tasks.
-RIDERS = ("mask_predictions.", "pooler.", "classifier.", "qa_outputs.")
+#: Beginnings of tensors that belong to a DeBERTa but to no parameter of ours: the discriminator's head of v3, others'
+#: heads for tasks.
+RIDERS = ("mask_predictions.", "qa_outputs.")
 #: The ending of v3's gradient-disentangled tables: what the discriminator adds to the generator's table of that name.
 DELTA = "._weight"
 #: Before the original name of a rider among our names.
@@ -76,3 +79,8 @@ def from_microsoft(name: str) -> str | None:
 def is_rider(name: str) -> bool:
     """Whether a tensor of the original release is carried along without being a parameter of ours."""
     return name.startswith(RIDERS) or name.endswith(DELTA)
+
+
+def is_beside_the_model(name: str) -> bool:
+    """Whether a name of ours is that of a rider, or of a head that the masked-LM model does not have."""
+    return name.startswith(EXTRA) or translate(name, HEADS.items()) is not None

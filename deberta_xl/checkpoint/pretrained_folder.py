@@ -14,7 +14,7 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.dialect import Dialect
 from deberta_xl.checkpoint.lazy import LazyTensors, constant, in_memory
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.checkpoint.names import EXTRA
+from deberta_xl.checkpoint.names import is_beside_the_model
 from deberta_xl.checkpoint.tensor_files import complain_about_names
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 
@@ -62,7 +62,7 @@ class Pretrained:
     kind: Kind
     config: DebertaConfig
     tensors: LazyTensors
-    """Every parameter of the masked-LM model, in the model's order, then riders behind "extra."."""
+    """Every parameter of the masked-LM model, in the model's order, then other heads, and riders behind "extra."."""
     tokenizer: Path | None = None
     """The folder with its tokenizer's files."""
     origin: Origin | None = None
@@ -95,7 +95,7 @@ def complete(
         if not tensor.dtype.is_floating_point:
             raise CheckpointError(f"{path}: {name} has type {tensor.dtype}, which is no weight ({tensor.place})")
     others = {name: tensor for name, tensor in tensors.items() if name not in expected}
-    if unknown := [name for name in others if not name.startswith(EXTRA)]:
+    if unknown := [name for name in others if not is_beside_the_model(name)]:
         raise complain_about_names(path, unknown, "holds tensors that its configuration has no place for")
     return known | others, tuple(fresh)
 

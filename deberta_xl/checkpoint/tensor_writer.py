@@ -142,7 +142,7 @@ def total_bytes(tensors: LazyTensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def share_a_type(tensors: LazyTensors) -> torch.dtype:
+def most_common_type(tensors: LazyTensors) -> torch.dtype:
     """The floating-point type that holds most of the elements."""
     sizes: dict[torch.dtype, int] = {}
     floating: list[LazyTensor] = [t for t in tensors.values() if t.dtype.is_floating_point]

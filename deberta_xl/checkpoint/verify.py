@@ -10,12 +10,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import tokenizers
 import torch
 from torch import Tensor, nn
 
 from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.checkpoint.names import EXTRA
+from deberta_xl.checkpoint.names import EXTRA, is_beside_the_model
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer
@@ -176,8 +177,6 @@ def compare_tokenizers(source: Pretrained, written: Pretrained, show: Callable[[
         return
     before, after = load(source).encode(TEXT).tolist(), load(written).encode(TEXT).tolist()
     if (path := written.tokenizer / "tokenizer.json").is_file():
-        import tokenizers
-
         after = tokenizers.Tokenizer.from_file(str(path)).encode(TEXT, add_special_tokens=False).ids
     if before != after:
         raise CheckpointError(f"{written.tokenizer} gives other ids than {source.tokenizer} for the same text")
@@ -186,6 +185,6 @@ def compare_tokenizers(source: Pretrained, written: Pretrained, show: Callable[[
 
 def compare_riders(before: LazyTensors, after: LazyTensors) -> None:
     """Raise CheckpointError when a tensor that is only carried along has got lost."""
-    for name in [name for name in before if name.startswith(EXTRA)]:
+    for name in [name for name in before if is_beside_the_model(name)]:
         if name not in after or after[name].shape != before[name].shape:
             raise CheckpointError(f"{name.removeprefix(EXTRA)} of the source is not in the written model")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
+from deberta_xl.checkpoint.edits import Edits
 from deberta_xl.checkpoint.foreign_config import to_huggingface_config
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.errors import DataError
@@ -135,6 +136,8 @@ def test_a_program_in_a_pickle_is_not_run(source, tmp_path, hidden_in, is_zip):
 
 
 def test_a_program_in_a_generator_is_not_run_either(source, tmp_path):
+    table = "deberta.embeddings.word_embeddings"
+    change(source, lambda tensors: tensors.update({f"{table}._weight": tensors.pop(f"{table}.weight")}))
     torch.save({"a": Payload(tmp_path / "executed")}, source / "pytorch_model.generator.bin")
     assert "pytorch_model.generator.bin" in complaint(source)
     assert not (tmp_path / "executed").exists()
@@ -217,6 +220,7 @@ def test_shards_without_their_index_are_refused(sharded):
     ("options", "words"),
     [
         ({"source_kind": "native"}, "--from native: "),
+        ({"edits": Edits(average=3)}, "--average: "),
         ({"source_kind": "microsoft", "to": "microsoft", "shard_bytes": 5}, "--max_shard_size"),
         ({"with_card": True}, "--model_card"),
     ],

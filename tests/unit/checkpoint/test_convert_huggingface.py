@@ -91,6 +91,8 @@ def test_an_encoder_without_head_keeps_its_names_and_gets_no_head_on_the_way_bac
     there_and_back(tmp_path)
     assert_same_files(tmp_path)
     assert "lacks absolute positions (zeros instead) and a masked-LM head (a new one instead)" in caplog.text
+    with pytest.raises(ValueError, match=r"tools/convert\.py --to native makes fresh ones"):
+        DebertaForMaskedLM.from_pretrained(tmp_path / "source")
     model = DebertaForMaskedLM.from_pretrained(tmp_path / "native")
     assert not model.embeddings.position.weight.any()
     ids, mask = batch()
@@ -101,13 +103,21 @@ def test_the_head_of_a_task_is_carried_along(tmp_path):
     make("v3", "ForSequenceClassification", tmp_path / "source", legacy=True)
     there_and_back(tmp_path)
     assert_same_files(tmp_path)
-    assert "extra.classifier.weight" in load_file(tmp_path / "native" / "model.safetensors")
+    assert {"classifier.weight", "pooler.dense.bias"} <= load_file(tmp_path / "native" / "model.safetensors").keys()
+
+
+def test_a_head_that_has_no_name_with_us_is_carried_along_too(tmp_path):
+    make("v1", "ForQuestionAnswering", tmp_path / "source", legacy=True)
+    there_and_back(tmp_path)
+    assert_same_files(tmp_path)
+    assert "extra.qa_outputs.weight" in load_file(tmp_path / "native" / "model.safetensors")
 
 
 def test_the_configuration_keeps_what_says_nothing_of_the_architecture(tmp_path):
     family, options = RELEASES["v3"]
     labels = {"id2label": {0: "no", 1: "yes"}, "pooler_dropout": 0.25, "bos_token_id": 1}
-    config = getattr(transformers, f"{family}Config")(**SIZES | options | labels)
+    program = {"auto_map": {"AutoModel": "elsewhere--model.Model"}}
+    config = getattr(transformers, f"{family}Config")(**SIZES | options | labels | program)
     transformers.DebertaV2ForMaskedLM(config).save_pretrained(tmp_path / "source")
     there_and_back(tmp_path)
     back = transformers.AutoConfig.from_pretrained(tmp_path / "back")
@@ -115,7 +125,8 @@ def test_the_configuration_keeps_what_says_nothing_of_the_architecture(tmp_path)
     ours |= {"embedding_size"}
     before, after = config.to_dict(), back.to_dict()
     changed = {key for key in before if before[key] != after.get(key)} - ours
-    assert changed <= {"architectures", "dtype", "_name_or_path"}
+    assert "auto_map" not in after
+    assert changed - {"auto_map"} <= {"architectures", "dtype", "_name_or_path"}
 
 
 def test_shards_are_written_and_read_and_transformers_reads_them(tmp_path):

@@ -125,10 +125,14 @@ def v1(tmp_path) -> dict[str, torch.Tensor]:
 
 
 def test_v1_comes_back_to_the_bit_under_the_name_its_code_knows(v1, tmp_path):
+    vocabulary = {"vocab.json": b'{"a": 4}', "merges.txt": b"#version: 0.2\n"}
+    for name, content in vocabulary.items():
+        (tmp_path / "original" / name).write_bytes(content)
     convert(tmp_path / "original", tmp_path / "native", Conversion(to="native", **EXACTLY))
     convert(tmp_path / "native", tmp_path / "back", Conversion(to="microsoft", **EXACTLY))
     expected = {n.replace("bert.", "deberta.", 1): t for n, t in v1.items() if not n.endswith("position_ids")}
     assert_same(read_pickle(tmp_path / "back"), expected)
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in vocabulary} == vocabulary
 
 
 def test_v1_becomes_transformers_deberta_with_its_fused_projection(v1, tmp_path):

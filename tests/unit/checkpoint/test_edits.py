@@ -227,6 +227,7 @@ def test_more_buckets_change_only_the_relative_table_and_near_offsets_not_at_all
 
 def test_fewer_positions_and_a_change_of_kind_are_refused(native, tmp_path):
     refused(tmp_path, "max_position_embeddings 40: the model has 48", max_position_embeddings=40)
+    refused(tmp_path, "max_position_embeddings 0: the model has 48", max_position_embeddings=0)
     refused(tmp_path, "position_buckets 4: the model has 8", position_buckets=4)
     refused(tmp_path, "max_relative_positions 20: the model has 48", max_relative_positions=20)
     build(position_buckets=0).save_pretrained(tmp_path / "plain")

@@ -27,7 +27,7 @@ from deberta_xl.checkpoint.tokenizer_export import huggingface_tokenizer
 from deberta_xl.command_line import run_tool
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.python_corpus import python_corpus
-from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
 from deberta_xl.data.tokenizer_training import train_tokenizer
 from deberta_xl.fill_mask import encode_with_masks
 from deberta_xl.pretrained import DebertaForMaskedLM
@@ -87,15 +87,14 @@ RULER = re.compile(r"([^ ])\1{5}")
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
-    """Some thousand lines of English text and code."""
-    documents = itertools.islice(python_corpus(), 0, 160, 2)
-    return [line for document in documents for line in document["text"].split("\n")]
+    """Lines of English text and code: of the quickstart's corpus."""
+    return list(itertools.islice((line for d in python_corpus() for line in d["text"].split("\n")), 20_500))
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(lines, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "tokenizer"
-    train_tokenizer([*lines, *EDGES * 3], VOCAB_SIZE, folder)
+    train_tokenizer([*lines[::4], *EDGES * 3], VOCAB_SIZE, folder)
     return folder
 
 
@@ -302,21 +301,26 @@ def automatic(tokenizer_folder, tmp_path_factory) -> transformers.PreTrainedToke
     return transformers.AutoTokenizer.from_pretrained(folder / "exported")
 
 
-def test_transformers_gives_sentencepieces_ids_on_thousands_of_real_lines(automatic, tokenizer_folder, lines):
+def test_transformers_gives_sentencepieces_ids_on_twenty_thousand_real_lines(automatic, tokenizer_folder, lines):
     tokenizer = Tokenizer.load(tokenizer_folder)
-    plain = [line for line in [*lines, *EDGES, *SPACES, *INVISIBLE] if not RULER.search(line)]
-    assert len(plain) > 4000
-    theirs = automatic(plain, add_special_tokens=False).input_ids
-    different = [line for line, ids in zip(plain, theirs, strict=True) if tokenizer.encode(line).tolist() != ids]
-    assert not different
+    texts = [*lines, *EDGES, *SPACES, *INVISIBLE]
+    assert len(texts) > 20_000
+    theirs = automatic(texts, add_special_tokens=False).input_ids
+    pairs = zip(texts, tokenizer.encode_batch(texts), theirs, strict=True)
+    different = {text: (sorted(ours), sorted(ids)) for text, ours, ids in pairs if ours.tolist() != ids}
+    # What is left are ties: the same pieces in another order ("..." + "." or "." + "...") have the same score, and the
+    # two libraries add it up in other precision.
+    assert all(ours == ids for ours, ids in different.values()), different
+    assert len(different) < 0.001 * len(texts)
 
 
-def test_rules_of_one_repeated_character_are_cut_into_the_same_pieces_in_some_order(automatic, tokenizer_folder, lines):
+@pytest.mark.parametrize("special", [*SPECIAL_PIECES, MASK_PIECE])
+def test_a_special_tokens_letters_are_text_to_us_and_the_token_to_transformers(automatic, tokenizer_folder, special):
     tokenizer = Tokenizer.load(tokenizer_folder)
-    rulers = [line for line in lines if RULER.search(line)]
-    assert rulers
-    theirs = automatic(rulers, add_special_tokens=False).input_ids
-    assert all(sorted(tokenizer.encode(line)) == sorted(ids) for line, ids in zip(rulers, theirs, strict=True))
+    number = tokenizer.special_ids[special]
+    text = f"a {special} b"
+    assert number == tokenizer.unk_id or number not in tokenizer.encode(text)
+    assert number in automatic(text, add_special_tokens=False).input_ids
 
 
 def test_specials_have_their_ids_and_spare_ids_have_no_name(automatic, tokenizer_folder):

@@ -111,6 +111,6 @@ def test_a_difference_that_is_not_a_number_is_refused(tokenizer, tmp_path):
 def test_a_lost_rider_is_noticed(tokenizer, tmp_path):
     build(tmp_path / "native", tokenizer)
     source = open_pretrained(tmp_path / "native")
-    rider = in_memory({"extra.classifier.weight": torch.zeros(2, 32)}, "more")
-    with pytest.raises(CheckpointError, match=r"classifier\.weight of the source is not in the written model"):
+    rider = in_memory({"extra.qa_outputs.weight": torch.zeros(2, 32)}, "more")
+    with pytest.raises(CheckpointError, match=r"qa_outputs\.weight of the source is not in the written model"):
         verify(dataclasses.replace(source, tensors=source.tensors | rider), source, 1.0, lambda _line: None)
