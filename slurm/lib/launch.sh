@@ -9,6 +9,7 @@
 #
 # How the job goes on depends on how the ranks ended:
 #
+#     slurm has started it anew    exit: this is a lost node that lives on
 #     STATE says done              exit 0, now and at every later start
 #     this shell got TERM          exit: scancel, which means it, or a preemption, after which slurm requeues by itself
 #     another job took the folder  exit: that one goes on
@@ -47,6 +48,7 @@ launch() {
   check_tasks
   prepare_run_folder
   check_inputs "$entry_point" "$@"
+  replace STATE running # an earlier start's "stopped" must not speak for this one
   [[ -n $asked ]] || preflight || status=$?
   [[ -n $asked ]] || ((status)) || train "$entry_point" "$@" || status=$?
   conclude "$status"
@@ -83,7 +85,7 @@ find_python() {
   CONTAINER=()
   # shellcheck disable=SC1091
   if [[ -r slurm/site.env ]]; then . slurm/site.env; fi
-  if [[ -x .venv/bin/python ]]; then PATH=$PWD/.venv/bin:$PATH; fi
+  if [[ -x .venv/bin/python && ${#CONTAINER[@]} == 0 ]]; then PATH=$PWD/.venv/bin:$PATH; fi
   command -v "${CONTAINER[0]:-python}" >/dev/null ||
     refuse "no ${CONTAINER[0]:-python} here; run \`make setup\` in $PWD, or say in slurm/site.env where it is"
   export PATH PYTHONUNBUFFERED=1
@@ -189,7 +191,6 @@ finish() { # finish PID: wait for a child; its status. A signal that is trapped 
 }
 
 train() { # train ENTRY_POINT ARGUMENT...
-  replace STATE running # an earlier start's "stopped" must not speak for this one
   ranks python "$@" &
   training_pid=$!
   "${CONTAINER[@]}" python -m deberta_xl.training.watchdog "$run_folder/heartbeat" --limit "${WATCHDOG_SECONDS:-900}" \
@@ -215,12 +216,16 @@ kill_ranks() {
 
 conclude() { # conclude STATUS: how the job ends
   local status=$1 state owner
+  if [[ $(job_field Restarts) != "${SLURM_RESTART_COUNT:-0}" ]]; then
+    say "slurm has started this job again elsewhere, or does not answer; this start ends" # on a node that was lost
+    exit 1
+  fi
   state=$(read_line STATE) owner=$(read_line OWNER)
   say "the ranks ended with status $status; STATE: ${state:-none}; asked to stop by: ${asked:-nobody}; LATEST: $(read_line LATEST)"
   if [[ $state == "done" ]]; then exit 0; fi
   if [[ $asked == TERM ]]; then exit $((status ? status : 143)); fi
   if [[ -n $owner && $owner != "job $SLURM_JOB_ID."* && -n $training_pid ]]; then
-    say "error: $run_folder was taken over by $owner; this job ends" >&2
+    say "error: $run_folder belongs to $owner; this job ends" >&2
     exit 1
   fi
   if [[ $state == stopped || ( $asked == USR1 && -z $training_pid ) ]]; then

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jobs import Cluster, Job, make_checkout
-from lab import PROGRAMS, Lab, can_isolate, install
-
-
-def require_slurm() -> None:
-    """Skip, or fail in CI, where SLURM is not installed and cannot be."""
-    if missing := install(PROGRAMS):
-        reason = f"no SLURM here: apt-get install --no-install-recommends {' '.join(missing)}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+from lab import PROGRAMS, Lab, can_isolate, require
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Two nodes."""
-    require_slurm()
+    require(PROGRAMS)
     folder = tmp_path_factory.mktemp("lab") / "lab"
     with Lab(folder, num_nodes=2, cpus=16, memory_mib=16000, gpus=8, is_isolated=can_isolate()) as running:
         yield running
@@ -38,7 +28,7 @@ def cluster(lab, small_dataset, tmp_path_factory) -> Cluster:
 @pytest.fixture(scope="session")
 def big_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Sixteen nodes that claim to be a GPU cluster's; for questions to the scheduler."""
-    require_slurm()
+    require(PROGRAMS)
     folder: Path = tmp_path_factory.mktemp("big") / "lab"
     with Lab(folder, num_nodes=16, cpus=96, memory_mib=2_000_000, gpus=8, is_isolated=False) as running:
         yield running

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+import pytest
 
 PROGRAMS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 SUBNET = "10.213.7"
@@ -77,6 +78,15 @@ JobRequeue=1
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF
 """
+
+
+def require(programs: Mapping[str, str]) -> None:
+    """Skip the test, or fail it in CI, where programs (-> their Debian package) are absent and cannot be installed."""
+    if missing := install(programs):
+        reason = f"not installed here: apt-get install --no-install-recommends {' '.join(missing)}"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 def install(programs: Mapping[str, str]) -> list[str]:

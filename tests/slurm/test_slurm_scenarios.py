@@ -51,14 +51,15 @@ def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, uninterrupted: J
     assert_same_weights(job, uninterrupted)
 
 
+@pytest.mark.parametrize("node", ["n1", "n2"])  # the first one has the batch shell, too, which lives on
 def test_a_lost_node_costs_what_was_done_since_the_last_checkpoint_only(
-    cluster: Cluster, uninterrupted: Job, tmp_path: Path
+    cluster: Cluster, uninterrupted: Job, tmp_path: Path, node: str
 ):
     job = cluster.submit(tmp_path / "run")
     job.wait_for_step(7)
-    cluster.lab.kill_node("n2")
+    cluster.lab.kill_node(node)
     wait_for(lambda: job.restarts == 1, "the requeue after a node failure")
-    cluster.lab.start_node("n2")
+    cluster.lab.start_node(node)
     assert job.wait_for_end() == "COMPLETED", job.output
     assert "resumed from" in job.output
     assert_whole(job)

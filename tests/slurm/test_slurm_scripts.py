@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from jobs import ROOT, Cluster, Job
-from lab import Lab, install, wait_for
+from lab import Lab, require, wait_for
 from small_dataset import documents
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -31,9 +30,7 @@ def test_bash_can_parse_it(script: Path):
 
 
 def test_shellcheck_has_no_complaint():
-    install({"shellcheck": "shellcheck"})
-    if shutil.which("shellcheck") is None:
-        pytest.skip("no shellcheck here")
+    require({"shellcheck": "shellcheck"})
     result = subprocess.run(["shellcheck", "-x", *map(str, SHELL)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 

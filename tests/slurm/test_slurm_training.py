@@ -18,6 +18,8 @@ def test_a_job_trains_across_nodes_to_the_end(uninterrupted: Job):
         (rank, f"n{rank // 2 + 1}", "done") for rank in range(4)
     ]
     assert "2 data-parallel x 2 tensor-parallel" in uninterrupted.output
+    logged = json.loads(uninterrupted.run_file("metrics.jsonl").splitlines()[-2])
+    assert 0 < logged["fastest_node_seconds"] <= logged["slowest_node_seconds"]
 
 
 def test_a_finished_run_ends_at_once_and_says_how_to_go_on(cluster: Cluster, uninterrupted: Job):
