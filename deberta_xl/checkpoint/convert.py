@@ -18,7 +18,7 @@ from deberta_xl.checkpoint.dialect import Dialect, can_be_fused, write_dialect
 from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.edits import Edits, apply_edits, average_of_newest
 from deberta_xl.checkpoint.foreign import TOKENIZER_FILES, is_foreign_folder, open_foreign, read_config_fields
-from deberta_xl.checkpoint.foreign_config import to_huggingface_config, to_microsoft_config
+from deberta_xl.checkpoint.foreign_config import other_fields, to_huggingface_config, to_microsoft_config
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.model_card import model_card
@@ -161,7 +161,7 @@ def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, 
     check_expressible(model)
     dialect = choose_dialect(model)
     fields = to_huggingface_config(model.config, is_fused=dialect.is_fused, is_legacy=dialect.is_legacy)
-    fields |= model.origin.fields if model.origin else {}
+    fields |= other_fields(model.origin.fields) if model.origin else {}
     tensors = write_dialect(not_fresh(model), model.config, dialect)
     fields["dtype"] = str(most_common_type(tensors)).removeprefix("torch.")
     files = {CONFIG_NAME: json_bytes(fields)}
@@ -179,7 +179,7 @@ def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, 
 def write_microsoft(partial: Path, model: Pretrained, _conversion: Conversion, advance: Advance) -> None:
     """A folder for the original code: `model_config.json`, `pytorch_model.bin`, `spm.model`."""
     dialect = choose_dialect(model)._replace(prefix="deberta.", is_legacy=False)
-    fields = to_microsoft_config(model.config) | (model.origin.fields if model.origin else {})
+    fields = to_microsoft_config(model.config) | (other_fields(model.origin.fields) if model.origin else {})
     tokenizer = load_tokenizer(model)
     files = {MODEL_FILE: tokenizer.spm_model} if tokenizer is not None else plain_files(model)
     write_files(partial, {"model_config.json": json_bytes(fields), **files})
