@@ -18,7 +18,7 @@ from deberta_xl.checkpoint.dialect import Dialect, can_be_fused, write_dialect
 from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.edits import Edits, apply_edits, average_of_newest
 from deberta_xl.checkpoint.foreign import TOKENIZER_FILES, is_foreign_folder, open_foreign, read_config_fields
-from deberta_xl.checkpoint.foreign_config import to_huggingface_config, to_microsoft_config
+from deberta_xl.checkpoint.foreign_config import other_fields, to_huggingface_config, to_microsoft_config
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.model_card import model_card
@@ -114,7 +114,7 @@ def detect(source: Path) -> Kind:
 def open_pretrained(source: Path, *, generator: Path | None = None, may_be_fresh: bool = False) -> Pretrained:
     """The model in a folder (or foreign file) of any layout, to be read tensor by tensor."""
     if detect(source) == "native":
-        return open_native(find_weights_folder(source))
+        return open_native(find_weights_folder(source), may_be_fresh=may_be_fresh)
     return open_foreign(source, generator=generator, may_be_fresh=may_be_fresh)
 
 
@@ -132,8 +132,8 @@ def open_source(source: Path, conversion: Conversion) -> Pretrained:
             raise CheckpointError(f"--average: {source} is no run folder, which has several checkpoints")
         return average_of_newest(source, conversion.edits.average)
     model = open_pretrained(source, generator=conversion.generator, may_be_fresh=True)
-    if model.origin is not None and model.origin.fresh and found != "native":
-        logger.warning("%s lacks %s", source, describe_fresh(model.origin.fresh))
+    if model.fresh and not (found == "native" and model.origin):  # otherwise it was said when they were made
+        logger.warning("%s lacks %s", source, describe_fresh(model.fresh))
     return model
 
 
@@ -151,7 +151,9 @@ def write_native_layout(partial: Path, model: Pretrained, conversion: Conversion
     else:
         files |= {f"{TOKENIZER_NAME}/{name}": content for name, content in plain_files(model).items()}
     shard_bytes = conversion.shard_bytes or DEFAULT_SHARD_BYTES
-    write_native(partial, model.tensors, files, shard_bytes=shard_bytes, advance=advance)
+    # A release gets what it lacks, so that pretraining can go on from it; a task's model of ours stays what it is.
+    tensors = not_fresh(model) if model.kind == "native" and model.origin is None else model.tensors
+    write_native(partial, tensors, files, shard_bytes=shard_bytes, advance=advance)
 
 
 def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, advance: Advance) -> None:
@@ -159,7 +161,7 @@ def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, 
     check_expressible(model)
     dialect = choose_dialect(model)
     fields = to_huggingface_config(model.config, is_fused=dialect.is_fused, is_legacy=dialect.is_legacy)
-    fields |= model.origin.fields if model.origin else {}
+    fields |= other_fields(model.origin.fields) if model.origin else {}
     tensors = write_dialect(not_fresh(model), model.config, dialect)
     fields["dtype"] = str(most_common_type(tensors)).removeprefix("torch.")
     files = {CONFIG_NAME: json_bytes(fields)}
@@ -177,7 +179,7 @@ def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, 
 def write_microsoft(partial: Path, model: Pretrained, _conversion: Conversion, advance: Advance) -> None:
     """A folder for the original code: `model_config.json`, `pytorch_model.bin`, `spm.model`."""
     dialect = choose_dialect(model)._replace(prefix="deberta.", is_legacy=False)
-    fields = to_microsoft_config(model.config) | (model.origin.fields if model.origin else {})
+    fields = to_microsoft_config(model.config) | (other_fields(model.origin.fields) if model.origin else {})
     tokenizer = load_tokenizer(model)
     files = {MODEL_FILE: tokenizer.spm_model} if tokenizer is not None else plain_files(model)
     write_files(partial, {"model_config.json": json_bytes(fields), **files})
@@ -186,8 +188,7 @@ def write_microsoft(partial: Path, model: Pretrained, _conversion: Conversion, a
 
 def not_fresh(model: Pretrained) -> LazyTensors:
     """The tensors that the source had: what was made up on the way in stays behind on the way out."""
-    fresh = model.origin.fresh if model.origin else ()
-    return {name: tensor for name, tensor in model.tensors.items() if name not in fresh}
+    return {name: tensor for name, tensor in model.tensors.items() if name not in model.fresh}
 
 
 def choose_dialect(model: Pretrained) -> Dialect:

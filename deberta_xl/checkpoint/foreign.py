@@ -96,6 +96,7 @@ def open_foreign(source: Path, *, generator: Path | None = None, may_be_fresh: b
         tensors=tensors,
         tokenizer=folder if has_tokenizer else None,
         origin=origin,
+        fresh=fresh,
     )
 
 

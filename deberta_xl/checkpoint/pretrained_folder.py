@@ -66,6 +66,8 @@ class Pretrained:
     tokenizer: Path | None = None
     """The folder with its tokenizer's files."""
     origin: Origin | None = None
+    fresh: tuple[str, ...] = ()
+    """Parameters that were made up, since the model they come from has none."""
 
 
 def complete(

@@ -101,18 +101,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in open_weights(folder).items()}
 
 
-def open_native(folder: Path) -> Pretrained:
-    """The model in a folder given by `find_weights_folder`, to be read tensor by tensor."""
+def open_native(folder: Path, *, may_be_fresh: bool = False) -> Pretrained:
+    """The model in a folder given by `find_weights_folder`, to be read tensor by tensor.
+
+    `may_be_fresh` lets absolute positions and the masked-LM head be absent, as they are in a model for a task.
+    """
     config = read_native_config(folder / CONFIG_NAME)
-    tensors, _ = complete(open_weights(folder), config, folder, may_be_fresh=False)
-    tokenizer = folder / TOKENIZER_NAME
+    tensors, fresh = complete(open_weights(folder), config, folder, may_be_fresh=may_be_fresh)
+    tokenizer, origin = folder / TOKENIZER_NAME, Origin.read(folder / ORIGIN_NAME)
     return Pretrained(
         folder=folder,
         kind="native",
         config=config,
         tensors=tensors,
         tokenizer=tokenizer if tokenizer.is_dir() else None,
-        origin=Origin.read(folder / ORIGIN_NAME),
+        origin=origin,
+        fresh=fresh + (origin.fresh if origin else ()),
     )
 
 

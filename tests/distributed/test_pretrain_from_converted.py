@@ -28,6 +28,9 @@ STARTS = {
     "Microsoft v1, two pipeline stages": ("microsoft", "cpu_debug", ["parallel.pipeline_parallel_size=2"]),
 }
 
+MORE = ("Hugging Face v1, ZeRO-3, tensor parallelism 2", "native, ZeRO-1")
+FULL = [pytest.mark.full]
+
 
 @pytest.fixture(scope="module")
 def folders(small_dataset: SmallDataset, tmp_path_factory) -> Path:
@@ -51,7 +54,7 @@ def folders(small_dataset: SmallDataset, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", [pytest.param(name, marks=FULL * (name in MORE)) for name in STARTS])
 def test_every_layout_trains_on_as_one_rank_does_from_the_source(start, folders, small_dataset, tmp_path):
     kind, engine, overrides = STARTS[start]
     settings = [*SETTINGS, *overrides, f"train.init={folders / kind}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from deberta_xl.checkpoint.convert import Conversion, convert
+from deberta_xl.checkpoint.weights import write_weights
 from deberta_xl.pretrained import DebertaForMaskedLM
 
 SIZES = {
@@ -104,6 +106,22 @@ def test_the_head_of_a_task_is_carried_along(tmp_path):
     there_and_back(tmp_path)
     assert_same_files(tmp_path)
     assert {"classifier.weight", "pooler.dense.bias"} <= load_file(tmp_path / "native" / "model.safetensors").keys()
+
+
+def test_a_tasks_model_of_ours_becomes_transformers_and_stays_without_masked_lm_head(tmp_path):
+    make("v3", "ForSequenceClassification", tmp_path / "source", legacy=True)
+    convert(tmp_path / "source", tmp_path / "pretraining", Conversion(to="native"))
+    weights = load_file(tmp_path / "pretraining" / "model.safetensors")
+    task = {n: t for n, t in weights.items() if not n.startswith(("head.", "embeddings.position."))}
+    config = json.loads((tmp_path / "pretraining" / "config.json").read_text())
+    write_weights(tmp_path / "task", task, config, None)
+    convert(tmp_path / "task", tmp_path / "native", Conversion(to="native", tolerance=0.0))
+    assert load_file(tmp_path / "native" / "model.safetensors").keys() == task.keys()
+    convert(tmp_path / "native", tmp_path / "back", Conversion(to="huggingface", tolerance=0.0))
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    source = load_file(tmp_path / "source" / "model.safetensors")
+    assert back.keys() == source.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in source.items())
 
 
 def test_a_head_that_has_no_name_with_us_is_carried_along_too(tmp_path):

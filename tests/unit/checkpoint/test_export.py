@@ -233,6 +233,14 @@ def test_a_run_folder_stands_for_its_newest_checkpoint_of_any_layout(native, tmp
     assert all(torch.equal(parameter, weights[name]) for name, parameter in back.named_parameters())
 
 
+@pytest.mark.parametrize("kind", ["huggingface", "microsoft"])
+def test_the_tokenizer_comes_back_with_the_models_spare_ids(native, tokenizer_folder, tmp_path, kind):
+    convert(native[1], tmp_path / "there", Conversion(to=kind))
+    assert (tmp_path / "there" / "spm.model").read_bytes() == (tokenizer_folder / "spm.model").read_bytes()
+    convert(tmp_path / "there", tmp_path / "back", Conversion(to="native", tolerance=0.0))
+    assert Tokenizer.load(tmp_path / "back" / "tokenizer").fingerprint == Tokenizer.load(tokenizer_folder).fingerprint
+
+
 # What is refused, with nothing left behind.
 
 
@@ -270,6 +278,12 @@ def test_damaged_weights_are_refused(native, tmp_path):
     content[-5] ^= 1
     file.write_bytes(content)
     refuses(tmp_path / "native", tmp_path / "out", "damaged")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(native, tokenizer_folder, tmp_path):
+    small = DebertaForMaskedLM(DebertaConfig(**SIZES | {"vocab_size": VOCAB_SIZE - 20}))
+    small.save_pretrained(tmp_path / "native", tokenizer=tokenizer_folder)
+    refuses(tmp_path / "native", tmp_path / "out", "they do not belong together")
 
 
 def test_an_attention_that_transformers_lacks_is_refused(tmp_path):
