@@ -52,6 +52,7 @@ FLOORS = {
     "deepspeed_config": Floor(0, "0"),
     "deepspeed_schema": Floor(0, "0"),
     "errors": Floor(0, "0"),
+    "finetune_config": Floor(0, "0"),
     "launch": Floor(0, "0"),
     "log": Floor(0, "0"),
     "stop_request": Floor(0, "0"),
