@@ -20,7 +20,7 @@ from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.shard import shard_of
 from deberta_xl.training.engine import build_engine, gradient_norm
 
-(FOLDER,) = folders("sift")
+FOLDER, _ = folders("sift")  # classification; regression is checked on the plain model
 # float32: the original's own float32 differs from its float64 by up to 9e-5 (activations), 4.5e-5 (gradients); the
 # total loss multiplies the adversarial one by 5.
 LOSS, GRADIENT = 2e-4, 1e-4
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
 
 def step(layout: Layout) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """Total loss, gradient norm and whole gradients of the vector's batch, every data-parallel rank having all of it."""
+    """Total loss, gradient norm and whole gradients of the batch, which every data-parallel rank has whole."""
     vector = SiftVector(FOLDER, torch.float32)
     groups = build_groups(Grid.of(dist.get_rank(), dist.get_world_size(), layout.tensor_parallel_size))
     divide(vector.model, groups)
