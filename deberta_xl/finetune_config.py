@@ -20,7 +20,10 @@ from deberta_xl.config import (
     TrainSection,
 )
 from deberta_xl.errors import ConfigError
-from deberta_xl.strict import at_least, frozen, positive, probability
+from deberta_xl.strict import at_least, divisors, frozen, positive, probability
+
+PAD_MULTIPLE = 8
+"""Rows of a batch are padded to the longest of them, rounded up to a multiple of this."""
 
 
 @frozen
@@ -64,10 +67,11 @@ class FinetuneModelSection:
 
     def applied_to(self, architecture: DebertaConfig) -> DebertaConfig:
         """The checkpoint's architecture with this section's dropout. Raises ConfigError when its table is too short."""
-        if self.sequence_length > architecture.max_position_embeddings and architecture.position_biased_input:
+        padded = -(-self.sequence_length // PAD_MULTIPLE) * PAD_MULTIPLE
+        if padded > architecture.max_position_embeddings and architecture.position_biased_input:
             raise ConfigError(
                 f"model.sequence_length={self.sequence_length} does not fit the checkpoint's position table; "
-                f"choose at most {architecture.max_position_embeddings}"
+                f"choose at most {architecture.max_position_embeddings // PAD_MULTIPLE * PAD_MULTIPLE}"
             )
         chosen = {name: getattr(self, name) for name in ("hidden_dropout", "attention_dropout")}
         return dataclasses.replace(architecture, **{name: value for name, value in chosen.items() if value is not None})
@@ -241,3 +245,11 @@ class FinetuneConfig:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluation: FinetuneEvaluationSection = field(default_factory=FinetuneEvaluationSection)
+
+    def __post_init__(self) -> None:
+        size = self.parallel.tensor_parallel_size
+        if self.parallel.sequence_parallel and PAD_MULTIPLE % size:
+            raise ConfigError(
+                f"parallel.sequence_parallel=true with parallel.tensor_parallel_size={size}: batches are padded to a "
+                f"multiple of {PAD_MULTIPLE} tokens, which {size} does not divide; choose one of {divisors(PAD_MULTIPLE)}"
+            )

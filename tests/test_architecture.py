@@ -67,6 +67,9 @@ FLOORS = {
     "pretrained": Floor(5, "top"),
     "pretrain": Floor(5, "top"),
     "finetune": Floor(5, "top"),
+    "finetune_inputs": Floor(5, "top"),
+    "finetuned": Floor(5, "top"),
+    "task_predict": Floor(5, "top"),
     "fill_mask": Floor(5, "top"),
 }
 

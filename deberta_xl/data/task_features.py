@@ -18,9 +18,9 @@ from deberta_xl.data.records import TaskDataError
 from deberta_xl.data.task_labels import encode_labels
 from deberta_xl.data.tasks import Example, Task
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.finetune_config import PAD_MULTIPLE
 
 IGNORED = -100
-PAD_MULTIPLE = 8
 
 
 class Row(NamedTuple):

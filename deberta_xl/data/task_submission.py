@@ -14,17 +14,17 @@ from deberta_xl.data.tasks import Example, Task
 
 def submission(task: Task, labels: Sequence[str], examples: Sequence[Example], found: Sequence[Prediction]) -> str:
     """The text of a task's submission file."""
+    if task.submission.format == "jsonl":
+        return jsonl(task, labels, examples, found)
     writer = {
         "glue": glue, "superglue": superglue, "multirc": multirc, "record": record, "squad": squad, "conll": conll,
-        "jsonl": jsonl,
     }[task.submission.format]  # fmt: skip
     return writer(Scored(task, labels, examples, found))
 
 
-def jsonl(scored: Scored) -> str:
+def jsonl(task: Task, labels: Sequence[str], examples: Sequence[Example], found: Sequence[Prediction]) -> str:
     """A line per example: id, prediction, and probabilities where there are some."""
-    pairs = zip(scored.examples, scored.found, strict=True)
-    return lines(describe(scored.task, scored.labels, example, found) for example, found in pairs)
+    return lines(describe(task, labels, *pair) for pair in zip(examples, found, strict=True))
 
 
 def describe(task: Task, labels: Sequence[str], example: Example, found: Prediction) -> dict[str, Any]:
