@@ -251,5 +251,5 @@ class FinetuneConfig:
         if self.parallel.sequence_parallel and PAD_MULTIPLE % size:
             raise ConfigError(
                 f"parallel.sequence_parallel=true with parallel.tensor_parallel_size={size}: batches are padded to a "
-                f"multiple of {PAD_MULTIPLE} tokens, which {size} does not divide; choose one of {divisors(PAD_MULTIPLE)}"
+                f"multiple of {PAD_MULTIPLE} tokens, which it does not divide; choose one of {divisors(PAD_MULTIPLE)}"
             )

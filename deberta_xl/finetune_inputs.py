@@ -24,7 +24,7 @@ from deberta_xl.log import rank_zero
 from deberta_xl.parallel.grid import Grid, check_divisible
 
 if TYPE_CHECKING:
-    from deberta_xl.finetuned import HeadFacts
+    from deberta_xl.checkpoint.head_facts import HeadFacts
 
 TRAIN, VALID = "train", "valid"
 SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
@@ -145,7 +145,7 @@ def tokenize(
 
 def describe_head(task: Task, labels: Sequence[str], architecture: DebertaConfig, config: FinetuneConfig) -> HeadFacts:
     """The head that the task needs, and what has to be known to use it."""
-    from deberta_xl.finetuned import HeadFacts
+    from deberta_xl.checkpoint.head_facts import HeadFacts
 
     chosen = config.model.head_dropout
     num_labels = len(labels) if task.has_classes else 2 if task.head == "span" else 1

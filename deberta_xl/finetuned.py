@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.foreign import find_foreign_config, is_foreign_folder
+from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name, step_folders
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
+from deberta_xl.checkpoint.task_export import read_foreign_task
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, read_weights, write_weights
-from deberta_xl.data.tasks import Source, Submission, Task
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import logger
 from deberta_xl.model.heads import TaskModel
 from deberta_xl.pretrained import find_pretrained, read_pretrained
 
-HEAD_NAME = "head.json"
 BEST_NAME = "best"
-HEAD_PARAMETERS = ("pooler.", "classifier.")
-
-
-class HeadFacts(NamedTuple):
-    """What a fine-tuned model knows of its task: the contents of head.json."""
-
-    head: HeadConfig
-    labels: list[str]
-    """Names of the classes, [] where there are none."""
-    task: Task
-    sequence_length: int
-    document_stride: int
-    normalized_twice: bool
-    """Whether SiFT's original variant normalises the embeddings once more, in evaluation too."""
-
-    def to_json(self) -> bytes:
-        """The file."""
-        fields = self._asdict() | {"head": dataclasses.asdict(self.head), "task": dataclasses.asdict(self.task)}
-        return (json.dumps(fields, indent=2) + "\n").encode()
-
-
-def read_head(folder: Path) -> HeadFacts:
-    """What head.json of a fine-tuned folder says. Raises CheckpointError when there is none."""
-    path = folder / HEAD_NAME
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        task = fields["task"]
-        sources = [Source(**source) for source in task["sources"]]
-        task = Task(**task | {"sources": sources, "submission": Submission(**task["submission"])})
-        return HeadFacts(**fields | {"head": HeadConfig(**fields["head"]), "task": task})
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {HEAD_NAME}: it is no fine-tuned model; make one with deberta_xl/finetune.py"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; restore it from a copy") from error
 
 
 def find_finetuned(directory: str | Path) -> Path:
@@ -69,7 +31,8 @@ def find_finetuned(directory: str | Path) -> Path:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
     best = directory / BEST_NAME
-    return find_weights_folder(best if best.is_dir() else directory)
+    directory = best if best.is_dir() else directory
+    return directory if is_foreign_folder(directory) else find_weights_folder(directory)
 
 
 def peek(directory: Path) -> tuple[Path, DebertaConfig]:
@@ -105,13 +68,15 @@ class DebertaForTask(TaskModel):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
-        """The fine-tuned model in a run, checkpoint or weights folder, in evaluation mode.
+        """The fine-tuned model in a run, checkpoint or weights folder, or one of transformers', in evaluation mode.
 
         Raises CheckpointError when files are missing or damaged, or the folder holds no fine-tuned model.
         """
         folder = find_finetuned(directory)
-        facts = read_head(folder)
-        config, weights = read_native_config(folder / CONFIG_NAME), read_weights(folder)
+        if is_foreign_folder(folder):
+            config, facts, weights = read_foreign_task(folder)
+        else:
+            config, facts, weights = read_native_config(folder / CONFIG_NAME), read_head(folder), read_weights(folder)
         with torch.device("meta"):
             model = cls(config, facts.head)
         model.facts = facts

@@ -132,12 +132,13 @@ def test_two_ranks_give_the_run_of_one(encoder, sentences, tmp_path, engine):
     assert metrics(two, "valid_accuracy") == metrics(one, "valid_accuracy")
 
 
-def test_tensor_parallelism_gives_the_plain_run(encoder, sentences, tmp_path):
+@pytest.mark.parametrize("sequence_parallel", ["false", "true"])
+def test_tensor_parallelism_gives_the_plain_run(encoder, sentences, tmp_path, sequence_parallel):
     steady = ("model.dropout=0", "model.head_dropout=0", "sift.weight=2")
     plain, divided = tmp_path / "plain", tmp_path / "divided"
     finetune(finetune_arguments(encoder, sentences, plain, *steady))
-    two = "parallel.tensor_parallel_size=2"
-    finetune(finetune_arguments(encoder, sentences, divided, *steady, two), 2)
+    two = ("parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sequence_parallel}")
+    finetune(finetune_arguments(encoder, sentences, divided, *steady, *two), 2)
     for name in ("task_loss", "adversarial_loss", "grad_norm"):
         # SiFT's noise does not depend on how the model is divided; a divergence near 0 keeps fewer digits.
         assert metrics(divided, name) == pytest.approx(metrics(plain, name), rel=1e-3, abs=1e-6), name

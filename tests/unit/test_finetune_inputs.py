@@ -51,6 +51,7 @@ def test_a_good_start_counts_steps_and_warms_up(encoder, sentences, tmp_path):
         (("optimizer.layer_decay=1.5",), "optimizer.layer_decay=1.5"),
         (("sift.variant=originl",), "sift.variant"),
         (("parallel.tensor_parallel_size=2",), "does not divide the 1 ranks"),
+        (("parallel.pipeline_parallel_size=2",), "is for pretraining"),
         (("model.sequence_length=4",), "model.sequence_length=4 is too small"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
