@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.foreign import find_foreign_config, is_foreign_folder
+from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, parse_config, read_config_fields
 from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name, step_folders
+from deberta_xl.checkpoint.names import EXTRA
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
 from deberta_xl.checkpoint.task_export import read_foreign_task
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, read_weights, write_weights
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import logger
 from deberta_xl.model.heads import TaskModel
-from deberta_xl.pretrained import find_pretrained, read_pretrained
+from deberta_xl.pretrained import find_pretrained
 
 BEST_NAME = "best"
 
@@ -47,7 +48,7 @@ def peek(directory: Path) -> tuple[Path, DebertaConfig]:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder")
         if is_foreign_folder(folder):
-            return folder, find_foreign_config(folder)
+            return folder, parse_config(read_config_fields(folder) or {}, folder)
         return folder, read_native_config(folder / CONFIG_NAME)
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
@@ -123,6 +124,15 @@ def check_fits(
                 )
 
 
+def read_any_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights under our names of a pretrained or fine-tuned folder of any layout; those of a head, too."""
+    if not is_foreign_folder(folder):
+        return read_weights(folder)
+    model = open_foreign(folder, may_be_fresh=True)
+    fresh = model.origin.fresh if model.origin else ()
+    return {n.removeprefix(EXTRA): tensor.read() for n, tensor in model.tensors.items() if n not in fresh}
+
+
 @torch.no_grad()
 def load_encoder(model: TaskModel, folder: Path) -> None:
     """Start `model` from pretrained or fine-tuned weights in a folder given by `find_pretrained` or `find_finetuned`.
@@ -130,7 +140,7 @@ def load_encoder(model: TaskModel, folder: Path) -> None:
     A head of the same shape and the same labels is taken too; another one stays fresh, which is said.
     """
     try:
-        _, weights = read_pretrained(folder)
+        weights = read_any_weights(folder)
         check_fits(model, weights, folder, ("embeddings.", "encoder."))
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
