@@ -101,15 +101,10 @@ def activation_gib(config: DebertaConfig, rows: int, length: int, sift: Sift | N
 def main() -> None:
     """Print both, memory first."""
     config = load_run_config("xxlarge").model.architecture(128_100)
-    with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in TaskModel(config, HEAD).parameters())
-    # bf16 weights and gradients, float32 master weights and both moments of Adam.
-    state = num_parameters * (2 + 2 + 4 + 4 + 4) / GIB
-    print(f"xxlarge: {num_parameters:,} parameters, state on one GPU {state:.1f} GiB")
     measure = partial(activation_gib, config, 8, 256)
     for name, sift in (("plain", None), ("SiFT", Sift(SiftSection(weight=5.0), "classification"))):
         kept, recomputed = (measure(sift, recompute=flag) for flag in (False, True))
-        print(f"  {name}: activations {kept:.1f} GiB, with activation checkpointing {recomputed:.1f} GiB")
+        print(f"xxlarge, {name}: activations {kept:.1f} GiB, with activation checkpointing {recomputed:.1f} GiB")
     print_times()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,13 +26,17 @@ from deberta_xl.errors import UserError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.finetune_inputs import SHORT_FORMS, Inputs, read_inputs
 from deberta_xl.log import configure_logging, log_to_file, logger, rank_zero
+from deberta_xl.model.parameter_shapes import task_parameter_shapes
+from deberta_xl.parallel.memory import estimate_task_memory
 from deberta_xl.pretrain import choose_accelerator, complain_once_per_node, leave
+from deberta_xl.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from deberta_xl.model.heads import TaskModel
     from deberta_xl.parallel.groups import Groups
+    from deberta_xl.training.ownership import Ownership
     from deberta_xl.training.run_folder import RunFolder
     from deberta_xl.training.task_loop import Finetuning
     from deberta_xl.training.task_state import TaskState
@@ -59,22 +64,31 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--task", help=f"a TOML file, or one of: {', '.join(task_names())}")
     parser.add_argument("--data", help="folder with the task's files")
     parser.add_argument("--init", help="folder of the pretrained (or fine-tuned) model to start from")
+    parser.add_argument(
+        "--check", action="store_true", help="check everything that can be without an engine, then exit"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. train.epochs=5")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)  # overrides may stand before, between and after options
     given = {key: getattr(parsed, short) for short, key in SHORT_FORMS.items() if getattr(parsed, short) is not None}
     parsed.overrides += [f"{key}={value}" for key, value in given.items()]
     return parsed
 
 
-def print_arithmetic(inputs: Inputs, num_parameters: int) -> None:
+def print_arithmetic(inputs: Inputs) -> None:
     """What the run is going to be, on rank 0."""
     train, ranks = inputs.config.train, inputs.grid.data_parallel_size
     data = inputs.train_data
+    num_parameters = sum(map(math.prod, task_parameter_shapes(inputs.architecture, inputs.head.head).values()))
     rank_zero("model: %s parameters, head: %s", f"{num_parameters:,}", inputs.head.head.kind)
     zero = f"ZeRO-{inputs.engine.zero_stage} in {inputs.engine.precision}"
     sliced = ", sequence divided" if inputs.config.parallel.sequence_parallel else ""
     rank_zero("ranks: %s%s, %s", inputs.grid.describe(), sliced, zero)
+    num_options = len(data.features[0].rows)
+    needed = estimate_task_memory(
+        inputs.architecture, inputs.head.head, inputs.config, inputs.engine, inputs.grid, num_options
+    )
+    rank_zero("each rank: %s estimated", needed.describe())
     rank_zero(
         "step: %d examples (micro-batch %d x %d accumulated x %d replicas)",
         train.global_batch_size, train.micro_batch_size, train.gradient_accumulation_steps(ranks), ranks,
@@ -89,14 +103,15 @@ def print_arithmetic(inputs: Inputs, num_parameters: int) -> None:
         rank_zero("SiFT: weight %g, %s", inputs.config.sift.weight, inputs.config.sift.resolved())
 
 
-def take_over(folder: RunFolder, inputs: Inputs) -> Path | None:
-    """Prepare the run folder; its newest whole checkpoint, None when there is none. Collective.
+def take_over(folder: RunFolder, inputs: Inputs) -> tuple[Path | None, Ownership]:
+    """Prepare the run folder and claim it; its newest whole checkpoint, None when there is none. Collective.
 
     A checkpoint that does not fit this run is refused before anything in the folder changes.
     """
     from deberta_xl.checkpoint.agreement import on_rank_zero
     from deberta_xl.checkpoint.folders import newest_whole_checkpoint
     from deberta_xl.checkpoint.store import read_state
+    from deberta_xl.training.ownership import Ownership, claim_folder, own_claim
     from deberta_xl.training.state import check_fingerprints, check_last_step
 
     newest = newest_whole_checkpoint(folder.checkpoints, collective=True)
@@ -109,6 +124,7 @@ def take_over(folder: RunFolder, inputs: Inputs) -> Path | None:
             check_last_step(saved["step"], inputs.total_steps)
 
     on_rank_zero(check)
+    ownership = Ownership(folder.owner, on_rank_zero(lambda: claim_folder(folder, own_claim())))
     facts = {
         "command": sys.argv,
         "world_size": inputs.launch.world_size,
@@ -116,7 +132,7 @@ def take_over(folder: RunFolder, inputs: Inputs) -> Path | None:
         "precision": inputs.engine.precision,
     }
     on_rank_zero(lambda: folder.prepare(inputs.config, inputs.tokenizer_folder, facts))
-    return newest
+    return newest, ownership
 
 
 def build_model(inputs: Inputs, *, is_new: bool) -> TaskModel:
@@ -127,7 +143,6 @@ def build_model(inputs: Inputs, *, is_new: bool) -> TaskModel:
 
     train = inputs.config.train
     model = TaskModel(inputs.architecture, inputs.head.head, seed=train.seed)
-    print_arithmetic(inputs, sum(p.numel() for p in model.parameters()))
     if is_new and not train.fresh_weights:
         source = on_rank_zero(lambda: find_init(Path(train.init)))
         load_encoder(model, source)
@@ -145,6 +160,7 @@ def start_engine(inputs: Inputs, groups: Groups, newest: Path | None) -> tuple[D
     from deberta_xl.training.engine import build_engine
     from deberta_xl.training.task_state import TaskState
 
+    print_arithmetic(inputs)
     model = build_model(inputs, is_new=newest is None)
     divide(model, groups, sequence_parallel=inputs.config.parallel.sequence_parallel)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()} if newest is None else {}
@@ -160,7 +176,7 @@ def start_engine(inputs: Inputs, groups: Groups, newest: Path | None) -> tuple[D
     return engine, state
 
 
-def assemble(inputs: Inputs) -> Finetuning:
+def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
     """Process group, run folder, engine: everything the loop works with. Collective."""
     import torch
 
@@ -170,15 +186,13 @@ def assemble(inputs: Inputs) -> Finetuning:
     from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.run_folder import RunFolder
     from deberta_xl.training.sift import build_sift
-    from deberta_xl.training.signals import StopRequest
     from deberta_xl.training.task_loop import Finetuning
 
     config, launch, data = inputs.config, inputs.launch, inputs.train_data
     start_engine_runtime(launch, deterministic=config.train.deterministic)
     check_precision(inputs.engine.precision)
-    stop = StopRequest()
     folder = RunFolder(config.run.folder)
-    newest = take_over(folder, inputs)
+    newest, ownership = take_over(folder, inputs)
     log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
     torch.manual_seed(config.train.seed)
     groups = build_groups(inputs.grid)
@@ -200,7 +214,8 @@ def assemble(inputs: Inputs) -> Finetuning:
         class_weights=weights,
         folder=folder,
         state=state,
-        heartbeat=Heartbeat(folder.heartbeat, launch.rank),
+        heartbeat=Heartbeat(folder.heartbeat, launch.rank, ownership),
+        ownership=ownership,
         stop=stop,
         checkpoint_files={
             "config.json": json.dumps(native_config(inputs.architecture), indent=2).encode(),
@@ -219,12 +234,12 @@ def keep_best_weights(run: Finetuning) -> None:
     on_rank_zero(lambda: replace_best(run.folder.path, run.state.best_step))
 
 
-def run(inputs: Inputs) -> None:
+def run(inputs: Inputs, stop: StopRequest) -> None:
     """Train. A failure is reported with rank, step and phase and ends the process: peers must not wait for it."""
     run: Finetuning | None = None
     try:
         choose_accelerator()
-        run = assemble(inputs)
+        run = assemble(inputs, stop)
         if run.launch.rank == 0:
             run.folder.write_state("running")
         ended = run.train()
@@ -252,6 +267,7 @@ def main() -> None:
     """The command."""
     arguments = parse_arguments()
     configure_logging()
+    stop = StopRequest()
     try:
         inputs = read_inputs(arguments)
     except UserError as error:
@@ -259,7 +275,10 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    run(inputs)
+    if arguments.check:
+        print_arithmetic(inputs)
+    else:
+        run(inputs, stop)
 
 
 if __name__ == "__main__":

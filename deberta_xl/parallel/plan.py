@@ -83,8 +83,7 @@ def divide(model: MaskedLanguageModel | TaskModel, groups: Groups, *, sequence_p
     """
     if groups.grid.tensor_parallel_size == 1:
         return
-    from torch import nn
-
+    from deberta_xl.model.masked_lm import MaskedLanguageModel
     from deberta_xl.parallel import layers, sequence  # imports megatron-core, which costs seconds
 
     check_divisible(model.config, groups.grid.tensor_parallel_size)
@@ -106,12 +105,14 @@ def divide(model: MaskedLanguageModel | TaskModel, groups: Groups, *, sequence_p
             continue  # another stage's layers have no parameters
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, builders[style](plain).train(plain.training))
-    if hasattr(model, "loss"):  # a masked language model
+    if isinstance(model, MaskedLanguageModel):
         divide_vocabulary(model, groups)
 
 
 def divide_vocabulary(model: MaskedLanguageModel, groups: Groups) -> None:
     """The rest of the vocabulary, whose table is divided already: the head's bias, and the loss."""
+    from torch import nn
+
     from deberta_xl.parallel import layers
 
     full_bias = model.head.bias

@@ -28,13 +28,15 @@ from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
+from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.engine import set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder, State, write_text
 from deberta_xl.training.schedule import learning_rate
 from deberta_xl.training.sift import Sift
-from deberta_xl.training.signals import Agreement, StopRequest
+from deberta_xl.training.signals import Agreement
 from deberta_xl.training.task_batches import TaskMicroBatch, task_step_batches
 from deberta_xl.training.task_evaluate import task_logits
 from deberta_xl.training.task_figures import save_metric_curves, task_figures
@@ -66,6 +68,7 @@ class Finetuning:
     folder: RunFolder
     state: TaskState
     heartbeat: Heartbeat
+    ownership: Ownership
     stop: StopRequest
     checkpoint_files: Mapping[str, Any]
     """What rides along in every checkpoint: config.json, head.json and the tokenizer."""
@@ -168,6 +171,7 @@ class Finetuning:
     def save(self) -> None:
         """Write a checkpoint and drop older ones, but not the best. Collective."""
         self.heartbeat.mark(self.state.step, "checkpoint")
+        on_rank_zero(self.ownership.check)
         folder = save_checkpoint(
             self.engine,
             self.folder.checkpoints,

@@ -16,11 +16,12 @@ from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
 from deberta_xl.finetune import assemble, keep_best_weights, parse_arguments
 from deberta_xl.finetune_inputs import read_inputs
 from deberta_xl.finetuned import DebertaForTask
+from deberta_xl.stop_request import StopRequest
 
 
 def train(arguments: list[str], stop_after: int | None = None) -> str:
     """A whole run on this rank; how it ended. `stop_after` asks it to stop as a signal would."""
-    run = assemble(read_inputs(parse_arguments(arguments)))
+    run = assemble(read_inputs(parse_arguments(arguments)), StopRequest())
     advance = run.state.advance
 
     def advance_and_stop(count: int) -> None:
