@@ -16,9 +16,10 @@ __version__ = "0.1.0"
 HOMES = {
     "DebertaConfig": "deberta_xl.architecture",
     "DebertaForMaskedLM": "deberta_xl.pretrained",
+    "DebertaForTask": "deberta_xl.finetuned",
     "Tokenizer": "deberta_xl.data.tokenizer",
 }
-__all__ = ["DebertaConfig", "DebertaForMaskedLM", "Tokenizer"]
+__all__ = ["DebertaConfig", "DebertaForMaskedLM", "DebertaForTask", "Tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from deberta_xl.errors import ConfigError
 from deberta_xl.strict import at_least, divisors, frozen, positive, probability
 
 Activation = Literal["gelu", "relu", "tanh"]
+HeadKind = Literal["classification", "regression", "multi_label", "token", "span", "choice"]
 
 EMD_PASSES = 2
 """How often the enhanced mask decoder applies the last layer, with the same weights (the paper's n)."""
@@ -132,3 +133,28 @@ class DebertaConfig:
     def has_position_to_content(self) -> bool:
         """Whether the third term of eq. (4) is used."""
         return "p2c" in self.pos_att_type
+
+
+@frozen
+class HeadConfig:
+    """What a fine-tuned model computes from the encoder's states."""
+
+    kind: HeadKind
+    """`classification`, `regression` and `multi_label` read [CLS]; `choice` scores options by their [CLS]; `token`
+    labels every token; `span` points at a first and a last one."""
+    num_labels: int = 1
+    """Classes; 1 for regression and choice, 2 (first and last) for spans."""
+    dropout: float = 0.1
+    """Before the last projection."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_labels=self.num_labels)
+        probability("dropout", self.dropout)
+        fixed = {"regression": 1, "choice": 1, "span": 2}.get(self.kind, self.num_labels)
+        if self.num_labels != fixed:
+            raise ConfigError(f"num_labels={self.num_labels}: a head of kind {self.kind!r} has {fixed}")
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the head reads [CLS] alone."""
+        return self.kind not in ("token", "span")

@@ -16,8 +16,12 @@ from typing import Any, Literal
 
 from deberta_xl.config import RunConfig
 from deberta_xl.errors import ConfigError
+from deberta_xl.finetune_config import FinetuneConfig
 
 PRESETS = Path(__file__).parent / "configs"
+
+Config = typing.TypeVar("Config", RunConfig, FinetuneConfig)
+"""The tree that a file describes; every function takes its class as `root`."""
 
 #: Written once, set in several places: `model.dropout=0` is short for both kinds of dropout.
 SHORTHANDS = {("model", "dropout"): ("hidden_dropout", "attention_dropout")}
@@ -30,63 +34,69 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def preset_names() -> list[str]:
-    """Names accepted by `--config` besides paths."""
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+def preset_names(root: type = RunConfig) -> list[str]:
+    """Names accepted by `--config` besides paths; those of fine-tuning begin with `finetune`."""
+    is_finetuning = root is FinetuneConfig
+    return sorted(p.stem for p in PRESETS.glob("*.toml") if p.stem.startswith("finetune") == is_finetuning)
 
 
 def load_run_config(preset: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """`load_config` for pretraining."""
+    return load_config(preset, overrides, RunConfig)
+
+
+def load_config(preset: str | Path, overrides: typing.Sequence[str], root: type[Config]) -> Config:
     """Read a preset (its name, or the path of a TOML file) and apply `section.key=value` overrides.
 
     Raises ConfigError naming the key, the nearest valid one and where it stands.
     """
-    path = find_preset(str(preset))
+    path = find_preset(str(preset), root)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    check_keys(tree, source=str(path))
+    check_keys(tree, str(path), root)
     for override in overrides:
-        apply_override(tree, override)
-    return build_run_config(tree, source=str(path))
+        apply_override(tree, override, root)
+    return build_config(tree, str(path), root)
 
 
-def find_preset(name: str) -> Path:
+def find_preset(name: str, root: type = RunConfig) -> Path:
     """The file behind a preset's name or path."""
     path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"--config {name}: no such preset or file; {nearest(name, preset_names())}")
+        raise ConfigError(f"--config {name}: no such preset or file; {nearest(name, preset_names(root))}")
     return path
 
 
-def section_types() -> dict[str, type]:
+def section_types(root: type = RunConfig) -> dict[str, type]:
     """Section name -> its dataclass."""
-    return typing.get_type_hints(RunConfig)
+    return typing.get_type_hints(root)
 
 
-def keys_of(section: str) -> list[str]:
+def keys_of(section: str, root: type = RunConfig) -> list[str]:
     """Keys that may be written in `section`, shorthands included."""
     shorthands = [key for owner, key in SHORTHANDS if owner == section]
-    return [f.name for f in dataclasses.fields(section_types()[section])] + shorthands
+    return [f.name for f in dataclasses.fields(section_types(root)[section])] + shorthands
 
 
-def check_keys(tree: dict[str, Any], source: str) -> None:
+def check_keys(tree: dict[str, Any], source: str, root: type = RunConfig) -> None:
     """Refuse unknown sections and keys; expand the shorthands in place."""
     for section, values in tree.items():
-        if section not in section_types():
-            raise ConfigError(f"unknown section {section!r} in {source}; {nearest(section, section_types())}")
+        if section not in section_types(root):
+            raise ConfigError(f"unknown section {section!r} in {source}; {nearest(section, section_types(root))}")
         if not isinstance(values, dict):
             raise ConfigError(f"{section!r} in {source} is a section of keys, not a value; write {section}.KEY=VALUE")
         for key in values:
-            if key not in keys_of(section):
-                hint = nearest(key, keys_of(section)) + elsewhere(key, section)
+            if key not in keys_of(section, root):
+                hint = nearest(key, keys_of(section, root)) + elsewhere(key, section, root)
                 raise ConfigError(f"unknown key {section}.{key} in {source}; {hint}")
         expand_shorthands(section, values, source)
 
 
-def elsewhere(key: str, section: str) -> str:
+def elsewhere(key: str, section: str, root: type = RunConfig) -> str:
     """A hint when another section owns `key`."""
-    owners = [name for name in section_types() if name != section and key in keys_of(name)]
+    owners = [name for name in section_types(root) if name != section and key in keys_of(name, root)]
     return f" ({key} belongs to {', '.join(owners)})" if owners else ""
 
 
@@ -102,23 +112,23 @@ def expand_shorthands(section: str, values: dict[str, Any], source: str) -> None
             values.update(dict.fromkeys(targets, value))
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str, root: type = RunConfig) -> None:
     """Apply one `section.key=value` to the tree in place; the value is TOML, or a bare string."""
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().lstrip("-").partition(".")
     if not (equals and dot):
         raise ConfigError(f"override {override!r} is not of the form section.key=value, for example train.steps=1000")
     source = f"override {override!r}"
-    check_keys({section: {key: None}}, source)
-    value = {key: parse_value(section, key, text.strip())}
+    check_keys({section: {key: None}}, source, root)
+    value = {key: parse_value(section, key, text.strip(), root)}
     expand_shorthands(section, value, source)
     tree.setdefault(section, {}).update(value)
 
 
-def parse_value(section: str, key: str, text: str) -> Any:
+def parse_value(section: str, key: str, text: str, root: type = RunConfig) -> Any:
     """The value of an override: raw text for text fields, TOML for all others (`none` unsets an optional key)."""
     targets = SHORTHANDS.get((section, key), (key,))
-    annotation = typing.get_type_hints(section_types()[section])[targets[0]]
+    annotation = typing.get_type_hints(section_types(root)[section])[targets[0]]
     if accepts_none(annotation) and text.lower() in ("none", "null"):
         return None
     if accepts_text(annotation):
@@ -146,27 +156,28 @@ def accepts_text(annotation: Any) -> bool:
     return any(m is str or typing.get_origin(m) is Literal for m in members(annotation))
 
 
-def build_run_config(tree: dict[str, Any], source: str) -> RunConfig:
+def build_config(tree: dict[str, Any], source: str, root: type[Config]) -> Config:
     """Type-check the tree section by section and build the frozen configuration."""
-    sections = {name: build_section(name, tree.get(name, {}), source) for name in section_types()}
+    types = section_types(root)
+    sections = {name: build_section(types[name], name, tree.get(name, {}), source) for name in types}
     try:
-        return RunConfig(**sections)
+        return root(**sections)
     except ConfigError as error:
         raise ConfigError(f"{error} (from {source} and its overrides)") from None
 
 
-def build_section(name: str, values: dict[str, Any], source: str) -> Any:
+def build_section(section: type, name: str, values: dict[str, Any], source: str) -> Any:
     """One section from its values; complaints name the section and where they came from."""
     try:
-        return section_types()[name](**values)
+        return section(**values)
     except ConfigError as error:
         raise ConfigError(f"{name}.{error} (from {source} and its overrides)") from None
 
 
-def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML that `load_run_config` reads back to an equal tree; unset keys are left out."""
+def to_toml(config: RunConfig | FinetuneConfig) -> str:
+    """The configuration as TOML that `load_config` reads back to an equal tree; unset keys are left out."""
     lines: list[str] = []
-    for section in section_types():
+    for section in section_types(type(config)):
         lines.append(f"[{section}]")
         values = dataclasses.asdict(getattr(config, section))
         lines += [f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None]

@@ -22,6 +22,7 @@ from deberta_xl.config import RunConfig
 from deberta_xl.config_file import nearest
 from deberta_xl.deepspeed_schema import REFUSED, EngineSettings, Section
 from deberta_xl.errors import ConfigError
+from deberta_xl.finetune_config import FinetuneConfig
 
 SHIPPED_CONFIGS = Path(__file__).parent.parent / "deepspeed_configs"
 
@@ -66,7 +67,7 @@ class DeepSpeedConfig:
         """What weights and activations are computed in. Whether the device has it is checked when training starts."""
         return self.settings.precision
 
-    def agree(self, data_parallel_size: int, run: RunConfig) -> None:
+    def agree(self, data_parallel_size: int, run: RunConfig | FinetuneConfig) -> None:
         """Check every fact that the JSON states too against the run configuration.
 
         Raises ConfigError with both values and both places, and when the batch arithmetic does not come out.
@@ -81,7 +82,7 @@ class DeepSpeedConfig:
         check_fact(self.path, "gradient_accumulation_steps", stated, Fact(home, steps))
         check_facts(self.path, self.settings, run)
 
-    def engine_dict(self, data_parallel_size: int, run: RunConfig) -> dict[str, Any]:
+    def engine_dict(self, data_parallel_size: int, run: RunConfig | FinetuneConfig) -> dict[str, Any]:
         """What is handed to `deepspeed.initialize(config=...)`: the JSON with all facts of the run filled in.
 
         Optimizer and scheduler are left out, since training passes its own torch optimizer; with it DeepSpeed compiles
@@ -102,7 +103,7 @@ class DeepSpeedConfig:
         return self.settings.model_dump(exclude_unset=True, exclude={"optimizer", "scheduler"}) | filled_in
 
 
-def load_deepspeed_config(path: str | Path, run: RunConfig) -> DeepSpeedConfig:
+def load_deepspeed_config(path: str | Path, run: RunConfig | FinetuneConfig) -> DeepSpeedConfig:
     """Read and check the JSON at `path`; facts it shares with `run` must agree.
 
     Raises ConfigError naming the key, what is allowed or nearest, and the file.
@@ -238,7 +239,7 @@ class Fact(NamedTuple):
     """The value the JSON would have to state."""
 
 
-def facts_of(run: RunConfig) -> dict[str, Fact]:
+def facts_of(run: RunConfig | FinetuneConfig) -> dict[str, Fact]:
     """Dotted key of the JSON -> the fact of the run configuration that it would repeat."""
     facts = {}
     for name, home in FACTS.items():
@@ -254,7 +255,7 @@ def facts_of(run: RunConfig) -> dict[str, Fact]:
     return facts
 
 
-def check_facts(path: Path, settings: EngineSettings, run: RunConfig) -> None:
+def check_facts(path: Path, settings: EngineSettings, run: RunConfig | FinetuneConfig) -> None:
     """Refuse facts of the JSON that contradict the run configuration."""
     for name, fact in facts_of(run).items():
         stated: Any = settings
@@ -263,7 +264,7 @@ def check_facts(path: Path, settings: EngineSettings, run: RunConfig) -> None:
         check_fact(path, name, stated, fact)
 
 
-def check_pipeline(path: Path, settings: EngineSettings, run: RunConfig) -> None:
+def check_pipeline(path: Path, settings: EngineSettings, run: RunConfig | FinetuneConfig) -> None:
     """Refuse gradients or parameters partitioned over ranks in a pipeline, which holds them for all micro-batches."""
     stage, stages = settings.zero_optimization.stage, run.parallel.pipeline_parallel_size
     if stages > 1 and stage != 1:

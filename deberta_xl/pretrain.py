@@ -314,6 +314,12 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
+def complain_once_per_node(error: UserError) -> None:
+    """Log an error of the start, which every rank finds: what is wrong with a file may be wrong on one node only."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        logger.error("%s", error)
+
+
 def main() -> None:
     """The command."""
     arguments = parse_arguments()
@@ -322,9 +328,7 @@ def main() -> None:
     try:
         inputs = read_inputs(arguments)
     except UserError as error:
-        # Once per node: what is wrong with a file may be wrong on one node only.
-        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            logger.error("%s", error)
+        complain_once_per_node(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

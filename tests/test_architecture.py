@@ -52,6 +52,7 @@ FLOORS = {
     "deepspeed_config": Floor(0, "0"),
     "deepspeed_schema": Floor(0, "0"),
     "errors": Floor(0, "0"),
+    "finetune_config": Floor(0, "0"),
     "launch": Floor(0, "0"),
     "log": Floor(0, "0"),
     "stop_request": Floor(0, "0"),
@@ -66,6 +67,9 @@ FLOORS = {
     "pretrained": Floor(5, "top"),
     "pretrain": Floor(5, "top"),
     "finetune": Floor(5, "top"),
+    "finetune_inputs": Floor(5, "top"),
+    "finetuned": Floor(5, "top"),
+    "task_predict": Floor(5, "top"),
     "fill_mask": Floor(5, "top"),
 }
 

@@ -10,6 +10,9 @@ What comes out:
                positions, other heads) travels along, so the way back loses nothing
   microsoft    model_config.json, pytorch_model.bin, spm.model for the original code
 
+A fine-tuned model (deberta_xl/finetune.py) goes --to huggingface with its head, for AutoModelForSequenceClassification
+and its kin; what transformers has fine-tuned, DebertaForTask.from_pretrained reads as it is.
+
 examples:
   python tools/convert.py --to huggingface runs/first exported --verify --model_card
   python tools/convert.py --to native downloads/deberta-v3-large start
@@ -30,9 +33,13 @@ import torch
 
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
+from deberta_xl.checkpoint.head_facts import HEAD_NAME
+from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.pretrained_folder import Kind
+from deberta_xl.checkpoint.task_export import export_task
 from deberta_xl.checkpoint.verify import TOLERANCES
 from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.finetuned import BEST_NAME, find_finetuned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -83,6 +90,39 @@ def parse_size(text: str) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and say what came out."""
     started = time.monotonic()
+    if is_fine_tuned(arguments.source):
+        refuse_for_tasks(arguments)
+        export_task(find_finetuned(arguments.source), arguments.destination, dtype=DTYPES.get(arguments.dtype))
+    else:
+        convert_pretrained(arguments)
+    files = sorted(path for path in arguments.destination.rglob("*") if path.is_file())
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    names = ", ".join(file.relative_to(arguments.destination).as_posix() for file in files)
+    print(f"{arguments.destination}: {megabytes:,.1f} MB in {time.monotonic() - started:.1f} s: {names}")
+
+
+def is_fine_tuned(source: Path) -> bool:
+    """Whether a source is a model of ours with a head for a task."""
+    return (source / HEAD_NAME).is_file() or (source / BEST_NAME / HEAD_NAME).is_file()
+
+
+def refuse_for_tasks(arguments: argparse.Namespace) -> None:
+    """Raise CheckpointError for what a fine-tuned model has not, or has already."""
+    if arguments.to != "huggingface":
+        raise CheckpointError(
+            f"--to {arguments.to}: {arguments.source} is fine-tuned for a task; it goes --to huggingface only"
+        )
+    options = {name: getattr(arguments, name) for name in Edits.__dataclass_fields__}
+    options |= {name: getattr(arguments, name) for name in ("verify", "model_card", "max_shard_size", "generator")}
+    given = [f"--{name}" for name, value in options.items() if value]
+    if given:
+        raise CheckpointError(
+            f"{', '.join(given)}: not for a fine-tuned model; convert the pretrained one, or leave out"
+        )
+
+
+def convert_pretrained(arguments: argparse.Namespace) -> None:
+    """Convert a pretrained model."""
     dtype = DTYPES.get(arguments.dtype)
     tolerance = TOLERANCES[dtype] if arguments.tolerance is None else arguments.tolerance
     changes = {name: getattr(arguments, name) for name in Edits.__dataclass_fields__}
@@ -98,10 +138,6 @@ def run(arguments: argparse.Namespace) -> None:
         show=print,
     )
     convert(arguments.source, arguments.destination, conversion)
-    files = sorted(path for path in arguments.destination.rglob("*") if path.is_file())
-    megabytes = sum(file.stat().st_size for file in files) / 1e6
-    names = ", ".join(file.relative_to(arguments.destination).as_posix() for file in files)
-    print(f"{arguments.destination}: {megabytes:,.1f} MB in {time.monotonic() - started:.1f} s: {names}")
 
 
 if __name__ == "__main__":

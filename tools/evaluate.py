@@ -16,8 +16,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.config import DataSection, RunConfig
 from deberta_xl.config_file import load_run_config
@@ -25,10 +23,10 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.errors import ConfigError
 from deberta_xl.fill_mask import load_tokenizer
-from deberta_xl.launch import Launch, export_launch, read_launch
+from deberta_xl.launch import read_launch
 from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.strict import at_least
-from deberta_xl.training.evaluate import Evaluation, evaluate, predict_with
+from deberta_xl.training.evaluate import Evaluation, evaluate, join_ranks, predict_with
 
 DEFAULT_SEED = 1
 
@@ -62,16 +60,6 @@ def choose_length(arguments: argparse.Namespace, run_config: RunConfig | None, l
     if not 8 <= arguments.sequence_length <= longest:
         raise ConfigError(f"--sequence_length {arguments.sequence_length} does not fit; the model allows 8 … {longest}")
     return arguments.sequence_length
-
-
-def join_ranks(launch: Launch) -> torch.device:
-    """This rank's device; with several ranks, after meeting the others."""
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", launch.local_rank) if has_gpu else torch.device("cpu")
-    if launch.world_size > 1:
-        export_launch(launch)
-        torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
-    return device
 
 
 def run(arguments: argparse.Namespace) -> None:

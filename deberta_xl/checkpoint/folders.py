@@ -79,14 +79,21 @@ def verify_checkpoint(folder: Path, *, collective: bool) -> None:
         verify_files(folder, read_manifest(folder))
 
 
-def prune_checkpoints(newest: Path, keep: int) -> None:
+def prune_checkpoints(newest: Path, keep: int, spared: str | None = None) -> None:
     """Delete the oldest step folders beside `newest`, the one just saved, until `keep` are left; 0 keeps all.
+
+    The folder named `spared` stays in any case.
 
     Folders of later steps are not touched and not counted: they were found damaged, or `newest` would not be the one
     to go on from. A folder that cannot be deleted is a WARNING. Collective where there is a process group.
     """
+
+    def doomed() -> list[Path]:
+        older = [f for f in step_folders(newest.parent) if f.name <= newest.name]
+        return [f for f in older[keep:] if f.name != spared]
+
     if keep:
-        on_rank_zero(lambda: _delete([f for f in step_folders(newest.parent) if f.name <= newest.name][keep:]))
+        on_rank_zero(lambda: _delete(doomed()))
 
 
 def _delete(folders: list[Path]) -> None:

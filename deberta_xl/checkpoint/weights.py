@@ -121,15 +121,20 @@ def open_native(folder: Path, *, may_be_fresh: bool = False) -> Pretrained:
 
 
 def write_weights(
-    folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_folder: Path | None
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    tokenizer_folder: Path | None,
+    extra_files: Mapping[str, Path | bytes] | None = None,
 ) -> None:
-    """Write a weights folder: all of it, or nothing.
+    """Write a weights folder: all of it, or nothing. `extra_files` go along, by their names in it.
 
     A manifest with the hash of the weights goes with them, so that later damage is noticed. Raises CheckpointError
     when `folder` exists and is not empty, or cannot be written, or a weight is NaN or infinite.
     """
     tensors = in_memory({name: weight.detach().cpu() for name, weight in weights.items()}, "the model")
     sources: dict[str, Path | bytes] = {CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()}
+    sources |= extra_files or {}
     if tokenizer_folder is not None:
         sources[TOKENIZER_NAME] = tokenizer_folder
     with whole_or_nothing(folder, total_bytes(tensors)) as partial:

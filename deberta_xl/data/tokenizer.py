@@ -133,6 +133,21 @@ class Tokenizer:
         """`encode` of each text, in one call and one thread (processes are the unit of parallel preprocessing)."""
         return [np.array(ids, np.int32) for ids in self.processor.encode(list(texts), num_threads=1)]
 
+    def encode_with_places(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text, and the first and behind-last character of each one in it, int64 `[tokens, 2]`.
+
+        Spaces before a word belong to no token; a token that normalisation has added may be empty.
+        """
+        pieces = self.processor.encode(text, return_type="proto").pieces
+        # SentencePiece counts bytes of UTF-8: the character that each byte belongs to, and the end.
+        sizes = [len(character.encode("utf-8", "surrogatepass")) for character in text]
+        character = np.repeat(np.arange(len(text) + 1), [*sizes, 1])
+        places = np.array([(character[p.begin], character[p.end]) for p in pieces], np.int64).reshape(-1, 2)
+        for place in places:
+            while place[0] < place[1] and text[place[0]].isspace():
+                place[0] += 1
+        return [piece.id for piece in pieces], places
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; [PAD], [CLS], [SEP] and spare ids are left out, [MASK] is written out."""
         text = ""

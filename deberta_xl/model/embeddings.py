@@ -6,6 +6,8 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +40,9 @@ class Embeddings(nn.Module):
         segments_BS: Tensor,
         token_type_ids_BS: Tensor | None = None,
         key: DropoutKey | None = None,
+        perturb: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Normalised embeddings, zero at padding, [B, S, D]."""
+        """Normalised embeddings, zero at padding, [B, S, D]; `perturb` changes their sum before it is normalised."""
         summed_BSD = self.word(input_ids_BS)
         if self.adds_positions:
             summed_BSD = summed_BSD + self.positions(segments_BS)
@@ -48,6 +51,8 @@ class Embeddings(nn.Module):
             summed_BSD = summed_BSD + self.token_type(types_BS)
         if self.projection is not None:
             summed_BSD = self.projection(summed_BSD)
+        if perturb is not None:
+            summed_BSD = perturb(summed_BSD)
         return self.exit(self.dropout(self.norm(summed_BSD) * (segments_BS > 0).unsqueeze(-1), key))
 
     def positions(self, segments_BS: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.architecture import DebertaConfig, HeadConfig
 
 Shape = tuple[int, ...]
 
@@ -16,6 +16,15 @@ def parameter_shapes(config: DebertaConfig) -> dict[str, Shape]:
     for number in range(config.num_layers):
         shapes |= {f"encoder.layers.{number}.{name}": shape for name, shape in layer.items()}
     return shapes | dict(head_shapes(config))
+
+
+def task_parameter_shapes(config: DebertaConfig, head: HeadConfig) -> dict[str, Shape]:
+    """Canonical name -> shape of every parameter of `TaskModel(config, head)`."""
+    left_out = ("head.",) if config.position_biased_input else ("head.", "embeddings.position.")
+    shapes = {name: shape for name, shape in parameter_shapes(config).items() if not name.startswith(left_out)}
+    if head.is_pooled:
+        shapes |= dict(linear("pooler.dense", config.hidden_size, config.hidden_size))
+    return shapes | dict(linear("classifier", config.hidden_size, head.num_labels))
 
 
 def linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, Shape]]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from deberta_xl.architecture import EMD_PASSES, DebertaConfig
+from deberta_xl.architecture import EMD_PASSES, DebertaConfig, HeadConfig
 from deberta_xl.config import RunConfig
 from deberta_xl.deepspeed_config import DeepSpeedConfig
-from deberta_xl.model.parameter_shapes import parameter_shapes
+from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.model.parameter_shapes import Shape, parameter_shapes, task_parameter_shapes
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.plan import PLAN
 from deberta_xl.parallel.stages import Split, owners
@@ -50,7 +51,13 @@ def estimate_memory(
     architecture: DebertaConfig, run: RunConfig, engine: DeepSpeedConfig, grid: Grid, split: Split
 ) -> RankMemory:
     """What a rank of `grid`'s stage needs."""
+    weight_bytes = 4 if engine.precision == "fp32" else 2
     numel = rank_parameters(architecture, split.units(grid.stage), grid.tensor_parallel_size)
+    return rank_memory(numel, engine, grid, stage_activations(architecture, run, grid, split, weight_bytes))
+
+
+def rank_memory(numel: int, engine: DeepSpeedConfig, grid: Grid, activations: float) -> RankMemory:
+    """`numel` parameters and their state as the engine keeps them, beside `activations` bytes."""
     zero, replicas = engine.settings.zero_optimization, grid.data_parallel_size
     weight_bytes = 4 if engine.precision == "fp32" else 2
     sum_bytes = 4 if engine.settings.data_types.grad_accum_dtype == "fp32" else weight_bytes
@@ -61,8 +68,26 @@ def estimate_memory(
         weights=0 if offloads_weights else weight_bytes * numel / (replicas if zero.stage == 3 else 1),
         gradients=sum_bytes * numel / (replicas if zero.stage > 1 else 1),
         optimizer=0 if offloads_optimizer else MASTER_AND_MOMENTS * numel / replicas,
-        activations=stage_activations(architecture, run, grid, split, weight_bytes),
+        activations=activations,
     )
+
+
+def estimate_task_memory(
+    config: DebertaConfig, head: HeadConfig, run: FinetuneConfig, engine: DeepSpeedConfig, grid: Grid, num_options: int
+) -> RankMemory:
+    """What a rank of a fine-tuning run needs at its longest input. SiFT keeps two passes for the backward pass."""
+    parts = grid.tensor_parallel_size
+    numel = sum(rank_numel(name, shape, parts) for name, shape in task_parameter_shapes(config, head).items())
+    element = 4 if engine.precision == "fp32" else 2
+    rows, length = run.train.micro_batch_size * num_options, run.model.sequence_length
+    slices = parts if run.parallel.sequence_parallel else 1
+    layer = layer_activations(config, rows, length, length, parts, element, slices)
+    hidden = rows * length * config.hidden_size * element
+    recomputes = run.train.activation_checkpointing
+    kept = config.num_layers * (hidden / slices if recomputes else layer) + hidden
+    working = layer if recomputes else 0.0
+    working += ATTENTION_TEMPORARIES * 4 * rows * config.num_heads / parts * length**2
+    return rank_memory(numel, engine, grid, kept * (2 if run.sift.weight else 1) + working)
 
 
 def rank_parameters(config: DebertaConfig, units: range, tensor_parallel_size: int) -> int:
@@ -70,10 +95,14 @@ def rank_parameters(config: DebertaConfig, units: range, tensor_parallel_size: i
     total = 0
     for name, shape in parameter_shapes(config).items():
         if any(unit in units for unit in owners(name, config)):
-            is_cut = is_divided(name)
-            rows = -(-shape[0] // tensor_parallel_size) if is_cut else shape[0]
-            total += rows * math.prod(shape[1:])
+            total += rank_numel(name, shape, tensor_parallel_size)
     return total
+
+
+def rank_numel(name: str, shape: Shape, tensor_parallel_size: int) -> int:
+    """Elements of a parameter on one tensor-parallel rank."""
+    rows = -(-shape[0] // tensor_parallel_size) if is_divided(name) else shape[0]
+    return rows * math.prod(shape[1:])
 
 
 def is_divided(name: str) -> bool:

@@ -19,6 +19,7 @@ from deberta_xl.parallel.grid import check_divisible
 if TYPE_CHECKING:  # the tables are read before torch is imported
     from torch import nn
 
+    from deberta_xl.model.heads import TaskModel
     from deberta_xl.model.masked_lm import MaskedLanguageModel
     from deberta_xl.parallel.groups import Groups
 
@@ -62,7 +63,7 @@ SLICED_MODEL_PLAN = {
 }
 
 
-def plan_of(model: MaskedLanguageModel, *, sequence_parallel: bool) -> dict[str, str]:
+def plan_of(model: MaskedLanguageModel | TaskModel, *, sequence_parallel: bool) -> dict[str, str]:
     """Name of each module of `model` that is replaced -> what takes its place."""
     names = [name for name, _ in model.named_modules()]
     plan = {name: style for name in names for end, style in PLAN.items() if name.endswith(end)}
@@ -74,7 +75,7 @@ def plan_of(model: MaskedLanguageModel, *, sequence_parallel: bool) -> dict[str,
     return plan
 
 
-def divide(model: MaskedLanguageModel, groups: Groups, *, sequence_parallel: bool = False) -> None:
+def divide(model: MaskedLanguageModel | TaskModel, groups: Groups, *, sequence_parallel: bool = False) -> None:
     """Replace, in place, what the plan names by this rank's slice of it. Parameters keep their names.
 
     With `sequence_parallel` the states between embeddings and prediction are this rank's slice [B, S/T, D]; everything
@@ -82,8 +83,7 @@ def divide(model: MaskedLanguageModel, groups: Groups, *, sequence_parallel: boo
     """
     if groups.grid.tensor_parallel_size == 1:
         return
-    from torch import nn
-
+    from deberta_xl.model.masked_lm import MaskedLanguageModel
     from deberta_xl.parallel import layers, sequence  # imports megatron-core, which costs seconds
 
     check_divisible(model.config, groups.grid.tensor_parallel_size)
@@ -105,6 +105,16 @@ def divide(model: MaskedLanguageModel, groups: Groups, *, sequence_parallel: boo
             continue  # another stage's layers have no parameters
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, builders[style](plain).train(plain.training))
+    if isinstance(model, MaskedLanguageModel):
+        divide_vocabulary(model, groups)
+
+
+def divide_vocabulary(model: MaskedLanguageModel, groups: Groups) -> None:
+    """The rest of the vocabulary, whose table is divided already: the head's bias, and the loss."""
+    from torch import nn
+
+    from deberta_xl.parallel import layers
+
     full_bias = model.head.bias
     if full_bias is not None:
         model.head.bias = nn.Parameter(full_bias.new_empty(model.embeddings.word.weight.shape[0]))

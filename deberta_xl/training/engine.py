@@ -103,9 +103,9 @@ def build_engine(
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
-    """The rate of the coming update, for every parameter group."""
+    """The rate of the coming update; each parameter group learns at its share of it."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_share"]
 
 
 class StepResult(NamedTuple):

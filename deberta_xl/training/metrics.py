@@ -35,11 +35,12 @@ TAGS = {
     "consumed_samples": "progress/consumed_samples",
     "consumed_tokens": "progress/consumed_tokens",
     "epoch": "progress/epoch",
-    "valid_loss": "valid/loss",
-    "valid_perplexity": "valid/perplexity",
-    "valid_accuracy": "valid/accuracy",
-    "valid_unigram_entropy": "valid/unigram_entropy",
 }
+
+
+def tag_of(name: str) -> str:
+    """TensorBoard's tag of a metric: held-out ones stand under `valid/`, all others under `train/` unless named."""
+    return TAGS.get(name) or (f"valid/{name[6:]}" if name.startswith("valid_") else f"train/{name}")
 
 
 class MetricsWriter:
@@ -64,14 +65,15 @@ class MetricsWriter:
             file.write(json.dumps({"step": step, **values}) + "\n")
         with writing(self.folder):
             for name, value in values.items():
-                self.tensorboard.add_scalar(TAGS.get(name, f"train/{name}"), value, step)
+                self.tensorboard.add_scalar(tag_of(name), value, step)
             self.tensorboard.flush()
 
     def show_step(self, step: int, values: Mapping[str, float | None]) -> None:
         """One console line for a logged training step, or the progress bar's text on a terminal."""
         left = timedelta(seconds=round(values["step_seconds"] * (self.total_steps - step)))
+        accuracy = f"  accuracy {values['accuracy']:.1%}" if "accuracy" in values else ""
         text = (
-            f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.1%}  lr {values['learning_rate']:.2e}  "
+            f"loss {values['loss']:.4f}{accuracy}  lr {values['learning_rate']:.2e}  "
             f"grad norm {values['grad_norm']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
         )
         if self.bar is None:

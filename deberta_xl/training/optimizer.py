@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,20 +10,42 @@ import torch
 from torch import Tensor, nn
 
 from deberta_xl.config import OptimizerSection
+from deberta_xl.finetune_config import FinetuneOptimizerSection
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and tables with decay; biases and norms, which are vectors, without."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
+    """Groups of equal depth: matrices and tables with decay; biases and norms, which are vectors, without.
+
+    `rate_share` is the share of the schedule's rate at which a group learns. Without layer-wise decay there are two
+    groups, and it is 1.
+    """
+    layer_decay = section.layer_decay if isinstance(section, FinetuneOptimizerSection) else 1.0
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            share = layer_decay ** layers_above(name, model.config.num_layers) if layer_decay < 1 else 1.0
+            groups.setdefault((share, parameter.dim() >= 2), []).append(parameter)
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": groups[share, decays], "weight_decay": section.weight_decay * decays, "rate_share": share}
+        for share, decays in sorted(groups, key=lambda key: (-key[0], not key[1]))
     ]
+
+
+def layers_above(name: str, num_layers: int) -> int:
+    """How far below the head a parameter stands: 0 in the head, 1 in the last layer, …, layers + 1 in the embeddings.
+
+    The convolution belongs to the first layer, the relative table to the embeddings.
+    """
+    if match := re.match(r"encoder\.layers\.(\d+)\.", name):
+        return num_layers - int(match[1])
+    if name.startswith("encoder.convolution."):
+        return num_layers
+    return num_layers + 1 if name.startswith(("embeddings.", "encoder.")) else 0
 
 
 def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
     """torch's AdamW, or the original's form without bias correction (for continuing released weights)."""
-    groups = parameter_groups(model, section.weight_decay)
+    groups = parameter_groups(model, section)
     options = {"lr": section.learning_rate, "betas": (section.beta1, section.beta2), "eps": section.epsilon}
     if not section.bias_correction:
         return AdamWithoutBiasCorrection(groups, **options)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deberta_xl.errors import ConfigError
-from deberta_xl.training.run_folder import RunFolder, write_text
+from deberta_xl.training.run_folder import RunFolder, make_folder, write_text
 
 QUIET_SECONDS = 20.0
 """A start whose rank 0 gives no sign of life for so long (heartbeat.py: one every 5 s) is taken for dead."""
@@ -64,6 +64,7 @@ def claim_folder(folder: RunFolder, claim: str) -> str:
                 raise ConfigError(
                     f"run.folder={folder.path} is in use ({before}); end that start first, or choose another folder"
                 )
+    make_folder(folder.path)
     write_text(folder.owner, claim + "\n")
     return claim
 

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 
 from deberta_xl.config import RunConfig
-from deberta_xl.config_file import load_run_config, to_toml
+from deberta_xl.config_file import load_config, to_toml
 from deberta_xl.errors import ConfigError
+from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import logger
 
 State = Literal["running", "stopped", "done"]
@@ -43,13 +44,13 @@ class RunFolder:
         self.log = self.path / "log"
         self.profile = self.path / "profile"
 
-    def prepare(self, config: RunConfig, tokenizer: Path, facts: Mapping[str, Any]) -> None:
+    def prepare(self, config: RunConfig | FinetuneConfig, tokenizer: Path, facts: Mapping[str, Any]) -> None:
         """Create the folder, or take it over: the configuration that holds from now on, and what it runs on."""
         for folder in (self.path, self.tensorboard, self.heartbeat, self.checkpoints, self.log):
             make_folder(folder)
         if self.config.exists():
             try:
-                report_changes(load_run_config(self.config), config)
+                report_changes(load_config(self.config, (), type(config)), config)
             except ConfigError as error:
                 logger.warning("the configuration of this run's last start is replaced unread: %s", error)
         write_text(self.config, to_toml(config))
@@ -117,7 +118,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def report_changes(before: RunConfig, now: RunConfig) -> None:
+def report_changes(before: RunConfig | FinetuneConfig, now: RunConfig | FinetuneConfig) -> None:
     """Say which keys differ from the run's last start."""
     old, new = dataclasses.asdict(before), dataclasses.asdict(now)
     changes = [

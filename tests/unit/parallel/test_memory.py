@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.config_file import load_run_config
+from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.config_file import load_config, load_run_config
 from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
+from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.heads import TaskModel
 from deberta_xl.model.masked_lm import MaskedLanguageModel, read_mask
 from deberta_xl.parallel.grid import Grid
-from deberta_xl.parallel.memory import GIB, estimate_memory, layer_activations, rank_parameters
+from deberta_xl.parallel.memory import GIB, estimate_memory, estimate_task_memory, layer_activations, rank_parameters
 from deberta_xl.parallel.pipeline import build_stage
 from deberta_xl.parallel.stages import split_model
 
@@ -99,3 +101,23 @@ def test_the_first_stage_holds_more_micro_batches_than_the_last():
     overrides = ["train.micro_batch_size=2", "parallel.pipeline_parallel_size=4"]
     first, second, third = (estimate(Grid(stage=s, num_stages=4), "zero1_bf16", *overrides) for s in range(3))
     assert first > second > third
+
+
+def test_sift_keeps_two_passes_and_a_head_changes_the_parameters():
+    architecture = load_run_config("xxlarge").model.architecture(128_100)
+    head = HeadConfig(kind="classification", num_labels=3)
+    estimates = {}
+    for name, overrides in {
+        "plain": ["sift.weight=0"], "sift": [], "recomputed": ["train.activation_checkpointing=true"],
+    }.items():  # fmt: skip
+        run = load_config("finetune_sift", overrides, FinetuneConfig)
+        engine = load_deepspeed_config(SHIPPED_CONFIGS / "zero1_bf16.json", run)
+        estimates[name] = estimate_task_memory(architecture, head, run, engine, Grid(), 1)
+    with torch.device("meta"):
+        model = TaskModel(architecture, head)
+    assert estimates["sift"].num_parameters == sum(p.numel() for p in model.parameters())
+    # Twice what a pass keeps; the temporaries of one layer come once.
+    assert 1.9 < estimates["sift"].activations / estimates["plain"].activations < 2
+    # The 1.5B preset at micro-batch 8 and length 256 fits a GPU of 80 GB = 74.5 GiB.
+    assert estimates["sift"].total / GIB < 74.5
+    assert estimates["recomputed"].total / GIB < 30

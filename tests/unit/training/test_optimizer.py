@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.config import OptimizerSection
+from deberta_xl.finetune_config import FinetuneOptimizerSection
+from deberta_xl.model.heads import TaskModel
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.training.optimizer import AdamWithoutBiasCorrection, build_optimizer, parameter_groups
 
@@ -18,7 +20,7 @@ def test_norms_and_biases_do_not_decay_and_everything_else_does():
         conv_kernel_size=3,
     )  # fmt: skip
     model = MaskedLanguageModel(config)
-    decayed, free = ({id(p) for p in group["params"]} for group in parameter_groups(model, 0.1))
+    decayed, free = ({id(p) for p in group["params"]} for group in parameter_groups(model, SECTION))
     for name, parameter in model.named_parameters():
         is_free = "norm" in name or name.endswith("bias")
         assert (id(parameter) in free) == is_free, name
@@ -47,3 +49,24 @@ def test_a_parameter_without_a_gradient_is_left_alone():
     before = model.weight.detach().clone()
     build_optimizer(model, SECTION).step()
     assert torch.equal(model.weight, before)
+
+
+def test_each_layer_learns_at_its_share_of_the_rate_of_the_layer_above():
+    config = DebertaConfig(
+        vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, position_buckets=4,
+        conv_kernel_size=3,
+    )  # fmt: skip
+    model = TaskModel(config, HeadConfig(kind="classification", num_labels=2))
+    section = FinetuneOptimizerSection(layer_decay=0.5, weight_decay=0.1)
+    groups = parameter_groups(model, section)
+    share = {id(p): group["rate_share"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    expected = {
+        "classifier.weight": 1, "pooler.dense.bias": 1, "encoder.layers.1.feed_forward.up.weight": 0.5,
+        "encoder.layers.0.attention_norm.weight": 0.25, "encoder.convolution.weight": 0.25,
+        "embeddings.word.weight": 0.125, "encoder.relative_position.table.weight": 0.125,
+    }  # fmt: skip
+    parameters = dict(model.named_parameters())
+    assert {name: share[id(parameters[name])] for name in expected} == expected
+    assert len(share) == len(parameters)
+    assert all(decay[id(p)] == (0.1 if p.dim() >= 2 else 0.0) for p in parameters.values())

@@ -101,3 +101,9 @@ time.sleep(120)
     result = subprocess.run([sys.executable, "-c", program], timeout=100, capture_output=True, text=True)
     assert result.returncode == TAKEN_OVER
     assert "names another start of this run" in result.stderr
+
+
+def test_a_folder_that_does_not_exist_yet_is_made_to_be_claimed(tmp_path):
+    folder = RunFolder(tmp_path / "runs" / "new")
+    claim_folder(folder, "start host here process 1 time 1")
+    assert folder.owner.read_text() == "start host here process 1 time 1\n"

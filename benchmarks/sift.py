@@ -1,0 +1,124 @@
+"""What SiFT costs: time of a step on this machine, and the memory of the 1.5B preset by its shapes.
+
+python benchmarks/sift.py
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.config_file import load_run_config
+from deberta_xl.finetune_config import SiftSection
+from deberta_xl.model.heads import TaskModel
+from deberta_xl.training.sift import Sift
+from deberta_xl.training.task_batches import TaskMicroBatch
+from deberta_xl.training.task_step import TaskObjective
+
+GIB = 2**30
+HEAD = HeadConfig(kind="classification", num_labels=3)
+
+
+def batch_of(rows: int, length: int, vocab_size: int) -> TaskMicroBatch:
+    """A batch without padding."""
+    ids = torch.randint(4, min(vocab_size, 1000), (rows, length))
+    ones = torch.ones_like(ids)
+    return TaskMicroBatch(ids, ones, torch.zeros_like(ids), torch.zeros(rows, dtype=torch.int64), 1, rows)
+
+
+def losses(model: TaskModel, batch: TaskMicroBatch, sift: Sift | None) -> Tensor:
+    """The total loss of one micro-batch."""
+    objective = TaskObjective(
+        model, batch, share=float(batch.num_items), sift=sift, sift_weight=5.0, class_weights=None, key=None
+    )
+    return model(batch.input_ids_BS, batch.segments_BS, objective=objective).total
+
+
+def seconds(model: TaskModel, batch: TaskMicroBatch, sift: Sift | None, repeats: int = 5) -> float:
+    """The fastest of some forwards and backwards."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        losses(model, batch, sift).backward()
+        best = min(best, time.perf_counter() - start)
+        model.zero_grad()
+    return best
+
+
+class SavedBytes:
+    """Counts the bytes that autograd keeps alive, each storage once, and their peak."""
+
+    def __init__(self, parameters: set[int]):
+        self.parameters = parameters
+        self.references: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def pack(self, tensor: Tensor) -> Saved:
+        """Called for every tensor that is saved."""
+        return Saved(self, tensor)
+
+    def add(self, tensor: Tensor, change: int) -> None:
+        """One reference more or less."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.parameters:
+            return
+        before = self.references.get(key, 0)
+        self.references[key] = before + change
+        if (before == 0 and change > 0) or before + change == 0:
+            self.now += change * storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+
+class Saved:
+    """A saved tensor, as long as autograd holds it."""
+
+    def __init__(self, counter: SavedBytes, tensor: Tensor):
+        self.counter, self.tensor = counter, tensor
+        counter.add(tensor, 1)
+
+    def __del__(self) -> None:
+        self.counter.add(self.tensor, -1)
+
+
+def activation_gib(config: DebertaConfig, rows: int, length: int, sift: Sift | None, *, recompute: bool) -> float:
+    """Peak of what autograd keeps for one micro-batch in bf16, by shapes alone."""
+    with torch.device("meta"):
+        model = TaskModel(config, HEAD).to(torch.bfloat16)
+        batch = TaskMicroBatch(*(t.to("meta") for t in batch_of(rows, length, config.vocab_size)[:4]), 1, rows)
+        if recompute:
+            model.checkpoint_activations()
+        counter = SavedBytes({p.untyped_storage()._cdata for p in model.parameters()})
+        with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda saved: saved.tensor):
+            losses(model, batch, sift).backward()
+    return counter.peak / GIB
+
+
+def main() -> None:
+    """Print both, memory first."""
+    config = load_run_config("xxlarge").model.architecture(128_100)
+    measure = partial(activation_gib, config, 8, 256)
+    for name, sift in (("plain", None), ("SiFT", Sift(SiftSection(weight=5.0), "classification"))):
+        kept, recomputed = (measure(sift, recompute=flag) for flag in (False, True))
+        print(f"xxlarge, {name}: activations {kept:.1f} GiB, with activation checkpointing {recomputed:.1f} GiB")
+    print_times()
+
+
+def print_times() -> None:
+    """A small model's steps on this machine."""
+    small = DebertaConfig(
+        vocab_size=8000, hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, position_buckets=32
+    )
+    model, batch = TaskModel(small, HEAD), batch_of(8, 128, 8000)
+    plain = seconds(model, batch, None)
+    for steps in (1, 2):
+        ratio = seconds(model, batch, Sift(SiftSection(weight=5.0, steps=steps), "classification")) / plain
+        print(f"SiFT with {steps} steps: {ratio:.2f} times the time of a plain forward and backward ({plain:.3f} s)")
+
+
+if __name__ == "__main__":
+    main()

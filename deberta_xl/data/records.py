@@ -1,0 +1,129 @@
+"""Files of tasks as records: dictionaries, each with its place for messages. Nothing here knows what a task is.
+
+Understood are .jsonl, .json (a list, or an object whose `data` is one), .tsv (as GLUE writes it: no quoting), .csv,
+.parquet, and a folder that Hugging Face's `datasets` has saved, when that library is present.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deberta_xl.data.errors import DataError
+
+csv.field_size_limit(2**27)
+
+
+class TaskDataError(DataError):
+    """A task's files, or its description, cannot be used."""
+
+
+class Record(NamedTuple):
+    """One row of a file."""
+
+    place: str
+    """File and line (or number), for messages."""
+    fields: dict[str, Any]
+
+
+def read_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
+    """The rows of a file by its suffix; `columns` names those of a .tsv or .csv without header.
+
+    Raises TaskDataError naming file and line.
+    """
+    readers = {
+        ".jsonl": read_jsonl, ".json": read_json, ".tsv": read_table, ".csv": read_table, ".txt": read_table,
+        ".parquet": read_parquet,
+    }  # fmt: skip
+    reader = read_datasets_folder if path.is_dir() else readers.get(path.suffix)
+    if reader is None:
+        known = ", ".join(readers)
+        raise TaskDataError(f"{path}: files of this kind cannot be read; known: {known}, and folders of `datasets`")
+    try:
+        yield from reader(path, columns) if reader is read_table else reader(path)
+    except UnicodeDecodeError as error:
+        raise TaskDataError(f"{path} is not UTF-8 text: {error}; convert it") from error
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """An object per line; empty lines are passed over."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                place = f"{path}:{number}"
+                yield Record(place, as_object(parse_json(line, place), place))
+
+
+def parse_json(text: str, place: str) -> Any:
+    """One JSON value."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TaskDataError(f"{place}: not valid JSON: {error.msg}") from error
+
+
+def as_object(value: Any, place: str) -> dict[str, Any]:
+    """`value`, which must be an object."""
+    if not isinstance(value, dict):
+        raise TaskDataError(f"{place}: a JSON object is expected, with a key for each column")
+    return value
+
+
+def read_json(path: Path) -> Iterator[Record]:
+    """The objects of a list."""
+    content = parse_json(path.read_text(encoding="utf-8"), str(path))
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise TaskDataError(f"{path}: a list of objects is expected, or an object whose `data` is one")
+    for number, row in enumerate(rows):
+        place = f"{path}, record {number}"
+        yield Record(place, as_object(row, place))
+
+
+def read_table(path: Path, columns: Sequence[str] | None) -> Iterator[Record]:
+    """Rows of a table, with the names of its first line or those given.
+
+    Tabs separate unquoted fields in .tsv and .txt; .csv has commas and quotes.
+    """
+    dialect = {"delimiter": ","} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, **dialect)
+        names = list(columns) if columns else next(rows, [])
+        for row in rows:
+            if not row:
+                continue
+            place = f"{path}:{rows.line_num}"
+            if len(row) < len(names) or (columns and len(row) > len(names)):
+                raise TaskDataError(f"{place}: {len(row)} columns, expected {len(names)}: {', '.join(names)}")
+            yield Record(place, dict(zip(names, row, strict=False)))
+
+
+def read_parquet(path: Path) -> Iterator[Record]:
+    """Rows of a Parquet file."""
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise TaskDataError(f"{path} is not a Parquet file, or is damaged: {error}") from error
+    for number, row in enumerate(table.to_pylist()):
+        yield Record(f"{path}, row {number}", row)
+
+
+def read_datasets_folder(path: Path) -> Iterator[Record]:
+    """Rows of what `datasets.Dataset.save_to_disk` wrote, class numbers replaced by their names."""
+    try:
+        import datasets
+    except ImportError:
+        raise TaskDataError(
+            f"{path} is a folder: to read what Hugging Face's `datasets` saved, `pip install datasets` first, or give "
+            "the task's files"
+        ) from None
+    dataset = datasets.load_from_disk(str(path))
+    names = {name: kind.names for name, kind in dataset.features.items() if hasattr(kind, "names")}
+    for number, row in enumerate(dataset):
+        named = {name: names[name][row[name]] for name in names if 0 <= row[name] < len(names[name])}
+        yield Record(f"{path}, row {number}", {**row, **named})

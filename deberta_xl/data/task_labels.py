@@ -1,0 +1,99 @@
+"""Labels as numbers: a task's list of classes, and examples checked against it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from deberta_xl.data.records import TaskDataError
+from deberta_xl.data.tasks import Example, Task
+
+SHOWN = 5
+UNKNOWN_LABELS = ("-1", "")
+"""What benchmarks write where the label is kept secret."""
+
+
+def labels_of(task: Task, examples: Sequence[Example]) -> list[str]:
+    """The classes in the order of the model's outputs: the task's own, or those of the training examples, sorted."""
+    if not task.has_classes:
+        return []
+    if task.labels is not None:
+        return list(task.labels)
+    found = Counter(name for example in examples for name in names_in(task, example.label))
+    if len(found) < 2:
+        raise TaskDataError(f"task {task.name}: the training examples have the labels {sorted(found)}; two are needed")
+    return sorted(found)
+
+
+def names_in(task: Task, label: Any) -> tuple[str, ...]:
+    """The names that a label consists of."""
+    if label is None:
+        return ()
+    return (label,) if task.head == "classification" else tuple(label)
+
+
+def encode_labels(task: Task, labels: Sequence[str], examples: Sequence[Example], *, where: str) -> list[Example]:
+    """The examples with classes instead of names.
+
+    Raises TaskDataError that lists unknown labels and how often they come, or a choice that is none of the options.
+    """
+    number = {name: index for index, name in enumerate(labels)}
+    if task.has_classes:
+        check_known(task, number, examples, where)
+    return [example._replace(label=encode_label(task, number, example, where)) for example in examples]
+
+
+def check_known(task: Task, number: dict[str, int], examples: Sequence[Example], where: str) -> None:
+    """Refuse labels that the task does not have, all of them at once."""
+    counts = Counter(name for example in examples for name in names_in(task, example.label))
+    unknown = {name: count for name, count in counts.items() if name not in number and name not in UNKNOWN_LABELS}
+    if unknown:
+        listed = ", ".join(f"{name!r} ({count} times)" for name, count in list(unknown.items())[:SHOWN])
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        raise TaskDataError(
+            f"{where}: unknown labels {listed}{more}; task {task.name} has: {', '.join(number)}. Mend the file, or the "
+            "task's labels (label_names maps what a file writes to them)"
+        )
+
+
+def encode_label(task: Task, number: dict[str, int], example: Example, where: str) -> Any:
+    """One label as a number or numbers; None where it is not known."""
+    label = example.label
+    if label is None:
+        return None
+    if task.head == "classification":
+        return number.get(label)
+    if task.head == "multi_label":
+        return tuple(float(name in label) for name in number)
+    if task.head == "token":
+        return tuple(number[tag] for tag in label)
+    if task.head == "choice":
+        num_options = len(example.texts) - 1
+        if int(label) != label or not 0 <= label < num_options:
+            if label == -1:
+                return None
+            raise TaskDataError(f"{where}, example {example.id}: option {label:g} of 0 … {num_options - 1}")
+        return int(label)
+    return label
+
+
+def class_weights(task: Task, num_labels: int, examples: Sequence[Example]) -> np.ndarray:
+    """examples / (classes · examples of the class), float32 [classes]: their mean over the examples is 1.
+
+    For multi_label the weight of a label's ones: its zeros / its ones. Raises TaskDataError for an unused class.
+    """
+    if task.head == "multi_label":
+        ones = np.sum([example.label for example in examples], axis=0)
+        weights = (len(examples) - ones) / np.maximum(ones, 1)
+    else:
+        classes = [c for e in examples for c in (e.label if task.head == "token" else (e.label,))]
+        ones = np.bincount(classes, minlength=num_labels)
+        weights = len(classes) / (num_labels * np.maximum(ones, 1))
+    if not np.all(ones):
+        raise TaskDataError(
+            f"task {task.name}: no training example has class {int(np.argmin(ones))}; train.class_weights=none"
+        )
+    return weights.astype(np.float32)

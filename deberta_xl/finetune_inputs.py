@@ -1,0 +1,172 @@
+"""What a fine-tuning run needs, read and checked before DeepSpeed is imported."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.config import ScheduleSection
+from deberta_xl.config_file import load_config
+from deberta_xl.data.task_features import TaskData
+from deberta_xl.data.task_labels import labels_of
+from deberta_xl.data.task_metrics import check_defined
+from deberta_xl.data.tasks import Example, Task, load_task, read_split, splits_of
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
+from deberta_xl.errors import ConfigError
+from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.launch import Launch, read_launch
+from deberta_xl.log import rank_zero
+from deberta_xl.parallel.grid import Grid, check_divisible
+
+if TYPE_CHECKING:
+    from deberta_xl.checkpoint.head_facts import HeadFacts
+
+TRAIN, VALID = "train", "valid"
+SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
+"""Options of the command line that stand for keys of the configuration."""
+
+
+class Inputs(NamedTuple):
+    """Everything that a run is assembled from."""
+
+    config: FinetuneConfig
+    engine: DeepSpeedConfig
+    launch: Launch
+    grid: Grid
+    tokenizer_folder: Path
+    architecture: DebertaConfig
+    head: HeadFacts
+    train_data: TaskData
+    held_out: Mapping[str, TaskData]
+    total_steps: int
+    schedule: ScheduleSection
+    fingerprints: Mapping[str, Any]
+    """What a checkpoint must agree with to be continued."""
+
+
+def read_inputs(arguments: argparse.Namespace) -> Inputs:
+    """Read and check configuration, launcher, the checkpoint's description and the task's files. Raises UserError."""
+    config = load_config(arguments.config, arguments.overrides, FinetuneConfig)
+    engine = load_deepspeed_config(arguments.deepspeed_config, config)
+    launch = read_launch()
+    refuse_pipeline(config)
+    grid = Grid.for_run(launch.rank, launch.world_size, config.parallel)
+    engine.agree(grid.data_parallel_size, config)
+    check_given(config)
+    task = load_task(config.task.name)
+    examples = read_examples(task, config)
+    architecture, tokenizer_folder = describe_init(config)
+    check_divisible(architecture, grid.tensor_parallel_size)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ConfigError(f"{tokenizer_folder} has {tokenizer.vocab_size} ids, the model {architecture.vocab_size}")
+    labels = labels_of(task, examples[TRAIN])
+    data = {split: tokenize(task, labels, split, found, tokenizer, config) for split, found in examples.items()}
+    for split, of_split in data.items():
+        if split == VALID or (split != TRAIN and of_split.is_labelled):
+            check_defined(task, labels, of_split.examples, where=f"{config.task.data}, {split}")
+    head = describe_head(task, labels, architecture, config)
+    total_steps = config.train.total_steps(len(data[TRAIN]))
+    return Inputs(
+        config, engine, launch, grid, tokenizer_folder, architecture, head, data.pop(TRAIN), data, total_steps,
+        config.schedule.for_steps(total_steps), fingerprints_of(architecture, head, examples[TRAIN], tokenizer, config),
+    )  # fmt: skip
+
+
+def refuse_pipeline(config: FinetuneConfig) -> None:
+    """Stages pass on one forward per micro-batch; fine-tuning's objective makes several."""
+    stages = config.parallel.pipeline_parallel_size
+    if stages > 1:
+        raise ConfigError(
+            f"parallel.pipeline_parallel_size={stages} is for pretraining; fine-tuning divides a model by "
+            "parallel.tensor_parallel_size and the ZeRO stage of the DeepSpeed JSON"
+        )
+
+
+def check_given(config: FinetuneConfig) -> None:
+    """Refuse a run without task, data or checkpoint."""
+    for short, key in SHORT_FORMS.items():
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) is None:
+            raise ConfigError(f"{key} is not set: give it by --{short} (deberta_xl/finetune.py --help has an example)")
+
+
+def read_examples(task: Task, config: FinetuneConfig) -> dict[str, list[Example]]:
+    """The examples of every split that is there; training and validation must be."""
+    folder, limits = Path(config.task.data), config.task
+    splits = dict.fromkeys([TRAIN, VALID, *splits_of(task, folder)])
+    limit = {TRAIN: limits.max_train_examples}
+    return {
+        split: read_split(task, folder, split, limit=limit.get(split, limits.max_eval_examples)) for split in splits
+    }
+
+
+def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Path]:
+    """Architecture and tokenizer folder of the checkpoint to start from; its weights are read and verified later."""
+    from deberta_xl.fill_mask import find_tokenizer
+    from deberta_xl.finetuned import peek
+
+    folder, architecture = peek(Path(config.train.init))
+    return config.model.applied_to(architecture), find_tokenizer(folder)
+
+
+def tokenize(
+    task: Task, labels: Sequence[str], split: str, examples: Sequence[Example], tokenizer: Tokenizer,
+    config: FinetuneConfig,
+) -> TaskData:  # fmt: skip
+    """A split as token ids; what was cut is reported."""
+    data = TaskData(
+        task,
+        labels,
+        examples,
+        tokenizer,
+        sequence_length=config.model.sequence_length,
+        document_stride=config.model.document_stride,
+        is_training=split == TRAIN,
+        where=f"{config.task.data}, {split}",
+    )
+    cuts = data.cuts
+    if cuts.truncated:
+        rank_zero(
+            "%s: %d of %d examples are longer than model.sequence_length=%d and were cut (docs/finetuning.md says how)",
+            split, cuts.truncated, cuts.total, config.model.sequence_length,
+        )  # fmt: skip
+    if cuts.mismatched:
+        rank_zero(
+            "%s: %d of %d answers are not where they are said to be; left out", split, cuts.mismatched, cuts.total
+        )
+    return data
+
+
+def describe_head(task: Task, labels: Sequence[str], architecture: DebertaConfig, config: FinetuneConfig) -> HeadFacts:
+    """The head that the task needs, and what has to be known to use it."""
+    from deberta_xl.checkpoint.head_facts import HeadFacts
+
+    chosen = config.model.head_dropout
+    num_labels = len(labels) if task.has_classes else 2 if task.head == "span" else 1
+    dropout = architecture.hidden_dropout if chosen is None else chosen
+    head = HeadConfig(kind=task.head, num_labels=num_labels, dropout=dropout)
+    normalized_twice = bool(config.sift.weight) and config.sift.resolved().entry == "normalized_twice"
+    lengths = config.model.sequence_length, config.model.document_stride
+    return HeadFacts(head, list(labels), task, *lengths, normalized_twice)
+
+
+def fingerprints_of(
+    architecture: DebertaConfig, head: HeadFacts, examples: Sequence[Example], tokenizer: Tokenizer,
+    config: FinetuneConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """What a checkpoint must agree with to be continued."""
+    from deberta_xl.pretrained import computed_by
+
+    return {
+        "architecture": computed_by(architecture),
+        "task": {"kind": head.head.kind, "labels": head.labels},
+        "sequence_length": config.model.sequence_length,
+        "data": hashlib.sha256(repr(examples).encode("utf-8", "surrogatepass")).hexdigest(),
+        "tokenizer": tokenizer.fingerprint,
+    }

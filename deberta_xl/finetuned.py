@@ -1,0 +1,163 @@
+"""Fine-tuned models: their folders, and starting one from pretrained weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, parse_config, read_config_fields
+from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
+from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name, step_folders
+from deberta_xl.checkpoint.names import EXTRA
+from deberta_xl.checkpoint.native_config import native_config, read_native_config
+from deberta_xl.checkpoint.task_export import read_foreign_task
+from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, read_weights, write_weights
+from deberta_xl.errors import ConfigError
+from deberta_xl.log import logger
+from deberta_xl.model.heads import TaskModel
+from deberta_xl.pretrained import find_pretrained
+
+BEST_NAME = "best"
+
+
+def find_finetuned(directory: str | Path) -> Path:
+    """The folder with the weights behind what a user named, verified: of a run, its best weights."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a folder")
+    best = directory / BEST_NAME
+    directory = best if best.is_dir() else directory
+    return directory if is_foreign_folder(directory) else find_weights_folder(directory)
+
+
+def peek(directory: Path) -> tuple[Path, DebertaConfig]:
+    """The folder that a start from `directory` will read, as its name says, and the architecture in it.
+
+    Nothing is verified: `find_init` does that, once for all ranks. Raises ConfigError when it cannot be meant.
+    """
+    folder = directory / BEST_NAME if (directory / BEST_NAME).is_dir() else directory
+    steps = step_folders(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
+    folder = steps[0] if steps else folder
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder")
+        if is_foreign_folder(folder):
+            return folder, parse_config(read_config_fields(folder) or {}, folder)
+        return folder, read_native_config(folder / CONFIG_NAME)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init: {error}") from error
+
+
+def find_init(directory: Path) -> Path:
+    """The verified folder to start from: a fine-tuning run's best weights, or what `find_pretrained` finds."""
+    try:
+        return find_pretrained(directory / BEST_NAME if (directory / BEST_NAME).is_dir() else directory)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init: {error}") from error
+
+
+class DebertaForTask(TaskModel):
+    """DeBERTa fine-tuned for a task. See `TaskModel.forward`."""
+
+    facts: HeadFacts
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
+        """The fine-tuned model in a run, checkpoint or weights folder, or one of transformers', in evaluation mode.
+
+        Raises CheckpointError when files are missing or damaged, or the folder holds no fine-tuned model.
+        """
+        folder = find_finetuned(directory)
+        if is_foreign_folder(folder):
+            config, facts, weights = read_foreign_task(folder)
+        else:
+            config, facts, weights = read_native_config(folder / CONFIG_NAME), read_head(folder), read_weights(folder)
+        with torch.device("meta"):
+            model = cls(config, facts.head)
+        model.facts = facts
+        check_fits(model, weights, folder)
+        names = [name for name, _ in model.named_parameters()]
+        model.load_state_dict({name: weights[name].to(dtype) for name in names}, assign=True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path, *, tokenizer: str | Path | None = None) -> None:
+        """Write a weights folder. Raises CheckpointError when it exists and is not empty."""
+        weights = {name: p.detach() for name, p in self.named_parameters()}
+        write_finetuned(Path(directory), weights, self.config, self.facts, Path(tokenizer) if tokenizer else None)
+
+
+def write_finetuned(
+    folder: Path, weights: Mapping[str, Tensor], config: DebertaConfig, facts: HeadFacts, tokenizer: Path | None
+) -> None:
+    """A weights folder of a fine-tuned model: all of it, or nothing."""
+    write_weights(folder, weights, native_config(config), tokenizer, {HEAD_NAME: facts.to_json()})
+
+
+def replace_best(run_folder: Path, best_step: int) -> None:
+    """Write the weights of a run's best checkpoint into its folder `best`, in place of older ones."""
+    source = run_folder / "checkpoints" / step_folder_name(best_step)
+    shutil.rmtree(run_folder / BEST_NAME, ignore_errors=True)
+    facts, config = read_head(source), read_native_config(source / CONFIG_NAME)
+    write_finetuned(run_folder / BEST_NAME, read_weights(source), config, facts, source / TOKENIZER_NAME)
+
+
+def check_fits(
+    model: TaskModel, weights: Mapping[str, Tensor], folder: Path, prefixes: tuple[str, ...] = ("",)
+) -> None:
+    """Refuse weights of which the model needs others: every parameter that begins with one of `prefixes`."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefixes):
+            if name not in weights:
+                raise CheckpointError(f"{folder} has no tensor for {name}")
+            if weights[name].shape != parameter.shape:
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {list(weights[name].shape)}, the configuration asks for "
+                    f"{list(parameter.shape)}"
+                )
+
+
+def read_any_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights under our names of a pretrained or fine-tuned folder of any layout; those of a head, too."""
+    if not is_foreign_folder(folder):
+        return read_weights(folder)
+    model = open_foreign(folder, may_be_fresh=True)
+    fresh = model.origin.fresh if model.origin else ()
+    return {n.removeprefix(EXTRA): tensor.read() for n, tensor in model.tensors.items() if n not in fresh}
+
+
+@torch.no_grad()
+def load_encoder(model: TaskModel, folder: Path) -> None:
+    """Start `model` from pretrained or fine-tuned weights in a folder given by `find_pretrained` or `find_finetuned`.
+
+    A head of the same shape and the same labels is taken too; another one stays fresh, which is said.
+    """
+    try:
+        weights = read_any_weights(folder)
+        check_fits(model, weights, folder, ("embeddings.", "encoder."))
+    except CheckpointError as error:
+        raise ConfigError(f"train.init: {error}") from error
+    taken, fresh = [], []
+    for name, parameter in model.named_parameters():
+        is_there = name in weights and weights[name].shape == parameter.shape
+        (taken if is_there else fresh).append(name)
+        if is_there:
+            parameter.copy_(weights[name])
+    report_head(folder, weights, fresh, model)
+
+
+def report_head(folder: Path, weights: Mapping[str, Tensor], fresh: list[str], model: TaskModel) -> None:
+    """Say when a fine-tuned checkpoint's head cannot be used."""
+    other = [n for n in fresh if n in weights]
+    if other:
+        there, here = weights["classifier.weight"].shape[0], model.head.num_labels
+        logger.warning(
+            "%s was fine-tuned for %d outputs, this task has %d: its last projection is new", folder, there, here
+        )

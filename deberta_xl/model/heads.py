@@ -1,0 +1,143 @@
+"""The encoder with a head for a task: what is fine-tuned.
+
+Shape suffixes of this file:
+    B rows of the batch   S sequence   D hidden   C classes   X examples   O options of an example
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.model.disentangled_attention import Pairs
+from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
+from deberta_xl.model.embeddings import Embeddings
+from deberta_xl.model.encoder import Encoder, recompute
+from deberta_xl.model.initialization import initialize_weights
+from deberta_xl.model.masked_lm import read_mask
+
+Perturb = Callable[[Tensor], Tensor]
+"""Changes the summed embeddings [B, S, D] before they are normalised."""
+
+
+class Predict(Protocol):
+    """One pass of a model over a batch that is fixed."""
+
+    def __call__(self, *, dropout_key: DropoutKey | None = None, perturb: Perturb | None = None) -> Tensor:
+        """The logits."""
+
+
+class Pooler(nn.Module):
+    """The state of [CLS], projected, with the activation of the original (gelu in every released model)."""
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, D]."""
+        return F.gelu(self.dense(hidden_BSD[:, 0]))
+
+
+class TaskModel(nn.Module):
+    """DeBERTa's encoder with a head. All layers run as they are: the enhanced mask decoder is pretraining's alone.
+
+    The absolute-position table is left out where only that decoder reads it.
+    """
+
+    def __init__(self, config: DebertaConfig, head: HeadConfig, seed: int = 0):
+        """Fresh weights from `seed`. Under `torch.device("meta")` nothing is allocated or initialised."""
+        super().__init__()
+        self.config, self.head = config, head
+        device = torch.get_default_device()
+        with torch.device("meta"):  # torch's own initialisation would be thrown away
+            self.embeddings = Embeddings(config)
+            self.encoder = Encoder(config)
+            self.pooler = Pooler(config) if head.is_pooled else None
+            self.classifier = nn.Linear(config.hidden_size, head.num_labels)
+        self.dropout = Dropout(head.dropout)
+        self.prediction_entry = nn.Identity()
+        """Before the head; where ranks divide the sequence, the plan puts in its place what joins the slices."""
+        if not config.position_biased_input:
+            self.embeddings.position = None
+        if device.type != "meta":
+            self.to_empty(device=device)
+            initialize_weights(self, config.initializer_range, seed)
+
+    @property
+    def num_ordinary_layers(self) -> int:
+        """Layers that run as they are: all of them."""
+        return self.config.num_layers
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self.encoder.apply_layer = recompute
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        num_options: int = 1,
+        objective: Callable[[Predict], Any] | None = None,
+        dropout_key: DropoutKey | None = None,
+        perturb: Perturb | None = None,
+    ) -> Any:
+        """Logits, or whatever `objective` makes of them.
+
+        Args:
+            input_ids: [batch, sequence]; for `choice` the options of an example are neighbouring rows.
+            attention_mask: as in `MaskedLanguageModel.forward`.
+            token_type_ids: [batch, sequence]; zeros when absent.
+            num_options: rows of one example, for `choice`.
+            objective: is given `predict(dropout_key=…, perturb=…)`, which it may call several times. An engine sees
+                one forward then, however many passes a step needs.
+            dropout_key, perturb: for a single pass, without objective.
+
+        The logits are at least float32: [B, C] for classification and multi_label, [B] for regression, [X, O] for
+        choice, [B, S, C] for token and [B, S, 2] for span.
+        """
+        predict = partial(self.predict, input_ids, attention_mask, token_type_ids, num_options)
+        if objective is not None:
+            return objective(predict)
+        return predict(dropout_key=dropout_key, perturb=perturb)
+
+    def predict(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        num_options: int,
+        *,
+        dropout_key: DropoutKey | None = None,
+        perturb: Perturb | None = None,
+    ) -> Tensor:
+        """One pass: the logits."""
+        segments_BS, mask_BST = read_mask(input_ids, attention_mask)
+        pairs = Pairs(self.encoder.relative_position.index(input_ids.shape[1], input_ids.device), mask_BST)
+        embedding_key = fold_key(dropout_key, "embeddings")
+        embedded_BSD = self.embeddings(input_ids, segments_BS, token_type_ids, embedding_key, perturb)
+        (hidden_BSD,) = self.encoder(
+            embedded_BSD,
+            segments_BS,
+            self.encoder.relative_position(),
+            pairs,
+            numbers=range(self.num_ordinary_layers),
+            key=dropout_key,
+        )
+        hidden_BSD = self.prediction_entry(hidden_BSD)
+        features = hidden_BSD if self.pooler is None else self.pooler(hidden_BSD)
+        logits = self.classifier(self.dropout(features, fold_key(dropout_key, "head")))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.head.kind == "regression":
+            return logits.squeeze(-1)
+        if self.head.kind == "choice":
+            return logits.view(-1, num_options)
+        return logits

@@ -1,0 +1,113 @@
+"""Using fine-tuned models: one, or several whose logits are averaged, on texts or on a split of a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deberta_xl.data.records import Record, TaskDataError, read_jsonl
+from deberta_xl.data.task_features import TaskData
+from deberta_xl.data.task_predictions import Prediction, predictions_of
+from deberta_xl.data.task_submission import describe
+from deberta_xl.data.tasks import Example, ExampleReader, Source
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.errors import ConfigError
+from deberta_xl.fill_mask import find_tokenizer
+from deberta_xl.finetuned import DebertaForTask, find_finetuned
+from deberta_xl.launch import Launch
+from deberta_xl.training.sift import normalized
+from deberta_xl.training.task_evaluate import task_logits
+
+CHUNK = 4096
+"""Records of a file that are held at once."""
+COLUMNS = {"choice": ("context", None), "span": ("context", "question"), "token": ("words", None)}
+"""Keys of a record's texts; other kinds have `text`, and `text_pair` where there are two."""
+
+
+class Predictor:
+    """Fine-tuned models of one task. Every rank holds them whole, and predicts its share of the examples."""
+
+    def __init__(self, checkpoints: Sequence[Path], launch: Launch, device: torch.device, micro_batch_size: int):
+        """Raises ConfigError when the checkpoints do not belong to one task and tokenizer, CheckpointError as usual."""
+        self.launch, self.device, self.micro_batch_size = launch, device, micro_batch_size
+        folders = [find_finetuned(checkpoint) for checkpoint in checkpoints]
+        self.models = [DebertaForTask.from_pretrained(folder).to(device) for folder in folders]
+        tokenizers = [Tokenizer.load(find_tokenizer(folder)) for folder in folders]
+        self.facts, self.tokenizer = self.models[0].facts, tokenizers[0]
+        for checkpoint, model, tokenizer in zip(checkpoints, self.models, tokenizers, strict=True):
+            ours, theirs = self.facts, model.facts
+            if (theirs.head.kind, theirs.labels) != (ours.head.kind, ours.labels):
+                raise ConfigError(
+                    f"{checkpoint} predicts {theirs.head.kind} of {theirs.labels}, {checkpoints[0]} predicts "
+                    f"{ours.head.kind} of {ours.labels}: only models of one task can be averaged"
+                )
+            if tokenizer.fingerprint != self.tokenizer.fingerprint:
+                raise ConfigError(f"{checkpoint} has another tokenizer than {checkpoints[0]}; they cannot be averaged")
+
+    def tokenize(self, examples: Sequence[Example], where: str) -> TaskData:
+        """Examples as the models were trained on them."""
+        facts = self.facts
+        return TaskData(
+            facts.task,
+            facts.labels,
+            examples,
+            self.tokenizer,
+            sequence_length=facts.sequence_length,
+            document_stride=facts.document_stride,
+            is_training=False,
+            where=where,
+        )
+
+    def predict(self, data: TaskData) -> list[Prediction]:
+        """Predictions from the mean of the models' logits, on every rank. Collective."""
+        parts = [
+            task_logits(
+                model,
+                data,
+                device=self.device,
+                micro_batch_size=self.micro_batch_size,
+                entry=normalized if model.facts.normalized_twice else None,
+                rank=self.launch.rank,
+                size=self.launch.world_size,
+            )
+            for model in self.models
+        ]
+        return predictions_of(data, {n: np.mean([part[n] for part in parts], axis=0) for n in parts[0]})
+
+    def predict_file(self, path: Path) -> Iterator[str]:
+        """A line of JSON for every line of a .jsonl file, chunk by chunk. Collective."""
+        for records in chunks(read_jsonl(path)):
+            examples = [self.read(record, number) for number, record in records]
+            data = self.tokenize(examples, str(path))
+            found = self.predict(data)
+            for example, prediction in zip(examples, found, strict=True):
+                described = describe(self.facts.task, self.facts.labels, example, prediction)
+                yield json.dumps(described, ensure_ascii=False) + "\n"
+
+    def read(self, record: Record, number: int) -> Example:
+        """One record of a user's file, without label."""
+        kind = self.facts.head.kind
+        first, second = COLUMNS.get(kind, ("text", "text_pair" if "text_pair" in record.fields else None))
+        source = Source(files={}, first=first, second=second)
+        reader = ExampleReader(self.facts.task, source)
+        fields = {key: value for key, value in record.fields.items() if key in (first, second, "options", "id")}
+        texts = reader.texts(Record(record.place, fields))
+        if not texts:
+            raise TaskDataError(f"{record.place}: there is no word to label")
+        return Example(str(fields.get("id", number)), texts)
+
+
+def chunks(records: Iterator[Record]) -> Iterator[list[tuple[int, Record]]]:
+    """Numbered records, some thousands at a time."""
+    chunk: list[tuple[int, Record]] = []
+    for number, record in enumerate(records):
+        chunk.append((number, record))
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

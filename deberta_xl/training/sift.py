@@ -1,0 +1,162 @@
+"""SiFT, scale-invariant fine-tuning (arXiv 2006.03654, section 4): a virtual adversary at the normalised embeddings.
+
+A perturbation δ is drawn, moved `steps` times in the direction that changes the predictions most, and the model is
+asked to predict with it what it predicts without. δ is an argument of the pass that it perturbs: no hook, no state, and
+its gradient is taken with respect to δ alone (`torch.autograd.grad`), so the parameters' gradients are untouched.
+
+`original` repeats the released code. Where `corrected`, the default, departs from it:
+
+* `divergence`: the original's value is a symmetric cross-entropy, nearly all of which is the entropy of the
+  predictions; ours subtracts it, so 0 means equal predictions. The gradients are the same.
+* `regression`: the original takes a softmax over the examples of the batch; ours is the squared difference.
+* `entry`: the original normalises embeddings without affine, perturbs, and lets the model's LayerNorm normalise once
+  more, in clean passes and in evaluation, too. Ours adds δ times each token's own deviation to the sum before the one
+  LayerNorm, which is the same perturbation of the normalised vector; a clean pass is the plain model's.
+* `norm`, `step_size`, `radius`: the original moves each coordinate by up to 1e-4 against a noise of 1e-2, and never
+  projects; ours moves by `step_size` in the L2 norm relative to the normalised vector's (whose elements have deviation
+  1), and projects to the ball of `radius`.
+* The original's hook could perturb only the module created last; here δ belongs to its pass.
+
+Both draw fresh dropout masks for every pass, and both keep the perturbed passes' gradient from the word table.
+
+Shape suffixes of this file:
+    B rows   S sequence   D hidden   I items   C classes
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deberta_xl.architecture import HeadKind
+from deberta_xl.finetune_config import SiftSection
+from deberta_xl.model.dropout import DropoutKey, fold_key
+from deberta_xl.model.heads import Perturb, Predict
+from deberta_xl.model.task_losses import distribution_logits
+
+EPSILON = 1e-7
+"""Of the normalisation without affine, as in the original."""
+
+
+class Sift:
+    """The adversarial term for batches of one kind of task."""
+
+    def __init__(self, section: SiftSection, kind: HeadKind):
+        self.settings = section.resolved()
+        self.kind = kind
+
+    def entry(self) -> Perturb | None:
+        """What a clean pass needs, in training and in evaluation."""
+        return normalized if self.settings.entry == "normalized_twice" else None
+
+    def with_delta(self, delta_BSD: Tensor) -> Perturb:
+        """What adds `delta_BSD` to the normalised embeddings."""
+
+        def perturb(summed_BSD: Tensor) -> Tensor:
+            if self.settings.entry == "normalized_twice":
+                return (normalized(summed_BSD.detach()) + delta_BSD).to(summed_BSD.dtype)
+            fixed_BSD = summed_BSD.detach().to(delta_BSD.dtype)
+            deviation_BS1 = fixed_BSD.std(-1, correction=0, keepdim=True)
+            return (fixed_BSD + deviation_BS1 * delta_BSD).to(summed_BSD.dtype)
+
+        return perturb
+
+    def draw(self, shape: tuple[int, int, int], key: DropoutKey | None, like: Tensor) -> Tensor:
+        """The initial perturbation: normal, cut off at two deviations. Float32 or better, whatever the weights are."""
+        generator = None if key is None else key.fold("noise").generator(like.device)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        noise_BSD = torch.randn(shape, generator=generator, device=like.device, dtype=dtype)
+        return (noise_BSD * self.settings.noise).clamp_(-2 * self.settings.noise, 2 * self.settings.noise)
+
+    def term(
+        self, predict: Predict, clean: Tensor, labels: Tensor, delta_BSD: Tensor, key: DropoutKey | None
+    ) -> Tensor:
+        """The adversarial loss summed over the batch, from clean logits (with their graph) and an initial δ."""
+        for number in range(self.settings.steps):
+            gradient_BSD = self.gradient(predict, clean, labels, delta_BSD, fold_key(key, "step", number))
+            delta_BSD = self.moved(delta_BSD, gradient_BSD)
+        logits = predict(dropout_key=fold_key(key, "final"), perturb=self.with_delta(delta_BSD))
+        return self.distance(logits, clean, labels)
+
+    def gradient(
+        self, predict: Predict, clean: Tensor, labels: Tensor, delta_BSD: Tensor, key: DropoutKey | None
+    ) -> Tensor:
+        """The gradient of the distance to the clean predictions, with respect to δ alone."""
+        delta_BSD = delta_BSD.detach().requires_grad_()
+        logits = predict(dropout_key=key, perturb=self.with_delta(delta_BSD))
+        distance = self.inner_distance(logits, clean.detach(), labels)
+        (gradient_BSD,) = torch.autograd.grad(distance, delta_BSD)
+        return gradient_BSD
+
+    def moved(self, delta_BSD: Tensor, gradient_BSD: Tensor) -> Tensor:
+        """δ after one step, projected where the settings have a radius; unmoved when the gradient is not finite."""
+        settings = self.settings
+        if settings.norm == "linf":
+            # 1e-6 is the original's: where the gradient is smaller than that, the step is, too.
+            direction_BSD = gradient_BSD / (1e-6 + gradient_BSD.abs().amax(-1, keepdim=True))
+            moved_BSD = delta_BSD + settings.step_size * direction_BSD
+            if settings.radius is not None:
+                moved_BSD = moved_BSD.clamp(-settings.radius, settings.radius)
+        else:
+            width = delta_BSD.shape[-1] ** 0.5  # the norm of a normalised vector
+            moved_BSD = delta_BSD + settings.step_size * width * F.normalize(gradient_BSD, dim=-1, eps=1e-30)
+            if settings.radius is not None:
+                length_BS1 = moved_BSD.norm(dim=-1, keepdim=True)
+                moved_BSD = moved_BSD * (settings.radius * width / length_BS1.clamp(min=1e-30)).clamp(max=1)
+        return torch.where(gradient_BSD.norm().isfinite(), moved_BSD, delta_BSD)
+
+    def inner_distance(self, logits: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+        """What the steps make large."""
+        if self.kind == "regression":
+            return squared_difference(logits, clean) / len(logits)  # the original's mean, which its 1e-6 can tell
+        return cross_entropy_both_ways(*self.rows(logits, clean, labels))
+
+    def distance(self, logits: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+        """What is added to the loss, summed over the items."""
+        if self.kind == "regression":
+            if self.settings.regression == "squared_error":
+                return squared_difference(logits, clean)
+            # The mean over one row is the row; the sum over the batch's examples is that many times it.
+            return cross_entropy_both_ways(logits[None], clean[None]) * len(logits)
+        rows = self.rows(logits, clean, labels)
+        total = cross_entropy_both_ways(*rows)
+        if self.settings.divergence == "kl":
+            total = total - entropy(rows[0]) - entropy(rows[1])
+        return total / self.rows_per_item(logits)
+
+    def rows(self, logits: Tensor, clean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both predictions as independent distributions [I, C]."""
+        return distribution_logits(self.kind, logits, labels), distribution_logits(self.kind, clean, labels)
+
+    def rows_per_item(self, logits: Tensor) -> int:
+        """Distributions whose mean is an item's: both ends of a span, all labels of a multi-label example."""
+        return {"span": 2, "multi_label": logits.shape[-1]}.get(self.kind, 1)
+
+
+def normalized(summed_BSD: Tensor) -> Tensor:
+    """LayerNorm without affine."""
+    return F.layer_norm(summed_BSD, summed_BSD.shape[-1:], eps=EPSILON)
+
+
+def squared_difference(logits: Tensor, clean: Tensor) -> Tensor:
+    """Σ (logits − clean)²."""
+    return (logits - clean).square().sum()
+
+
+def cross_entropy_both_ways(logits_IC: Tensor, clean_IC: Tensor) -> Tensor:
+    """Σ over the items of −Σ sg(p) log q − Σ sg(q) log p; in each part the gradient flows through the logarithm."""
+    log_q, log_p = logits_IC.log_softmax(-1), clean_IC.log_softmax(-1)
+    return -(log_p.detach().exp() * log_q).sum() - (log_q.detach().exp() * log_p).sum()
+
+
+@torch.no_grad()
+def entropy(logits_IC: Tensor) -> Tensor:
+    """Summed entropy of the items' distributions; a constant, so that the value is a divergence."""
+    log_p = logits_IC.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum()
+
+
+def build_sift(section: SiftSection, kind: HeadKind) -> Sift | None:
+    """The term, or None where its weight is 0 and the model is to be the plain one."""
+    return Sift(section, kind) if section.weight else None

@@ -1,0 +1,90 @@
+"""Batches of a task as a pure function of the step: the same step has the same examples on any number of ranks.
+
+Shape suffixes of this file:
+    B rows   S sequence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deberta_xl.architecture import HeadKind
+from deberta_xl.data.loader import rank_samples
+from deberta_xl.data.random_numbers import derive
+from deberta_xl.data.sampler import permute, sample_rows
+from deberta_xl.data.task_features import TaskBatch, TaskData
+from deberta_xl.finetune_config import FinetuneTrainSection
+from deberta_xl.model.task_losses import count_items
+
+POOL_BATCHES = 64
+"""Global batches among which lengths are sorted."""
+
+
+class TaskMicroBatch(NamedTuple):
+    """What one forward takes."""
+
+    input_ids_BS: Tensor
+    segments_BS: Tensor
+    token_types_BS: Tensor
+    labels: Tensor
+    num_options: int
+    num_items: int
+    """What its part of the loss is a sum over, known on the host."""
+
+    def to(self, device: torch.device) -> TaskMicroBatch:
+        """A copy on `device`, without waiting for it where the source is pinned."""
+        return TaskMicroBatch(*(t.to(device, non_blocking=True) for t in self[:4]), *self[4:])
+
+
+def build_task_micro_batch(batch: TaskBatch, kind: HeadKind, *, pin: bool) -> TaskMicroBatch:
+    """Host tensors of a batch."""
+    tensors = [torch.from_numpy(array) for array in batch[:4]]
+    tensors = [tensor.pin_memory() for tensor in tensors] if pin else tensors
+    return TaskMicroBatch(*tensors, batch.num_options, count_items(kind, tensors[3]))
+
+
+class TaskOrder:
+    """Which features a step has: every one once an epoch, in an order drawn from (seed, epoch).
+
+    With bucketing, the steps of a pool (never longer than an epoch) share out its features by length, and come in an
+    order of their own.
+    """
+
+    def __init__(self, lengths: np.ndarray, global_batch_size: int, seed: int, *, bucketing: bool):
+        self.lengths, self.batch_size, self.seed = lengths, global_batch_size, seed
+        self.pool_batches = max(1, min(POOL_BATCHES, len(lengths) // global_batch_size)) if bucketing else 1
+        self.pool = lru_cache(maxsize=2)(self.build_pool)
+
+    def features(self, step: int) -> np.ndarray:
+        """The features of update number `step`, 1 …; the longest last where lengths are sorted."""
+        pool, place = divmod(step - 1, self.pool_batches)
+        return self.pool(pool)[place]
+
+    def build_pool(self, pool: int) -> np.ndarray:
+        """The features of the steps of a pool, int64 [steps, global batch]."""
+        count = self.pool_batches * self.batch_size
+        _, rows = sample_rows(self.seed, len(self.lengths), pool * count, count)
+        by_length = rows[np.argsort(self.lengths[rows], kind="stable")]
+        batches = by_length.reshape(self.pool_batches, self.batch_size)
+        keys = derive(self.seed, np.full(self.pool_batches, pool, np.int64))
+        return batches[permute(np.arange(self.pool_batches), self.pool_batches, keys)]
+
+
+def task_step_batches(
+    data: TaskData, train: FinetuneTrainSection, first_step: int, *, rank: int, size: int, pin: bool
+) -> Iterator[list[TaskMicroBatch]]:
+    """For every step from `first_step` on: this data-parallel rank's micro-batches. Endless."""
+    order = TaskOrder(data.lengths, train.global_batch_size, train.seed, bucketing=train.length_bucketing)
+    step = first_step
+    while True:
+        features = order.features(step)
+        starts = rank_samples(0, train.global_batch_size, train.micro_batch_size, rank, size)
+        parts = (features[start : start + train.micro_batch_size] for start in starts)
+        yield [build_task_micro_batch(data.batch(part), data.task.head, pin=pin) for part in parts]
+        step += 1

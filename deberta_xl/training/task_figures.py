@@ -1,0 +1,121 @@
+"""Pictures of a fine-tuned model: which classes it confuses, how sure it may be, how its metrics went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from deberta_xl.data.task_predictions import Prediction
+from deberta_xl.data.tasks import Example, Task
+from deberta_xl.training.figures import new_figure
+from deberta_xl.training.run_folder import writing
+
+CALIBRATION_BINS = 10
+
+
+def task_figures(
+    task: Task, labels: Sequence[str], examples: Sequence[Example], found: Sequence[Prediction]
+) -> dict[str, Figure]:
+    """The figures that a kind of task has, by name."""
+    if task.head == "classification":
+        pairs = [(example.label, p.value) for example, p in zip(examples, found, strict=True)]
+        return {
+            "confusion": class_confusion(labels, pairs),
+            "calibration": calibration(*confidences(examples, found)),
+        }
+    if task.head == "token":
+        pairs = [
+            pair
+            for example, p in zip(examples, found, strict=True)
+            for pair in zip(example.label, p.value, strict=True)
+        ]
+        return {"confusion": class_confusion(labels, pairs)}
+    if task.head == "choice":
+        return {"calibration": calibration(*confidences(examples, found))}
+    if task.head == "regression":
+        return {"scatter": scatter([e.label for e in examples], [p.value for p in found])}
+    return {}
+
+
+def confidences(examples: Sequence[Example], found: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """Probability of the predicted class, and whether it is right."""
+    sure = np.array([prediction.scores.max() for prediction in found])
+    right = np.array([e.label == p.value for e, p in zip(examples, found, strict=True)])
+    return sure, right
+
+
+def class_confusion(labels: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Figure:
+    """Rows are the truth; numbers are counts, colours shares of the row."""
+    counts = np.zeros((len(labels), len(labels)), int)
+    for gold, value in pairs:
+        counts[gold, value] += 1
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    size = 3 + 0.6 * len(labels)
+    figure = new_figure(size + 1, size)
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    for (row, column), count in np.ndenumerate(counts):
+        axes.text(column, row, count, ha="center", va="center", color="black" if shares[row, column] > 0.6 else "white")
+    figure.colorbar(image, label="share of the row")
+    return figure
+
+
+def calibration_error(sure: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error: mean gap between confidence and accuracy over ten bins, weighted by their size."""
+    bins = np.minimum((sure * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = [abs(sure[bins == b].mean() - right[bins == b].mean()) * np.mean(bins == b) for b in np.unique(bins)]
+    return float(sum(gaps))
+
+
+def calibration(sure: np.ndarray, right: np.ndarray) -> Figure:
+    """Accuracy over confidence, beside the diagonal of a model that is as often right as it is sure."""
+    bins = np.minimum((sure * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    used = np.unique(bins)
+    figure = new_figure(5, 4.5)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], linestyle="--", color="grey", linewidth=1)
+    axes.bar(
+        [sure[bins == b].mean() for b in used],
+        [right[bins == b].mean() for b in used],
+        width=0.06,
+        alpha=0.8,
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    axes.set_title(f"expected calibration error {calibration_error(sure, right):.3f}")
+    return figure
+
+
+def scatter(gold: Sequence[float], values: Sequence[float]) -> Figure:
+    """Predicted over true numbers."""
+    figure = new_figure(5, 4.5)
+    axes = figure.subplots()
+    axes.scatter(gold, values, s=6, alpha=0.5)
+    axes.set(xlabel="true", ylabel="predicted")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def save_metric_curves(metrics_file: Path, names: Sequence[str], picture: Path) -> None:
+    """Draw the training loss, and the held-out metrics, over steps."""
+    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    figure = new_figure(9, 4)
+    loss_axes, metric_axes = figure.subplots(1, 2)
+    for axes, keys in ((loss_axes, ["task_loss", "adversarial_loss"]), (metric_axes, [f"valid_{n}" for n in names])):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=key, marker="o" if axes is metric_axes else None)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    with writing(picture):
+        figure.savefig(picture, dpi=120)

@@ -1,0 +1,277 @@
+"""The fine-tuning loop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from deberta_xl.checkpoint.agreement import on_rank_zero
+from deberta_xl.checkpoint.folders import prune_checkpoints
+from deberta_xl.checkpoint.manifest import step_folder_name
+from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
+from deberta_xl.config import ScheduleSection
+from deberta_xl.data.loader import prefetch
+from deberta_xl.data.task_features import TaskData
+from deberta_xl.data.task_metrics import evaluate_metrics
+from deberta_xl.data.task_predictions import Prediction, predictions_of
+from deberta_xl.data.task_submission import jsonl, submission
+from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.launch import Launch
+from deberta_xl.log import rank_zero
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.parallel.groups import Groups
+from deberta_xl.stop_request import StopRequest
+from deberta_xl.training.engine import set_learning_rate
+from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.ownership import Ownership
+from deberta_xl.training.run_folder import RunFolder, State, write_text
+from deberta_xl.training.schedule import learning_rate
+from deberta_xl.training.sift import Sift
+from deberta_xl.training.signals import Agreement
+from deberta_xl.training.task_batches import TaskMicroBatch, task_step_batches
+from deberta_xl.training.task_evaluate import task_logits
+from deberta_xl.training.task_figures import save_metric_curves, task_figures
+from deberta_xl.training.task_recorder import TaskRecorder
+from deberta_xl.training.task_state import TaskState
+from deberta_xl.training.task_step import run_task_step
+
+STEPS_AHEAD = 2
+"""Steps whose batches are prepared in the background."""
+VALID = "valid"
+"""The split that chooses the best weights."""
+
+
+@dataclass
+class Finetuning:
+    """A run, assembled: what the loop works with."""
+
+    config: FinetuneConfig
+    launch: Launch
+    groups: Groups
+    engine: deepspeed.DeepSpeedEngine
+    train_data: TaskData
+    held_out: Mapping[str, TaskData]
+    """Split -> examples; `valid` among them."""
+    total_steps: int
+    schedule: ScheduleSection
+    sift: Sift | None
+    class_weights: Tensor | None
+    folder: RunFolder
+    state: TaskState
+    heartbeat: Heartbeat
+    ownership: Ownership
+    stop: StopRequest
+    checkpoint_files: Mapping[str, Any]
+    """What rides along in every checkpoint: config.json, head.json and the tokenizer."""
+    fingerprints: Mapping[str, Any]
+    """What a checkpoint must agree with to be continued."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is made, or waiting longer is of no use."""
+        return self.state.step >= self.total_steps or self.state.has_waited(self.config.evaluation.patience)
+
+    def train(self) -> State:
+        """Train to the end or until asked to stop; how it ended."""
+        config, state, grid = self.config, self.state, self.groups.grid
+        writer = self.open_metrics()
+        recorder = TaskRecorder(self.engine, config, len(self.train_data), self.total_steps, self.groups, writer)
+        agreement = Agreement()
+        key = DropoutKey(config.train.seed)
+        saved_step = state.step
+        batches = prefetch(self.batches(), STEPS_AHEAD)
+        self.stop.watch_interrupts()
+        self.engine.train()
+        while not self.is_finished:
+            step = state.step + 1
+            self.heartbeat.mark(step, "data")
+            recorder.begin_step(step)
+            with recorder.timer.phase("data"):
+                micro_batches = next(batches)
+            # The ranks that share a replica see the same examples; one of them counts.
+            counted = 0 if grid.tensor_parallel_rank else sum(batch.num_items for batch in micro_batches)
+            num_items, is_stopping = agreement.before_step(counted, self.stop)
+            if is_stopping:
+                break
+            rate = self.learning_rate(step)
+            set_learning_rate(self.engine, rate)
+            losses = run_task_step(
+                self.engine,
+                micro_batches,
+                num_items=num_items,
+                data_parallel_size=grid.data_parallel_size,
+                sift=self.sift,
+                sift_weight=config.sift.weight,
+                class_weights=self.class_weights,
+                key=key.fold("step", step, "rank", grid.data_parallel_rank),
+                heartbeat=self.heartbeat,
+                timer=recorder.timer,
+            )
+            state.advance(config.train.global_batch_size)
+            recorder.record(state, losses, sum(batch.input_ids_BS.numel() for batch in micro_batches), rate)
+            aside = time.perf_counter()
+            is_best = self.is_due(self.evaluation_interval) and self.evaluate(writer)
+            if is_best or self.is_due(config.checkpoint.interval) or self.is_finished:
+                self.save()
+                saved_step = state.step
+            recorder.pause(time.perf_counter() - aside)
+        if saved_step != state.step:
+            self.save()
+        return self.finish(writer)
+
+    def batches(self) -> Iterator[list[TaskMicroBatch]]:
+        """This rank's micro-batches for every step from here on."""
+        grid = self.groups.grid
+        return task_step_batches(
+            self.train_data,
+            self.config.train,
+            self.state.step + 1,
+            rank=grid.data_parallel_rank,
+            size=grid.data_parallel_size,
+            pin=self.engine.device.type == "cuda",
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update number `step`."""
+        peak = self.config.optimizer.learning_rate
+        return learning_rate(step, peak=peak, total_steps=self.total_steps, schedule=self.schedule)
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between two evaluations."""
+        per_epoch = round(len(self.train_data) / self.config.train.global_batch_size)
+        return self.config.evaluation.interval or max(1, per_epoch)
+
+    def is_due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        return self.state.step % interval == 0 or self.state.step == self.total_steps
+
+    def open_metrics(self) -> MetricsWriter | None:
+        """The metrics of the run, on rank 0."""
+        if self.launch.rank != 0:
+            return None
+        return MetricsWriter(
+            self.folder.metrics, self.folder.tensorboard, first_step=self.state.step, total_steps=self.total_steps
+        )
+
+    @property
+    def tensor_parallel(self) -> tuple[int, int]:
+        """Size and rank."""
+        return self.groups.grid.tensor_parallel_size, self.groups.grid.tensor_parallel_rank
+
+    def save(self) -> None:
+        """Write a checkpoint and drop older ones, but not the best. Collective."""
+        self.heartbeat.mark(self.state.step, "checkpoint")
+        on_rank_zero(self.ownership.check)
+        folder = save_checkpoint(
+            self.engine,
+            self.folder.checkpoints,
+            {**asdict(self.state), "fingerprints": dict(self.fingerprints)},
+            extra_files=self.checkpoint_files,
+            tensor_parallel=self.tensor_parallel,
+        )
+        on_rank_zero(lambda: self.folder.write_latest(folder))
+        best = step_folder_name(self.state.best_step) if self.state.best_step else None
+        prune_checkpoints(folder, self.config.checkpoint.keep, spared=best)
+
+    def predict(self, data: TaskData) -> list[Prediction]:
+        """Predictions for a split, on every rank. Collective."""
+        self.heartbeat.mark(self.state.step, "evaluation")
+        self.engine.eval()
+        logits = task_logits(
+            self.engine,
+            data,
+            device=self.engine.device,
+            micro_batch_size=self.config.train.micro_batch_size,
+            entry=self.sift.entry() if self.sift else None,
+            rank=self.groups.grid.data_parallel_rank,
+            size=self.groups.grid.data_parallel_size,
+            group=self.groups.data_group,
+        )
+        self.engine.train()
+        return predictions_of(data, logits)
+
+    def metrics_of(self, data: TaskData, found: list[Prediction]) -> dict[str, float | None]:
+        """The task's metrics, computed on rank 0 for all. Collective."""
+        return on_rank_zero(lambda: evaluate_metrics(data.task, data.labels, data.examples, found))
+
+    def evaluate(self, writer: MetricsWriter | None) -> bool:
+        """Measure the held-out metrics, with pictures; whether these weights are the best so far. Collective."""
+        data, step = self.held_out[VALID], self.state.step
+        found = self.predict(data)
+        values = self.metrics_of(data, found)
+        main = data.task.metrics[0]
+        is_best = self.state.take(main, values[main])
+        if writer is not None:
+            writer.write(step, {f"valid_{name}": value for name, value in values.items()})
+            for name, figure in task_figures(data.task, data.labels, data.examples, found).items():
+                writer.write_figure(step, f"valid/{name}", figure)
+                figure.savefig(self.folder.path / f"{name}.png", dpi=120)
+            save_metric_curves(self.folder.metrics, data.task.metrics, self.folder.path / "metrics.png")
+            rank_zero("step %d  %s%s", step, described(values), "  (best so far)" if is_best else "")
+        return is_best
+
+    def finish(self, writer: MetricsWriter | None) -> State:
+        """Close the files and say how the run ended; at its end, write what the best weights predict. Collective."""
+        ended: State = "done" if self.is_finished else "stopped"
+        if ended == "done":
+            self.conclude()
+        self.heartbeat.mark(self.state.step, ended)
+        torch.distributed.barrier()
+        if writer is not None:
+            writer.close()
+            self.folder.write_state(ended)
+        self.heartbeat.close()
+        return ended
+
+    def conclude(self) -> None:
+        """Metrics and predictions of the best weights for every held-out split, and results.json. Collective."""
+        best = self.folder.checkpoints / step_folder_name(self.state.best_step)
+        if self.state.best_step != self.state.step:
+            load_checkpoint(self.engine, best, tensor_parallel=self.tensor_parallel)
+        results: dict[str, Any] = {}
+        for split, data in self.held_out.items():
+            found = self.predict(data)
+            if data.is_labelled:
+                results[split] = self.metrics_of(data, found)
+                rank_zero("best weights (step %d), %s: %s", self.state.best_step, split, described(results[split]))
+            on_rank_zero(lambda split=split, data=data, found=found: self.write_predictions(split, data, found))
+        on_rank_zero(lambda: self.write_results(results))
+
+    def write_predictions(self, split: str, data: TaskData, found: list[Prediction]) -> None:
+        """Predictions of a split, one per line for people and one file as the benchmark wants it."""
+        folder = self.folder.path / "predictions" / split
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        task = data.task
+        described_lines = jsonl(task, data.labels, data.examples, found)
+        write_text(folder / "predictions.jsonl", described_lines)
+        if task.submission.format != "jsonl":
+            write_text(folder / task.submission.file, submission(task, data.labels, data.examples, found))
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """The run in one small file, which tools/table.py reads."""
+        train = self.config.train
+        facts = {
+            "task": self.train_data.task.name,
+            "seed": train.seed,
+            "best_step": self.state.best_step,
+            "steps": self.state.step,
+            "cuts": {name: data.cuts._asdict() for name, data in {"train": self.train_data, **self.held_out}.items()},
+            "metrics": results,
+        }
+        write_text(self.folder.path / "results.json", json.dumps(facts, indent=2) + "\n")
+
+
+def described(values: Mapping[str, float | None]) -> str:
+    """Metrics in one line."""
+    return "  ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in values.items())

@@ -1,0 +1,91 @@
+"""A fine-tuned model's metrics on a split of its task, and its predictions as the benchmark wants them.
+
+CHECKPOINT is a fine-tuning run (its best weights), a checkpoint or a weights folder; of several, the logits are
+averaged (an ensemble). A split without labels gives predictions only. The numbers do not depend on the number of ranks.
+
+examples:
+  python tools/evaluate_task.py runs/sst2 --data glue/SST-2 --split valid
+  python tools/evaluate_task.py runs/rte-1 runs/rte-2 runs/rte-3 --data glue/RTE --split test --output submission
+  python tools/evaluate_task.py runs/mnli --task ax --data glue/AX --split test --output submission
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.data.task_features import TaskData
+from deberta_xl.data.task_metrics import check_defined, evaluate_metrics
+from deberta_xl.data.task_predictions import Prediction
+from deberta_xl.data.task_submission import jsonl, submission
+from deberta_xl.data.tasks import Task, load_task, read_split
+from deberta_xl.errors import ConfigError
+from deberta_xl.launch import read_launch
+from deberta_xl.strict import at_least
+from deberta_xl.task_predict import Predictor
+from deberta_xl.training.evaluate import join_ranks
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="fine-tuned models")
+    parser.add_argument("--data", required=True, type=Path, help="folder with the task's files")
+    parser.add_argument("--split", default="valid", help="default: valid")
+    parser.add_argument("--task", help="another task with the same labels than the model's own")
+    parser.add_argument("--output", type=Path, help="folder for predictions and the benchmark's file")
+    parser.add_argument("--micro_batch_size", type=int, default=16, help="examples in one forward (default: 16)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(arguments)
+
+
+def choose_task(name: str | None, predictor: Predictor) -> Task:
+    """The model's own task, or another one that its head fits."""
+    own = predictor.facts
+    if name is None:
+        return own.task
+    task = load_task(name)
+    labels = task.labels or own.labels
+    if task.head != own.head.kind or (task.has_classes and labels != own.labels):
+        raise ConfigError(
+            f"task {name} has a {task.head} head with labels {labels}, the checkpoint a {own.head.kind} head with "
+            f"{own.labels}; fine-tune for that task, or choose one with the same labels"
+        )
+    return task
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, print, and write what was asked for."""
+    at_least(1, micro_batch_size=arguments.micro_batch_size)
+    launch = read_launch()
+    predictor = Predictor(arguments.checkpoints, launch, join_ranks(launch), arguments.micro_batch_size)
+    task = choose_task(arguments.task, predictor)
+    examples = read_split(task, arguments.data, arguments.split)
+    data = predictor.tokenize(examples, f"{arguments.data}, {arguments.split}")
+    if data.is_labelled:
+        check_defined(task, data.labels, data.examples, where=f"{arguments.data}, {arguments.split}")
+    found = predictor.predict(data)
+    if launch.rank == 0:
+        report(arguments, task, data, found)
+
+
+def report(arguments: argparse.Namespace, task: Task, data: TaskData, found: list[Prediction]) -> None:
+    """Print metrics, as text and as one line of JSON; write predictions."""
+    metrics = evaluate_metrics(task, data.labels, data.examples, found) if data.is_labelled else {}
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        files = {"predictions.jsonl": jsonl, task.submission.file: submission}
+        for name, write in files.items():
+            (arguments.output / name).write_text(write(task, data.labels, data.examples, found), encoding="utf-8")
+        print(f"{arguments.output}: {', '.join(files)}")
+    print(f"{task.name}, {arguments.split}: {len(data.examples):,} examples, {data.cuts.truncated:,} of them cut")
+    for name, value in metrics.items():
+        print(f"  {name}  {'undefined: the predictions are all equal' if value is None else f'{value:.4f}'}")
+    print(json.dumps({"task": task.name, "split": arguments.split, "examples": len(data.examples), **metrics}))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(run, parse_arguments()))

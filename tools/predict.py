@@ -1,0 +1,59 @@
+"""What a fine-tuned model says of new texts: a line of JSON in, a line of JSON out.
+
+CHECKPOINT is a fine-tuning run (its best weights), a checkpoint or a weights folder; of several, the logits are
+averaged. A line of the input is an object with `text` (and `text_pair`), or `context` and `options` (choice), `words`
+(token), `context` and `question` (span); an `id` comes back with the prediction.
+
+examples:
+  python tools/predict.py runs/sst2 --input reviews.jsonl --output labels.jsonl
+  torchrun --nproc_per_node 4 tools/predict.py runs/rte-1 runs/rte-2 --input pairs.jsonl --output labels.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.launch import read_launch
+from deberta_xl.strict import at_least
+from deberta_xl.task_predict import Predictor
+from deberta_xl.training.evaluate import join_ranks
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="fine-tuned models")
+    parser.add_argument("--input", required=True, type=Path, help=".jsonl file")
+    parser.add_argument("--output", required=True, type=Path, help=".jsonl file to write")
+    parser.add_argument("--micro_batch_size", type=int, default=16, help="examples in one forward (default: 16)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Predict, and write the output in one piece."""
+    at_least(1, micro_batch_size=arguments.micro_batch_size)
+    launch = read_launch()
+    arguments.input.open("rb").close()  # a missing file is noticed before the models are read
+    predictor = Predictor(arguments.checkpoints, launch, join_ranks(launch), arguments.micro_batch_size)
+    lines = predictor.predict_file(arguments.input)
+    if launch.rank:
+        for _ in lines:
+            pass
+        return
+    partial = arguments.output.with_name(arguments.output.name + ".partial")
+    count = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line)
+            count += 1
+    os.replace(partial, arguments.output)
+    print(f"{arguments.output}: {count:,} predictions")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(run, parse_arguments()))
