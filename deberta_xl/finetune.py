@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Run as a script, Python searches this file's folder first and would find our `data` and `config` as top-level names.
 if not __package__:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from deberta_xl.model.heads import TaskModel
     from deberta_xl.parallel.groups import Groups
-    from deberta_xl.training.ownership import Ownership
-    from deberta_xl.training.run_folder import RunFolder
     from deberta_xl.training.task_loop import Finetuning
     from deberta_xl.training.task_state import TaskState
 
@@ -103,36 +101,14 @@ def print_arithmetic(inputs: Inputs) -> None:
         rank_zero("SiFT: weight %g, %s", inputs.config.sift.weight, inputs.config.sift.resolved())
 
 
-def take_over(folder: RunFolder, inputs: Inputs) -> tuple[Path | None, Ownership]:
-    """Prepare the run folder and claim it; its newest whole checkpoint, None when there is none. Collective.
-
-    A checkpoint that does not fit this run is refused before anything in the folder changes.
-    """
-    from deberta_xl.checkpoint.agreement import on_rank_zero
-    from deberta_xl.checkpoint.folders import newest_whole_checkpoint
-    from deberta_xl.checkpoint.store import read_state
-    from deberta_xl.training.ownership import Ownership, claim_folder, own_claim
-    from deberta_xl.training.state import check_fingerprints, check_last_step
-
-    newest = newest_whole_checkpoint(folder.checkpoints, collective=True)
-
-    def check() -> None:
-        folder.check_latest(newest)
-        if newest is not None:
-            saved = read_state(newest)
-            check_fingerprints(saved["fingerprints"], inputs.fingerprints)
-            check_last_step(saved["step"], inputs.total_steps)
-
-    on_rank_zero(check)
-    ownership = Ownership(folder.owner, on_rank_zero(lambda: claim_folder(folder, own_claim())))
-    facts = {
+def facts_of(inputs: Inputs) -> dict[str, Any]:
+    """What environment.json tells of this start."""
+    return {
         "command": sys.argv,
         "world_size": inputs.launch.world_size,
         "zero_stage": inputs.engine.zero_stage,
         "precision": inputs.engine.precision,
     }
-    on_rank_zero(lambda: folder.prepare(inputs.config, inputs.tokenizer_folder, facts))
-    return newest, ownership
 
 
 def build_model(inputs: Inputs, *, is_new: bool) -> TaskModel:
@@ -186,13 +162,21 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
     from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.run_folder import RunFolder
     from deberta_xl.training.sift import build_sift
+    from deberta_xl.training.take_over import take_over
     from deberta_xl.training.task_loop import Finetuning
 
     config, launch, data = inputs.config, inputs.launch, inputs.train_data
     start_engine_runtime(launch, deterministic=config.train.deterministic)
     check_precision(inputs.engine.precision)
     folder = RunFolder(config.run.folder)
-    newest, ownership = take_over(folder, inputs)
+    newest, ownership = take_over(
+        folder,
+        config,
+        inputs.tokenizer_folder,
+        fingerprints=inputs.fingerprints,
+        last_step=inputs.total_steps,
+        facts=facts_of(inputs),
+    )
     log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
     torch.manual_seed(config.train.seed)
     groups = build_groups(inputs.grid)
