@@ -18,7 +18,7 @@ from lab import Lab, wait_for
 from deberta_xl.checkpoint.folders import verify_checkpoint
 from deberta_xl.checkpoint.manifest import step_folders
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 #: Long enough for ranks to start on a loaded machine, where nothing moves either.
 WATCHDOG_SECONDS = 90
 
