@@ -16,7 +16,7 @@ from deberta_xl.launch import node_name
 from deberta_xl.log import rank_zero
 
 SLOW = 1.15
-"""A node that takes longer than this many times the median is named in the log."""
+"""A node that takes longer than this many times the median, twice in a row, is named in the log."""
 
 
 class NodeTimes:
@@ -26,6 +26,7 @@ class NodeTimes:
         self.device = device
         self.nodes: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(self.nodes, node_name())
+        self.suspect: str | None = None
 
     def metrics(self, step: int, seconds: float) -> dict[str, float]:
         """The spread over nodes of this rank's `seconds` in `step`; nothing on a single node. Collective."""
@@ -41,11 +42,13 @@ class NodeTimes:
         if not any(means.values()):  # a pipeline's forward passes are not timed apart
             return {}
         slowest, middle = max(means, key=means.__getitem__), median(means.values())
-        if means[slowest] > SLOW * middle:
+        slow = slowest if means[slowest] > SLOW * middle else None
+        if slow and slow == self.suspect:
             rank_zero(
                 "step %d: node %s is slow: its forward pass takes %.3f s, the median of %d nodes %.3f s",
                 step, slowest, means[slowest], len(means), middle, level=logging.WARNING,
             )  # fmt: skip
+        self.suspect = slow
         return {
             "slowest_node_seconds": means[slowest],
             "median_node_seconds": middle,

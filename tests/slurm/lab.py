@@ -299,11 +299,17 @@ class Lab:
         """Start a node's slurmd."""
         self.start(f"slurmd.{name}", name, "slurmd", "-D", "-c", "-N", name, "-f", str(self.configuration))
 
-    def kill_node(self, name: str) -> None:
-        """Let a node be lost: its slurmd is gone at once, its jobs' processes go on."""
+    def lose_node(self, name: str) -> None:
+        """Let a node be lost: its slurmd and its network are gone at once, its jobs' processes go on."""
+        self.hosts[name].run("ip", "link", "set", "eth0", "down")
         daemon = self.daemons.pop(f"slurmd.{name}")
         daemon.kill()
         daemon.wait()
+
+    def find_node(self, name: str) -> None:
+        """Let a lost node come back."""
+        self.hosts[name].run("ip", "link", "set", "eth0", "up")
+        self.start_node(name)
 
     def run(
         self, *command: str, cwd: Path = Path("/"), extra: Mapping[str, str] | None = None

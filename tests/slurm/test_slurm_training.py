@@ -7,7 +7,11 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from jobs import STEPS, Cluster, Job, assert_same_weights
+
+#: Five jobs of four ranks each, on two cores that others may use, too.
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_job_trains_across_nodes_to_the_end(uninterrupted: Job):
