@@ -19,7 +19,7 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%A-%a.out
+#SBATCH --output=%x-%j.out
 
 cd "${DEBERTA_XL_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
 # shellcheck source=slurm/lib/launch.sh

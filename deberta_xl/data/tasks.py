@@ -72,7 +72,7 @@ class Submission:
     format: Literal["glue", "superglue", "multirc", "record", "squad", "conll", "jsonl"] = "jsonl"
     """Layout of the file."""
     file: str = "predictions.jsonl"
-    """Its name; further held-out splits put theirs in front of it."""
+    """Its name; each split has a folder of its own."""
     label_names: dict[str, str] = Field(default_factory=dict)
     """The task's label -> what the benchmark wants."""
 

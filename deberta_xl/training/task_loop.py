@@ -33,7 +33,7 @@ from deberta_xl.training.engine import set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.ownership import Ownership
-from deberta_xl.training.run_folder import RunFolder, State, write_text
+from deberta_xl.training.run_folder import RunFolder, State, write_text, writing
 from deberta_xl.training.schedule import learning_rate
 from deberta_xl.training.sift import Sift
 from deberta_xl.training.signals import Agreement
@@ -215,7 +215,8 @@ class Finetuning:
             writer.write(step, {f"valid_{name}": value for name, value in values.items()})
             for name, figure in task_figures(data.task, data.labels, data.examples, found).items():
                 writer.write_figure(step, f"valid/{name}", figure)
-                figure.savefig(self.folder.path / f"{name}.png", dpi=120)
+                with writing(picture := self.folder.path / f"{name}.png"):
+                    figure.savefig(picture, dpi=120)
             save_metric_curves(self.folder.metrics, data.task.metrics, self.folder.path / "metrics.png")
             rank_zero("step %d  %s%s", step, described(values), "  (best so far)" if is_best else "")
         return is_best
