@@ -321,11 +321,7 @@ def test_transformers_gives_sentencepieces_ids_on_twenty_thousand_real_lines(aut
     assert len(texts) > 20_000
     theirs = automatic(texts, add_special_tokens=False).input_ids
     pairs = zip(texts, tokenizer.encode_batch(texts), theirs, strict=True)
-    different = {text: (sorted(ours), sorted(ids)) for text, ours, ids in pairs if ours.tolist() != ids}
-    # What is left are ties: the same pieces in another order ("..." + "." or "." + "...") have the same score, and the
-    # two libraries add it up in other precision.
-    assert all(ours == ids for ours, ids in different.values()), different
-    assert len(different) < 0.001 * len(texts)
+    assert [text for text, ours, ids in pairs if ours.tolist() != ids] == []
 
 
 @pytest.mark.parametrize("special", [*SPECIAL_PIECES, MASK_PIECE])

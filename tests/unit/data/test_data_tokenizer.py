@@ -5,10 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from deberta_xl.data.errors import CorpusError, TokenizerError
 from deberta_xl.data.tokenizer import Tokenizer, begins_word
-from deberta_xl.data.tokenizer_training import largest_vocab_size, reserved_ids, train_tokenizer, training_lines
+from deberta_xl.data.tokenizer_training import (
+    SCORE_STEP,
+    largest_vocab_size,
+    reserved_ids,
+    train_tokenizer,
+    training_lines,
+)
 
 
 def test_ids_follow_debertas_conventions(tokenizer):
@@ -197,3 +204,9 @@ def test_long_lines_are_cut_for_training_and_nothing_is_lost():
     lines = list(training_lines([text]))
     assert max(map(len, lines)) <= 1000
     assert "".join(lines).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+
+
+def test_scores_add_up_exactly_so_that_every_library_breaks_ties_alike(tokenizer):
+    scores = [piece.score for piece in ModelProto.FromString(tokenizer.spm_model).pieces]
+    assert all(score % SCORE_STEP == 0 for score in scores)
+    assert min(scores) < -5
