@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,12 @@ if not __package__:
 from deberta_xl.config_file import preset_names
 from deberta_xl.data.task_labels import class_weights
 from deberta_xl.data.tasks import task_names
-from deberta_xl.errors import UserError
+from deberta_xl.entry_point import run_command
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.finetune_inputs import SHORT_FORMS, Inputs, read_inputs
-from deberta_xl.log import configure_logging, log_to_file, logger, rank_zero
+from deberta_xl.log import log_to_file, rank_zero
 from deberta_xl.model.parameter_shapes import task_parameter_shapes
 from deberta_xl.parallel.memory import estimate_task_memory
-from deberta_xl.pretrain import choose_accelerator, complain_once_per_node, leave
 from deberta_xl.stop_request import StopRequest
 
 if TYPE_CHECKING:
@@ -218,51 +216,15 @@ def keep_best_weights(run: Finetuning) -> None:
     on_rank_zero(lambda: replace_best(run.folder.path, run.state.best_step))
 
 
-def run(inputs: Inputs, stop: StopRequest) -> None:
-    """Train. A failure is reported with rank, step and phase and ends the process: peers must not wait for it."""
-    run: Finetuning | None = None
-    try:
-        choose_accelerator()
-        run = assemble(inputs, stop)
-        if run.launch.rank == 0:
-            run.folder.write_state("running")
-        ended = run.train()
-        if ended == "done":
-            keep_best_weights(run)
-        rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
-    except UserError as error:
-        logger.error("rank %d, %s: %s", inputs.launch.rank, place(run), error)
-        leave(2)
-    except KeyboardInterrupt:
-        logger.error("rank %d, %s: interrupted; start the same command again to go on", inputs.launch.rank, place(run))
-        leave(130)
-    except BaseException as error:
-        traceback.print_exc()
-        logger.error("rank %d failed at %s: %s: %s", inputs.launch.rank, place(run), type(error).__name__, error)
-        leave(1)
-
-
-def place(run: Finetuning | None) -> str:
-    """Where a run is, for an error message."""
-    return "start" if run is None else f"step {run.heartbeat.step}, phase {run.heartbeat.phase}"
-
-
 def main() -> None:
     """The command."""
-    arguments = parse_arguments()
-    configure_logging()
-    stop = StopRequest()
-    try:
-        inputs = read_inputs(arguments)
-    except UserError as error:
-        complain_once_per_node(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if arguments.check:
-        print_arithmetic(inputs)
-    else:
-        run(inputs, stop)
+    run_command(
+        parse_arguments(),
+        read_inputs=read_inputs,
+        print_arithmetic=print_arithmetic,
+        assemble=assemble,
+        conclude=keep_best_weights,
+    )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,9 +24,10 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
-from deberta_xl.errors import ConfigError, UserError
+from deberta_xl.entry_point import run_command
+from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch, read_launch
-from deberta_xl.log import configure_logging, log_to_file, logger, rank_zero
+from deberta_xl.log import log_to_file, rank_zero
 from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.parallel.grid import Grid, check_divisible, check_stages
 from deberta_xl.parallel.memory import estimate_memory
@@ -134,13 +133,6 @@ def print_arithmetic(inputs: Inputs) -> None:
         f"{inputs.data.tokens:,}",
     )  # fmt: skip
     rank_zero("run folder: %s (checkpoint every %d steps)", inputs.config.run.folder, inputs.config.checkpoint.interval)
-
-
-def choose_accelerator() -> None:
-    """Tell DeepSpeed what to run on before it is imported: it warns at length when it has to guess."""
-    import torch
-
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fingerprints_of(inputs: Inputs) -> dict[str, Any]:
@@ -264,62 +256,14 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
     )
 
 
-def run(inputs: Inputs, stop: StopRequest) -> None:
-    """Train. A failure is reported with rank, step and phase and ends the process: peers must not wait for it."""
-    run: Pretraining | None = None
-    try:
-        choose_accelerator()
-        run = assemble(inputs, stop)
-        if run.launch.rank == 0:
-            run.folder.write_state("running")
-        ended = run.train()
-        rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
-    except UserError as error:
-        logger.error("rank %d, %s: %s", inputs.launch.rank, place(run), error)
-        leave(2)
-    except KeyboardInterrupt:
-        logger.error("rank %d, %s: interrupted; start the same command again to go on", inputs.launch.rank, place(run))
-        leave(130)
-    except BaseException as error:
-        traceback.print_exc()
-        logger.error("rank %d failed at %s: %s: %s", inputs.launch.rank, place(run), type(error).__name__, error)
-        leave(1)
-
-
-def place(run: Pretraining | None) -> str:
-    """Where a run is, for an error message."""
-    return "start" if run is None else f"step {run.heartbeat.step}, phase {run.heartbeat.phase}"
-
-
-def leave(status: int) -> None:
-    """End this process at once: threads and collectives of a broken run are not waited for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def complain_once_per_node(error: UserError) -> None:
-    """Log an error of the start, which every rank finds: what is wrong with a file may be wrong on one node only."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-        logger.error("%s", error)
-
-
 def main() -> None:
     """The command."""
-    arguments = parse_arguments()
-    configure_logging()
-    stop = StopRequest()
-    try:
-        inputs = read_inputs(arguments)
-    except UserError as error:
-        complain_once_per_node(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if arguments.check:
-        print_arithmetic(inputs)
-    else:
-        run(inputs, stop)
+    run_command(
+        parse_arguments(),
+        read_inputs=read_inputs,
+        print_arithmetic=print_arithmetic,
+        assemble=assemble,
+    )
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ FLOORS = {
     "training": Floor(4, "4"),
     "__init__": Floor(5, "top"),
     "pretrained": Floor(5, "top"),
+    "entry_point": Floor(5, "top"),
     "pretrain": Floor(5, "top"),
     "finetune": Floor(5, "top"),
     "finetune_inputs": Floor(5, "top"),

@@ -1,0 +1,95 @@
+"""What stands around every training command: read and check, train, and report a failure so that no peer waits for it.
+
+Imports no torch: what can be checked without it is checked before the first expensive second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from deberta_xl.errors import UserError
+from deberta_xl.launch import read_launch
+from deberta_xl.log import configure_logging, logger, rank_zero
+from deberta_xl.stop_request import StopRequest
+
+
+def run_command(
+    arguments: argparse.Namespace,
+    *,
+    read_inputs: Callable[[argparse.Namespace], Any],
+    print_arithmetic: Callable[[Any], None],
+    assemble: Callable[[Any, StopRequest], Any],
+    conclude: Callable[[Any], None] = lambda run: None,
+) -> None:
+    """A training command from its arguments on.
+
+    `read_inputs` raises UserError for what cannot be; with `--check` the run is only described. `assemble` makes the
+    run (`Pretraining`, `Finetuning`), which is trained; `conclude` comes after its last step, not after a stop.
+    """
+    configure_logging()
+    stop = StopRequest()
+    try:
+        inputs = read_inputs(arguments)
+    except UserError as error:
+        complain_once_per_node(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if arguments.check:
+        print_arithmetic(inputs)
+    else:
+        train_and_report(lambda: assemble(inputs, stop), conclude)
+
+
+def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None]) -> None:
+    """Train. A failure is reported with rank, step and phase and ends the process."""
+    run, rank = None, read_launch().rank
+    try:
+        choose_accelerator()
+        run = assemble()
+        if rank == 0:
+            run.folder.write_state("running")
+        ended = run.train()
+        if ended == "done":
+            conclude(run)
+        rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
+    except UserError as error:
+        logger.error("rank %d, %s: %s", rank, place(run), error)
+        leave(2)
+    except KeyboardInterrupt:
+        logger.error("rank %d, %s: interrupted; start the same command again to go on", rank, place(run))
+        leave(130)
+    except BaseException as error:
+        traceback.print_exc()
+        logger.error("rank %d failed at %s: %s: %s", rank, place(run), type(error).__name__, error)
+        leave(1)
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed what to run on before it is imported: it warns at length when it has to guess."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place(run: Any) -> str:
+    """Where a run is, for an error message."""
+    return "start" if run is None else f"step {run.heartbeat.step}, phase {run.heartbeat.phase}"
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once: threads and collectives of a broken run are not waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def complain_once_per_node(error: UserError) -> None:
+    """Log an error of the start, which every rank finds: what is wrong with a file may be wrong on one node only."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        logger.error("%s", error)
