@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -23,6 +24,8 @@ def join_ranks(launch: Launch) -> torch.device:
     if launch.world_size > 1:
         export_launch(launch)
         dist.init_process_group("nccl" if has_gpu else "gloo")
+        # Left to the interpreter's end, its threads now and then abort a process that has done its work.
+        atexit.register(dist.destroy_process_group)
     if has_gpu:
         torch.cuda.set_device(device)
     return device
