@@ -105,8 +105,9 @@ class PipelinedModel(PipelineModule):
     """This rank's stage, as DeepSpeed's pipeline engine runs it."""
 
     def __init__(self, stage_model: MaskedLanguageModel, split: Split, groups: Groups):
-        """`stage_model` comes from `build_stage` (and may be divided over tensor-parallel ranks)."""
+        """`stage_model` comes from `build_stage`, and may be divided over tensor-parallel ranks. Two stages or more."""
         grid = groups.grid
+        assert grid.num_stages > 1, "without stages the plain model goes into the engine"
         topology = PipeModelDataParallelTopology(
             num_pp=grid.num_stages, num_mp=grid.tensor_parallel_size, num_dp=grid.data_parallel_size
         )
@@ -130,7 +131,7 @@ class PipelinedModel(PipelineModule):
         (self.stage_model,) = self._layer_specs
         for parameter in self.stage_model.parameters():
             parameter.ds_pipe_replicated = False
-        if self.stage_id in (0, self.num_stages - 1) and self.num_stages > 1:
+        if self.stage_id in (0, self.num_stages - 1):
             self.tied_modules[WORD_TABLE] = self.stage_model.embeddings.word
             self.tied_weight_attrs[WORD_TABLE] = ["weight"]
 
@@ -139,8 +140,6 @@ class PipelinedModel(PipelineModule):
 
         Of the two copies the gradient norm, and a checkpoint, count the first stage's.
         """
-        if self.num_stages == 1:
-            return {}
         grid, last = self._grid, self.num_stages - 1
         tied = {}
         for data in range(grid.data_parallel_size):
