@@ -7,7 +7,7 @@ its gradient is taken with respect to δ alone (`torch.autograd.grad`), so the p
 `original` repeats the released code. Where `corrected`, the default, departs from it:
 
 * `divergence`: the original's value is a symmetric cross-entropy, nearly all of which is the entropy of the
-  predictions; ours subtracts it, so 0 means equal predictions. The gradients are the same.
+  predictions; ours is the divergence, so 0 means equal predictions. The gradients are the same.
 * `regression`: the original takes a softmax over the examples of the batch; ours is the squared difference.
 * `entry`: the original normalises embeddings without affine, perturbs, and lets the model's LayerNorm normalise once
   more, in clean passes and in evaluation, too. Ours adds δ times each token's own deviation to the sum before the one
@@ -119,11 +119,8 @@ class Sift:
                 return squared_difference(logits, clean)
             # The mean over one row is the row; the sum over the batch's examples is that many times it.
             return cross_entropy_both_ways(logits[None], clean[None]) * len(logits)
-        rows = self.rows(logits, clean, labels)
-        total = cross_entropy_both_ways(*rows)
-        if self.settings.divergence == "kl":
-            total = total - entropy(rows[0]) - entropy(rows[1])
-        return total / self.rows_per_item(logits)
+        measure = divergence_both_ways if self.settings.divergence == "kl" else cross_entropy_both_ways
+        return measure(*self.rows(logits, clean, labels)) / self.rows_per_item(logits)
 
     def rows(self, logits: Tensor, clean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Both predictions as independent distributions [I, C]."""
@@ -150,11 +147,14 @@ def cross_entropy_both_ways(logits_IC: Tensor, clean_IC: Tensor) -> Tensor:
     return -(log_p.detach().exp() * log_q).sum() - (log_q.detach().exp() * log_p).sum()
 
 
-@torch.no_grad()
-def entropy(logits_IC: Tensor) -> Tensor:
-    """Summed entropy of the items' distributions; a constant, so that the value is a divergence."""
-    log_p = logits_IC.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum()
+def divergence_both_ways(logits_IC: Tensor, clean_IC: Tensor) -> Tensor:
+    """Σ over the items of KL(p ‖ q) + KL(q ‖ p), with the gradient of `cross_entropy_both_ways`.
+
+    Logarithms are subtracted before anything is summed, which keeps the digits of a small divergence.
+    """
+    log_q, log_p = logits_IC.log_softmax(-1), clean_IC.log_softmax(-1)
+    fixed_q, fixed_p = log_q.detach(), log_p.detach()
+    return (fixed_p.exp() * (fixed_p - log_q)).sum() + (fixed_q.exp() * (fixed_q - log_p)).sum()
 
 
 def build_sift(section: SiftSection, kind: HeadKind) -> Sift | None:
