@@ -1,7 +1,7 @@
 """Dropout whose masks are a function of a key, so that nothing random is state.
 
 A resumed run, a recomputed layer and another pipeline split draw the same masks, because a mask depends only on its
-key: (seed, step, micro-step, data-parallel rank) folded with the name of the place where it is drawn.
+key: (seed, step, micro-batch of the global batch) folded with the name of the place where it is drawn.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from deberta_xl.config import TrainSection
 from deberta_xl.data.loader import Batch, PretrainingData, rank_samples
+from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import LabelledPositions
+from deberta_xl.parallel.grid import Grid
 
 
 class MicroBatch(NamedTuple):
@@ -54,3 +56,14 @@ def step_batches(
         starts = rank_samples(first_sample, train.global_batch_size, train.micro_batch_size, rank, size)
         yield [build_micro_batch(data.batch(start, train.micro_batch_size), pin=pin) for start in starts]
         first_sample += train.global_batch_size
+
+
+def micro_batch_keys(seed: int, step: int, count: int, grid: Grid) -> list[DropoutKey]:
+    """Dropout keys of this rank's `count` micro-batches of a step.
+
+    A key names the micro-batch's place in the global batch (`rank_samples`), so a run of equal micro-batches has the
+    same masks on any number of data-parallel ranks.
+    """
+    key = DropoutKey(seed).fold("step", step)
+    size, rank = grid.data_parallel_size, grid.data_parallel_rank
+    return [key.fold("micro-batch", number * size + rank) for number in range(count)]

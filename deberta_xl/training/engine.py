@@ -124,22 +124,21 @@ def run_step(
     *,
     num_labels: int,
     data_parallel_size: int,
-    key: DropoutKey,
+    keys: Sequence[DropoutKey],
     heartbeat: Heartbeat,
     timer: StepTimer,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one optimizer update.
 
     The loss is the mean over the `num_labels` labelled tokens of the global batch. DeepSpeed divides by the number of
-    micro-batches and averages over ranks, so each micro-batch divides its sum by its even share of the labels. `key`
-    is this rank's and step's dropout key.
+    micro-batches and averages over ranks, so each micro-batch divides its sum by its even share of the labels. `keys`
+    has a dropout key for each of them.
     """
     share = max(1, num_labels) / (len(micro_batches) * data_parallel_size)
     losses, corrects = [], []
-    for number, host_batch in enumerate(micro_batches):
+    for host_batch, key in zip(micro_batches, keys, strict=True):
         heartbeat.mark(heartbeat.step, "forward-backward")
         batch = host_batch.to(engine.device)
-        micro_key = key.fold("micro-step", number)
         with timer.phase("forward_backward"):
             with timer.phase("forward"):
                 output = engine(
@@ -147,7 +146,7 @@ def run_step(
                     batch.segments_BS,
                     labels=batch.labelled,
                     label_count=share,
-                    dropout_key=micro_key,
+                    dropout_key=key,
                 )
             engine.backward(output.loss)
         losses.append(output.loss.detach())

@@ -20,10 +20,9 @@ from deberta_xl.data.loader import PretrainingData, prefetch
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
-from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
-from deberta_xl.training.batches import step_batches
+from deberta_xl.training.batches import micro_batch_keys, step_batches
 from deberta_xl.training.engine import StepResult, run_step, set_learning_rate
 from deberta_xl.training.evaluate import Evaluation, Predict, evaluate, predict_with
 from deberta_xl.training.figures import confusion_figure, prediction_table, save_loss_curve
@@ -72,7 +71,6 @@ class Pretraining:
         profiler = StepProfiler(config.train.profile_steps(), self.folder.profile, self.launch.rank)
         agreement = Agreement()
         grid = self.groups.grid
-        key = DropoutKey(config.train.seed)
         saved_step = state.step
         batches = prefetch(self.batches(), STEPS_AHEAD)
         self.stop.watch_interrupts()
@@ -96,7 +94,7 @@ class Pretraining:
                 micro_batches,
                 num_labels=num_labels,
                 data_parallel_size=grid.data_parallel_size,
-                key=key.fold("step", step, "rank", grid.data_parallel_rank),
+                keys=micro_batch_keys(config.train.seed, step, len(micro_batches), grid),
                 heartbeat=self.heartbeat,
                 timer=recorder.timer,
             )

@@ -29,7 +29,7 @@ def run_pipeline_step(
     *,
     num_labels: int,
     data_parallel_size: int,
-    key: DropoutKey,
+    keys: Sequence[DropoutKey],
     heartbeat: Heartbeat,
     timer: StepTimer,
 ) -> StepResult:
@@ -41,7 +41,6 @@ def run_pipeline_step(
     heartbeat.mark(heartbeat.step, "forward-backward")
     with timer.phase("forward_backward"):
         batches = [batch.to(engine.device) for batch in micro_batches]
-        keys = [key.fold("micro-step", number) for number in range(len(batches))]
         engine.module.feed(StageInput(*batch, share, k) for batch, k in zip(batches, keys, strict=True))
         engine.train_batch(itertools.repeat(nothing_to_load(engine)))
         corrects = [

@@ -26,9 +26,9 @@ from deberta_xl.data.task_submission import jsonl, submission
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
-from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
+from deberta_xl.training.batches import micro_batch_keys
 from deberta_xl.training.engine import set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
@@ -86,7 +86,6 @@ class Finetuning:
         writer = self.open_metrics()
         recorder = TaskRecorder(self.engine, config, len(self.train_data), self.total_steps, self.groups, writer)
         agreement = Agreement()
-        key = DropoutKey(config.train.seed)
         saved_step = state.step
         batches = prefetch(self.batches(), STEPS_AHEAD)
         self.stop.watch_interrupts()
@@ -112,7 +111,7 @@ class Finetuning:
                 sift=self.sift,
                 sift_weight=config.sift.weight,
                 class_weights=self.class_weights,
-                key=key.fold("step", step, "rank", grid.data_parallel_rank),
+                keys=micro_batch_keys(config.train.seed, step, len(micro_batches), grid),
                 heartbeat=self.heartbeat,
                 timer=recorder.timer,
             )

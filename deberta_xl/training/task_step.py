@@ -75,7 +75,7 @@ def run_task_step(
     sift: Sift | None,
     sift_weight: float,
     class_weights: Tensor | None,
-    key: DropoutKey,
+    keys: Sequence[DropoutKey],
     heartbeat: Heartbeat,
     timer: StepTimer,
 ) -> TaskLosses:
@@ -85,7 +85,7 @@ def run_task_step(
     """
     share = max(1, num_items) / (len(micro_batches) * data_parallel_size)
     losses = []
-    for number, host_batch in enumerate(micro_batches):
+    for host_batch, key in zip(micro_batches, keys, strict=True):
         heartbeat.mark(heartbeat.step, "forward-backward")
         batch = host_batch.to(engine.device)
         objective = TaskObjective(
@@ -95,7 +95,7 @@ def run_task_step(
             sift=sift,
             sift_weight=sift_weight,
             class_weights=class_weights,
-            key=key.fold("micro-step", number),
+            key=key,
         )
         with timer.phase("forward_backward"):
             found = engine(

@@ -25,7 +25,6 @@ from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
 from deberta_xl.config import DataSection, OptimizerSection, TrainSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
-from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.parallel import layers  # noqa: F401  (the forked ranks then need not import megatron-core)
 from deberta_xl.parallel.grid import Grid
@@ -33,7 +32,7 @@ from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.pipeline import PipelinedModel, build_stage
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import split_model
-from deberta_xl.training.batches import MicroBatch, step_batches
+from deberta_xl.training.batches import MicroBatch, micro_batch_keys, step_batches
 from deberta_xl.training.engine import StepResult, build_engine, gradient_norm, run_step, set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
@@ -207,8 +206,7 @@ class Run:
         make_step = run_pipeline_step if self.grid.num_stages > 1 else run_step
         return make_step(
             self.engine, micro_batches, num_labels=int(num_labels), data_parallel_size=self.grid.data_parallel_size,
-            key=DropoutKey(7).fold("step", step, "rank", self.grid.data_parallel_rank), heartbeat=self.heartbeat,
-            timer=self.timer,
+            keys=micro_batch_keys(7, step, len(micro_batches), self.grid), heartbeat=self.heartbeat, timer=self.timer,
         )  # fmt: skip
 
 

@@ -107,6 +107,14 @@ def test_dropout_does_not_depend_on_the_split_into_stages_nor_on_recomputation(s
                 assert_equal_curves(curve, expected[0], case)
 
 
+def test_dropout_does_not_depend_on_the_number_of_replicas(small_dataset, tmp_path):
+    two, four = Case(accumulation=2, dropout=0.2), Case(accumulation=4, dropout=0.2)  # micro-batches of two rows
+    (expected,) = run_ranks(run_cases, 1, small_dataset, tmp_path, Layout(), [four], {})
+    for layout in (Layout(data=2), Layout(pipeline=2, data=2)):
+        for (curve,) in run_ranks(run_cases, layout.world_size, small_dataset, tmp_path, layout, [two], {}):
+            assert_equal_curves(curve, expected[0], two)
+
+
 def word_table_after_training(dataset: SmallDataset, folder: Path, case: Case) -> torch.Tensor | None:
     """This stage's copy of the word table after some steps; None where there is none."""
     run = Run(dataset, folder, Layout(pipeline=3).join(), case, architecture(dataset.tokenizer.vocab_size))

@@ -212,17 +212,16 @@ def test_ranks_started_as_srun_does_train_alike(small_dataset, uninterrupted, tm
 
 
 def test_another_stage_and_number_of_ranks_continues_the_curve(small_dataset, uninterrupted, tmp_path):
-    result = run([*deepspeed(2), *arguments(small_dataset, tmp_path, "model.dropout=0", "train.steps=4")])
+    whole, even = tmp_path / "whole", "schedule.decay=constant"
+    result = run([*deepspeed(2), *arguments(small_dataset, tmp_path, even, "train.steps=4")])
     assert result.returncode == 0, result.stdout
-    more = arguments(small_dataset, tmp_path, "model.dropout=0", engine="zero3_fp32")
-    result = run([sys.executable, SCRIPT, *more])
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, even, engine="zero3_fp32")])
     assert result.returncode == 0, result.stdout
-    whole = tmp_path / "whole"
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, whole, "model.dropout=0")])
+    result = run([sys.executable, SCRIPT, *arguments(small_dataset, whole, even)])
     assert result.returncode == 0, result.stdout
-    # Steps 1 to 4 decay towards another last step; from step 5 on the schedules agree, the weights differ a little.
-    assert metrics(tmp_path, "learning_rate")[8] == metrics(whole, "learning_rate")[8]
-    assert metrics(tmp_path, "loss")[1] == pytest.approx(metrics(whole, "loss")[1], rel=1e-5)
+    assert sorted(metrics(whole, "loss")) == list(range(1, 9))
+    for name in ("loss", "grad_norm", "accuracy"):  # with dropout: its masks do not depend on who has the rows
+        assert metrics(tmp_path, name) == pytest.approx(metrics(whole, name), rel=1e-4), name
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(small_dataset, uninterrupted, tmp_path):

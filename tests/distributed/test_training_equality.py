@@ -20,12 +20,11 @@ from deberta_xl.config_file import load_run_config
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
-from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
-from deberta_xl.training.batches import MicroBatch, step_batches
+from deberta_xl.training.batches import MicroBatch, micro_batch_keys, step_batches
 from deberta_xl.training.engine import build_engine, gradient_norm, run_step, set_learning_rate
 from deberta_xl.training.evaluate import evaluate, predict_with
 from deberta_xl.training.heartbeat import Heartbeat
@@ -184,8 +183,8 @@ def train_with_engine(
         torch.distributed.all_reduce(num_labels, group=groups.data_group)
         set_learning_rate(engine, rate(step))
         result = run_step(
-            engine, micro_batches, num_labels=int(num_labels), data_parallel_size=size, key=DropoutKey(0),
-            heartbeat=heartbeat, timer=timer,
+            engine, micro_batches, num_labels=int(num_labels), data_parallel_size=size,
+            keys=micro_batch_keys(0, step, len(micro_batches), groups.grid), heartbeat=heartbeat, timer=timer,
         )  # fmt: skip
         torch.distributed.all_reduce(result.loss, group=groups.data_group)
         curve.losses.append(result.loss.item() / size)
