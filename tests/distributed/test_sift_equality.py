@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,10 +21,13 @@ from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.shard import shard_of
 from deberta_xl.training.engine import build_engine, gradient_norm
 
-FOLDER, _ = folders("sift")  # classification; regression is checked on the plain model
+FOLDERS = folders("sift")
+CLASSIFICATION, REGRESSION = FOLDERS
 # float32: the original's own float32 differs from its float64 by up to 9e-5 (activations), 4.5e-5 (gradients); the
 # total loss multiplies the adversarial one by 5.
 LOSS, GRADIENT = 2e-4, 1e-4
+#: A step of the perturbation is 1e-4 long.
+PERTURBATION = {"delta_grad": 4.5e-5, "delta_after_step": 1e-6}
 
 
 class Layout(NamedTuple):
@@ -34,11 +38,45 @@ class Layout(NamedTuple):
     activation_checkpointing: bool = False
 
 
-def step(layout: Layout) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """Total loss, gradient norm and whole gradients of the batch, which every data-parallel rank has whole."""
-    vector = SiftVector(FOLDER, torch.float32)
+class Step(NamedTuple):
+    """What a rank saw of one update; every data-parallel rank has the whole batch."""
+
+    losses: dict[str, float]
+    norm: float
+    perturbation: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    """Whole, by parameter."""
+
+
+class Watched:
+    """The objective of a vector's batch, which notes losses and perturbation on the way."""
+
+    def __init__(self, vector: SiftVector):
+        self.vector, self.losses, self.perturbation = vector, {}, {}
+        self.moved = vector.sift.moved
+        vector.sift.moved = self.note_perturbation
+
+    def note_perturbation(self, delta_BSD: torch.Tensor, gradient_BSD: torch.Tensor) -> torch.Tensor:
+        """`Sift.moved`."""
+        moved_BSD = self.moved(delta_BSD, gradient_BSD)
+        self.perturbation = {"delta_grad": gradient_BSD.clone(), "delta_after_step": moved_BSD.clone()}
+        return moved_BSD
+
+    def __call__(self, predict: object) -> torch.Tensor:
+        """The total loss."""
+        found = outcome(self.vector, predict)
+        total = found.total(self.vector.meta["vat_lambda"])
+        names = {"task_loss": found.task_loss, "adversarial_loss": found.adversarial_loss, "total_loss": total}
+        self.losses = {name: loss.item() for name, loss in names.items()}
+        return total
+
+
+def step(layout: Layout, folder: Path) -> Step:
+    """One update from a vector's batch and noise."""
+    vector = SiftVector(folder, torch.float32)
     groups = build_groups(Grid.of(dist.get_rank(), dist.get_world_size(), layout.tensor_parallel_size))
     divide(vector.model, groups)
+    watched = Watched(vector)
     if layout.activation_checkpointing:
         vector.model.checkpoint_activations()
     settings = {
@@ -56,11 +94,10 @@ def step(layout: Layout) -> tuple[float, float, dict[str, torch.Tensor]]:
     engine = build_engine(vector.model, OptimizerSection(learning_rate=0.0), settings, groups)
     engine.eval()  # no dropout; the vectors have none
     ids, mask = vector.inputs["input_ids"], vector.inputs["attention_mask"]
-    loss = engine(ids, mask, objective=lambda predict: outcome(vector, predict).total(vector.meta["vat_lambda"]))
-    engine.backward(loss)
+    engine.backward(engine(ids, mask, objective=watched))
     gradients = {n: join(safe_get_full_grad(p), shard_of(p), groups) for n, p in engine.module.named_parameters()}
     engine.step()
-    return loss.item(), gradient_norm(engine), gradients
+    return Step(watched.losses, gradient_norm(engine), watched.perturbation, gradients)
 
 
 def join(part: torch.Tensor, shard: object, groups: object) -> torch.Tensor:
@@ -79,21 +116,25 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
-def test_a_step_with_the_same_noise_gives_the_originals_loss_and_gradients(layout):
-    vector = SiftVector(FOLDER)
+def test_a_step_with_the_same_noise_gives_the_originals_perturbation_losses_and_gradients(layout, folder):
+    vector = SiftVector(folder)
     expected = vector.gradients
     norm = torch.stack([g.norm() for g in expected.values()]).norm().item()
-    for loss, actual_norm, gradients in run_ranks(step, 2, layout):
-        assert loss == pytest.approx(vector.outputs["total_loss"].item(), abs=LOSS)
-        assert actual_norm == pytest.approx(norm, rel=1e-4)
+    for found in run_ranks(step, 2, layout, folder):
+        for name, loss in found.losses.items():
+            assert loss == pytest.approx(vector.outputs[name].item(), abs=LOSS), name
+        assert found.norm == pytest.approx(norm, rel=1e-4)
+        for name, value in found.perturbation.items():
+            assert (value - vector.outputs[name]).abs().max() <= PERTURBATION[name], name
         for name, gradient in expected.items():
-            assert (gradients[name] - gradient).abs().max() <= GRADIENT, name
+            assert (found.gradients[name] - gradient).abs().max() <= GRADIENT, name
 
 
 def in_bf16(stage: int) -> tuple[float, float]:
     """Loss and norm in bf16, accumulating over two micro-batches."""
-    vector = SiftVector(FOLDER, torch.float32)
+    vector = SiftVector(CLASSIFICATION, torch.float32)
     settings = {
         "train_micro_batch_size_per_gpu": len(vector.labels),
         "gradient_accumulation_steps": 2,
@@ -119,7 +160,7 @@ def total(vector: SiftVector, predict: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_with_accumulation_follows_within_its_rounding(stage):
-    vector = SiftVector(FOLDER)
+    vector = SiftVector(CLASSIFICATION)
     norm = torch.stack([g.norm() for g in vector.gradients.values()]).norm().item()
     for loss, actual_norm in run_ranks(in_bf16, 2, stage):
         # 8 bits of mantissa: 2^-8 = 4e-3 per rounding, several in a row.
