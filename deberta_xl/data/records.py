@@ -114,16 +114,30 @@ def read_parquet(path: Path) -> Iterator[Record]:
 
 
 def read_datasets_folder(path: Path) -> Iterator[Record]:
-    """Rows of what `datasets.Dataset.save_to_disk` wrote, class numbers replaced by their names."""
+    """Rows of what `datasets.Dataset.save_to_disk` wrote: names for class numbers, None for secret ones."""
     try:
         import datasets
+        import pyarrow
     except ImportError:
         raise TaskDataError(
             f"{path} is a folder: to read what Hugging Face's `datasets` saved, `pip install datasets` first, or give "
             "the task's files"
         ) from None
-    dataset = datasets.load_from_disk(str(path))
-    names = {name: kind.names for name, kind in dataset.features.items() if hasattr(kind, "names")}
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise TaskDataError(f"{path} is not a folder that `Dataset.save_to_disk` wrote: {error}") from error
+    if not isinstance(dataset, datasets.Dataset):
+        raise TaskDataError(f"{path} holds several splits: {', '.join(dataset)}; each is a folder in it, name those")
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in dataset.features.items()}
+    names = {name: kind.names for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
     for number, row in enumerate(dataset):
-        named = {name: names[name][row[name]] for name in names if 0 <= row[name] < len(names[name])}
+        named = {name: class_names(row[name], names[name]) for name in names}
         yield Record(f"{path}, row {number}", {**row, **named})
+
+
+def class_names(value: int | list[int] | None, names: Sequence[str]) -> str | list[str | None] | None:
+    """Names of class numbers; None for one that is none, by which benchmarks keep a label secret."""
+    if isinstance(value, list):
+        return [class_names(each, names) for each in value]
+    return names[value] if value is not None and 0 <= value < len(names) else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deberta_xl.data.records import Record, TaskDataError, parse_json, read_jsonl
+from deberta_xl.data.records import Record, TaskDataError, parse_json, read_jsonl, read_records
 
 CAUSE_OR_EFFECT = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
 
@@ -91,7 +91,7 @@ def copa_xml(path: Path) -> Iterator[Record]:
 
 def copa(path: Path) -> Iterator[Record]:
     """SuperGLUE's COPA: columns id, context, options, label."""
-    for place, row in read_jsonl(path):
+    for place, row in read_records(path):
         need(row, place, "premise", "question", "choice1", "choice2")
         context = f"{row['premise']} {CAUSE_OR_EFFECT.get(row['question'], row['question'])}"
         fields = {"context": context, "options": [row["choice1"], row["choice2"]], "label": row.get("label")}
@@ -100,7 +100,7 @@ def copa(path: Path) -> Iterator[Record]:
 
 def wic(path: Path) -> Iterator[Record]:
     """SuperGLUE's WiC: columns id, first (with the word in front), second, label."""
-    for place, row in read_jsonl(path):
+    for place, row in read_records(path):
         need(row, place, "word", "sentence1", "sentence2")
         first = f"{row['word']}: {row['sentence1']}"
         yield Record(
