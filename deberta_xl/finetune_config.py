@@ -34,6 +34,9 @@ class TaskSection:
     """A built-in task, or the path of a TOML file that describes one (docs/finetuning.md)."""
     data: str | None = None
     """Folder with the task's files."""
+    valid_share: float = 0.0
+    """Hold out this share of the training examples, where there is no validation file; those with an equal first text
+    stay together."""
     max_train_examples: int = 0
     """Use only the first examples of the training files; 0 uses all."""
     max_eval_examples: int = 0
@@ -41,6 +44,8 @@ class TaskSection:
 
     def __post_init__(self) -> None:
         at_least(0, max_train_examples=self.max_train_examples, max_eval_examples=self.max_eval_examples)
+        if not 0 <= self.valid_share < 1:
+            raise ConfigError(f"valid_share={self.valid_share} is not a share; allowed: 0 … 1, 1 excluded")
 
 
 @frozen

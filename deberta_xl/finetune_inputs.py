@@ -98,12 +98,34 @@ def check_given(config: FinetuneConfig) -> None:
 
 def read_examples(task: Task, config: FinetuneConfig) -> dict[str, list[Example]]:
     """The examples of every split that is there; training and validation must be."""
-    folder, limits = Path(config.task.data), config.task
-    splits = dict.fromkeys([TRAIN, VALID, *splits_of(task, folder)])
-    limit = {TRAIN: limits.max_train_examples}
-    return {
-        split: read_split(task, folder, split, limit=limit.get(split, limits.max_eval_examples)) for split in splits
-    }
+    folder, share = Path(config.task.data), config.task.valid_share
+    there = splits_of(task, folder)
+    if share and VALID in there:
+        raise ConfigError(f"task.valid_share={share}, but {folder} has a {VALID} split of its own; leave it unset")
+    wanted = dict.fromkeys([TRAIN, *([] if share else [VALID]), *there])
+    examples = {split: read_split(task, folder, split) for split in wanted}
+    if share:
+        examples[TRAIN], examples[VALID] = hold_out(task, examples[TRAIN], share)
+    limit = {TRAIN: config.task.max_train_examples}
+    return {name: found[: limit.get(name, config.task.max_eval_examples) or None] for name, found in examples.items()}
+
+
+def hold_out(task: Task, examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and about a `share` of them to evaluate on: which, follows from an example's first text.
+
+    So copies of a text, and the questions about it, are on one side, whatever the order of the file.
+    """
+    parts: tuple[list[Example], list[Example]] = [], []
+    for example in examples:
+        text = repr(example.texts if task.head == "token" else example.texts[0])
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        parts[int.from_bytes(digest, "big") < share * 2**64].append(example)
+    if not all(parts):
+        raise ConfigError(
+            f"task.valid_share={share} divides {len(examples)} examples into {len(parts[0])} to train on and "
+            f"{len(parts[1])} held out; choose another share"
+        )
+    return parts
 
 
 def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Path]:

@@ -174,11 +174,11 @@ def splits_of(task: Task, folder: Path) -> list[str]:
     return [name for name in names if any(source.paths(folder, name) for source in task.sources)]
 
 
-def read_split(task: Task, folder: Path, split: str, *, limit: int = 0) -> list[Example]:
+def read_split(task: Task, folder: Path, split: str) -> list[Example]:
     """The examples of a split, labels still as names. Raises TaskDataError when there are none, or they do not fit."""
     for source in task.sources:
         if paths := source.paths(folder, split):
-            examples = list(examples_of(task, source, paths, limit))
+            examples = list(examples_of(task, source, paths))
             if not examples:
                 raise TaskDataError(f"{', '.join(map(str, paths))}: the {split} split is empty")
             return examples
@@ -188,16 +188,14 @@ def read_split(task: Task, folder: Path, split: str, *, limit: int = 0) -> list[
     raise TaskDataError(f"{folder} has no {split} file of task {task.name}; looked for: {wanted or 'nothing'}")
 
 
-def examples_of(task: Task, source: Source, paths: list[Path], limit: int) -> Iterator[Example]:
-    """Examples of several files, at most `limit` where it is not 0."""
+def examples_of(task: Task, source: Source, paths: list[Path]) -> Iterator[Example]:
+    """Examples of several files."""
     number = 0
     for path in paths:
         records = read_records(path, source.header) if source.format == "auto" else FORMATS[source.format](path)
         for record in records:
             yield ExampleReader(task, source).read(record, number)
             number += 1
-            if number == limit:
-                return
 
 
 class ExampleReader:

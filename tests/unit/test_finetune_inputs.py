@@ -50,6 +50,8 @@ def test_a_good_start_counts_steps_and_warms_up(encoder, sentences, tmp_path):
         (("schedule.warmup_steps=9",), "schedule.warmup_steps=9 is longer than the run of 8 steps"),
         (("optimizer.layer_decay=1.5",), "optimizer.layer_decay=1.5"),
         (("sift.variant=originl",), "sift.variant"),
+        (("task.valid_share=0.2",), "has a valid split of its own"),
+        (("task.valid_share=1.0",), "valid_share=1.0 is not a share"),
         (("parallel.tensor_parallel_size=2",), "does not divide the 1 ranks"),
         (("parallel.pipeline_parallel_size=2",), "is for pretraining"),
         (("model.sequence_length=4",), "model.sequence_length=4 is too small"),
@@ -63,6 +65,31 @@ def test_what_cannot_run_is_refused_with_a_message(encoder, sentences, tmp_path,
     with pytest.raises(UserError, match=message):
         read_inputs(parsed)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_share_of_the_training_examples_is_held_out_with_all_that_has_the_same_text(encoder, sentences, tmp_path):
+    (sentences / "dev.tsv").unlink()
+    header, *rows = (sentences / "train.tsv").read_text().splitlines(keepends=True)
+    (sentences / "train.tsv").write_text("".join([header, *rows, *rows]))
+    arguments = finetune_arguments(encoder, sentences, tmp_path / "run", "task.valid_share=0.25")
+    inputs = read_inputs(parse_arguments(arguments))
+    parts = [[example.texts for example in data.examples] for data in (inputs.train_data, inputs.held_out["valid"])]
+    assert len(parts[0]) + len(parts[1]) == 96
+    assert 10 <= len(parts[1]) <= 38
+    assert not set(parts[0]) & set(parts[1])
+
+
+def test_a_share_that_holds_out_nothing_is_refused(encoder, sentences, tmp_path):
+    (sentences / "dev.tsv").unlink()
+    arguments = finetune_arguments(encoder, sentences, tmp_path / "run", "task.valid_share=0.000001")
+    with pytest.raises(UserError, match="divides 48 examples into 48 to train on and 0 held out"):
+        read_inputs(parse_arguments(arguments))
+
+
+def test_only_the_first_examples_are_used_where_that_is_asked_for(encoder, sentences, tmp_path):
+    few = ("task.max_train_examples=10", "task.max_eval_examples=4")
+    inputs = read_inputs(parse_arguments(finetune_arguments(encoder, sentences, tmp_path / "run", *few)))
+    assert (len(inputs.train_data), len(inputs.held_out["valid"]), len(inputs.held_out["test"])) == (10, 4, 4)
 
 
 def test_a_held_out_set_of_one_class_is_refused_where_the_metric_needs_two(encoder, tmp_path):
