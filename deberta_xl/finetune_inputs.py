@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.config import ScheduleSection
 from deberta_xl.config_file import load_config
+from deberta_xl.data.preprocessing import is_held_out
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_labels import labels_of
 from deberta_xl.data.task_metrics import check_defined
@@ -118,8 +119,7 @@ def hold_out(task: Task, examples: Sequence[Example], share: float) -> tuple[lis
     parts: tuple[list[Example], list[Example]] = [], []
     for example in examples:
         text = repr(example.texts if task.head == "token" else example.texts[0])
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        parts[int.from_bytes(digest, "big") < share * 2**64].append(example)
+        parts[is_held_out(text, share)].append(example)
     if not all(parts):
         raise ConfigError(
             f"task.valid_share={share} divides {len(examples)} examples into {len(parts[0])} to train on and "

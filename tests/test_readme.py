@@ -14,6 +14,7 @@ import pytest
 import torch
 import zstandard
 from small_dataset import documents
+from small_task import write_sentences
 
 from deberta_xl.config_file import load_run_config, preset_names
 from deberta_xl.model.masked_lm import MaskedLanguageModel
@@ -27,10 +28,12 @@ TINY = [
     "schedule.warmup_steps=2",
 ]  # fmt: skip
 
+TINY_TASK = ["model.sequence_length=32", "train.steps=4", "train.global_batch_size=8", "train.micro_batch_size=4"]
 
-def commands() -> list[list[str]]:
-    """The commands of "From text to model", continuation lines joined."""
-    section = README.split("## From text to model")[1].split("\n## ")[0]
+
+def commands(title: str) -> list[list[str]]:
+    """The commands of a section, continuation lines joined."""
+    section = README.split(f"## {title}")[1].split("\n## ")[0]
     block = re.search(r"((?:    .*\n)+)", section).group(1).replace("\\\n", " ")
     return [shlex.split(line) for line in block.splitlines()]
 
@@ -39,7 +42,8 @@ def made_small(command: list[str]) -> list[str]:
     """The same command at a size for tests."""
     words = [{BIG: SMALL, "xxlarge": "debug"}.get(word, word) for word in command]
     if words[0] == "deepspeed":
-        return [words[0], "--master_port", str(29500 + os.getpid() % 1000), *words[1:], *TINY]
+        tiny = TINY if "deberta_xl/pretrain.py" in words else TINY_TASK
+        return [words[0], "--master_port", str(29500 + os.getpid() % 1000), *words[1:], *tiny]
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 
@@ -55,11 +59,14 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_commands_from_text_to_model_run_as_they_stand(checkout):
+def test_the_commands_from_text_to_model_to_task_run_as_they_stand(checkout):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     ran = []
-    for command in commands():
+    (checkout / "glue").mkdir()
+    write_sentences(checkout / "glue" / "SST-2")
+    (checkout / "reviews.jsonl").write_text('{"text": "A joy."}\n')
+    for command in [*commands("From text to model"), *commands("From model to task")]:
         if command[0] == "tensorboard":  # a server; what it reads is checked where a run's folder is
             continue
         result = subprocess.run(
@@ -71,7 +78,10 @@ def test_the_commands_from_text_to_model_run_as_they_stand(checkout):
     assert {"train_tokenizer.py", "preprocess.py", "pretrain.py", "evaluate.py", "fill_mask.py", "convert.py"} <= set(
         ran
     )
-    assert (checkout / "exported" / "model.safetensors").exists()
+    assert {"finetune.py", "evaluate_task.py", "predict.py"} <= set(ran)
+    for folder in ("exported", "exported-sst2"):
+        assert (checkout / folder / "model.safetensors").exists()
+    assert json.loads((checkout / "labels.jsonl").read_text())["prediction"] in ("0", "1")
 
 
 def test_the_quickstart_goes_from_text_to_filled_masks_and_continues(tmp_path):
