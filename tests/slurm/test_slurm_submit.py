@@ -60,6 +60,13 @@ def test_options_of_sbatch_override_the_headers(submit: Submit):
     assert "using 384 processors" in answer.stdout
 
 
+def test_a_run_in_stages_is_laid_out_over_the_headers_ranks(submit: Submit):
+    answer = submit("parallel.pipeline_parallel_size=2")
+    assert answer.returncode == 0, answer.stdout
+    assert "ranks: 128 = 2 pipeline stages x 64 data-parallel x 1 tensor-parallel" in answer.stdout
+    assert "x 4 accumulated" in answer.stdout
+
+
 def test_a_chain_is_n_jobs_of_one_name_that_are_not_requeued(submit: Submit, big_lab: Lab):
     answer = submit(options=["--chain", "3", "--hold"])
     assert answer.returncode == 0, answer.stdout
