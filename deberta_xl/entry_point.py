@@ -9,13 +9,25 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from deberta_xl.errors import UserError
 from deberta_xl.launch import read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
 from deberta_xl.stop_request import StopRequest
+
+
+def build_parser(description: str, example: str, presets: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that every training command has. Overrides may stand anywhere: use `parse_intermixed_args`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=formatter)
+    parser.add_argument("--config", required=True, help=f"preset ({', '.join(presets)}) or path of a TOML file")
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
+    parser.add_argument("--check", action="store_true", help="check everything that can be checked at once, then exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. train.steps=500")
+    return parser
 
 
 def run_command(

@@ -24,10 +24,10 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
-from deberta_xl.entry_point import run_command
+from deberta_xl.entry_point import build_parser, run_command
 from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch, read_launch
-from deberta_xl.log import log_to_file, rank_zero
+from deberta_xl.log import rank_zero
 from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.parallel.grid import Grid, check_divisible, check_stages
 from deberta_xl.parallel.memory import estimate_memory
@@ -35,12 +35,8 @@ from deberta_xl.parallel.stages import Split, split_model
 from deberta_xl.stop_request import StopRequest
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
     from deberta_xl.model.masked_lm import MaskedLanguageModel
-    from deberta_xl.parallel.groups import Groups
     from deberta_xl.training.loop import Pretraining
-    from deberta_xl.training.state import TrainState
 
 EXAMPLE = """\
 example:
@@ -53,18 +49,8 @@ Every key of the presets (deberta_xl/configs/*.toml) and of deberta_xl/config.py
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Pretrain a DeBERTa with enhanced mask decoder on DeepSpeed.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = ", ".join(preset_names())
-    parser.add_argument("--config", required=True, help=f"preset ({names}) or path of a TOML file")
-    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
-    parser.add_argument("--check", action="store_true", help="check everything that can be without torch, then exit")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. train.steps=500")
-    return parser.parse_intermixed_args(arguments)  # overrides may stand before, between and after options
+    description = "Pretrain a DeBERTa with enhanced mask decoder on DeepSpeed."
+    return build_parser(description, EXAMPLE, preset_names()).parse_intermixed_args(arguments)
 
 
 class Inputs(NamedTuple):
@@ -147,16 +133,6 @@ def fingerprints_of(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def facts_of(inputs: Inputs) -> dict[str, Any]:
-    """What environment.json tells of this start."""
-    return {
-        "command": sys.argv,
-        "world_size": inputs.launch.world_size,
-        "zero_stage": inputs.engine.zero_stage,
-        "precision": inputs.engine.precision,
-    }
-
-
 def build_model(inputs: Inputs, units: range, *, is_new: bool) -> MaskedLanguageModel:
     """The plain model, as much of it as `units` needs: fresh weights, or those of `train.init` where the run `is_new`.
 
@@ -173,80 +149,37 @@ def build_model(inputs: Inputs, units: range, *, is_new: bool) -> MaskedLanguage
         source = on_rank_zero(lambda: find_pretrained(train.init))
         load_initial_weights(model, source)
         rank_zero("weights from %s", source)
-    if train.activation_checkpointing:
-        model.checkpoint_activations()
     return model
-
-
-def start_engine(inputs: Inputs, groups: Groups, newest: Path | None) -> tuple[DeepSpeedEngine, TrainState]:
-    """The engine over the model, divided as `groups` says, continued from `newest` if there is one. Collective."""
-    from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
-    from deberta_xl.checkpoint.store import load_checkpoint
-    from deberta_xl.parallel.pipeline import PipelinedModel
-    from deberta_xl.parallel.plan import divide
-    from deberta_xl.training.engine import build_engine
-    from deberta_xl.training.state import TrainState
-
-    print_arithmetic(inputs)
-    split, grid = inputs.split, inputs.grid
-    model = build_model(inputs, split.units(grid.stage), is_new=newest is None)
-    divide(model, groups, sequence_parallel=inputs.config.parallel.sequence_parallel)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()} if newest is None else {}
-    settings = inputs.engine.engine_dict(inputs.grid.data_parallel_size, inputs.config)
-    module = PipelinedModel(model, split, groups) if grid.num_stages > 1 else model
-    engine = build_engine(module, inputs.config.optimizer, settings, groups)
-    if newest is None:
-        set_master_weights(engine, canonical_parameters(engine), weights)
-        return engine, TrainState()
-    tensor_parallel = (inputs.grid.tensor_parallel_size, inputs.grid.tensor_parallel_rank)
-    saved = load_checkpoint(engine, newest, tensor_parallel=tensor_parallel)
-    state = TrainState(saved["step"], saved["consumed_samples"])
-    rank_zero("resumed from %s: step %d, %d samples consumed", newest, state.step, state.consumed_samples)
-    return engine, state
 
 
 def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
     """Process group, run folder, engine: everything the loop works with. Collective."""
-    import torch
-
     from deberta_xl.checkpoint.native_config import native_config
-    from deberta_xl.parallel.groups import build_groups
-    from deberta_xl.training.engine import check_precision, start_engine_runtime
+    from deberta_xl.parallel.pipeline import PipelinedModel
     from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.loop import Pretraining
-    from deberta_xl.training.run_folder import RunFolder
-    from deberta_xl.training.take_over import take_over
+    from deberta_xl.training.start import start_engine, start_run
+    from deberta_xl.training.state import TrainState
 
-    config, launch = inputs.config, inputs.launch
-    start_engine_runtime(launch, deterministic=config.train.deterministic)
-    check_precision(inputs.engine.precision)
-    folder = RunFolder(config.run.folder)
-    fingerprints = fingerprints_of(inputs)
-    newest, ownership = take_over(
-        folder,
-        config,
-        inputs.tokenizer_folder,
-        fingerprints=fingerprints,
-        last_step=config.train.steps,
-        facts=facts_of(inputs),
-    )
-    log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
-    torch.manual_seed(config.train.seed)
-    groups = build_groups(inputs.grid)
-    engine, state = start_engine(inputs, groups, newest)
+    config, split, fingerprints = inputs.config, inputs.split, fingerprints_of(inputs)
+    start = start_run(inputs, fingerprints, config.train.steps)
+    print_arithmetic(inputs)
+    model = build_model(inputs, split.units(inputs.grid.stage), is_new=start.newest is None)
+    stage = (lambda divided: PipelinedModel(divided, split, start.groups)) if split.num_stages > 1 else None
+    engine, state = start_engine(inputs, start, model, TrainState, stage)
     return Pretraining(
         config=config,
         architecture=inputs.architecture,
-        launch=launch,
-        groups=groups,
+        launch=inputs.launch,
+        groups=start.groups,
         engine=engine,
         data=inputs.data,
         valid=inputs.valid,
         tokenizer=inputs.tokenizer,
-        folder=folder,
+        folder=start.folder,
         state=state,
-        heartbeat=Heartbeat(folder.heartbeat, launch.rank, ownership),
-        ownership=ownership,
+        heartbeat=Heartbeat(start.folder.heartbeat, inputs.launch.rank, start.ownership),
+        ownership=start.ownership,
         stop=stop,
         checkpoint_files={
             "config.json": json.dumps(native_config(inputs.architecture), indent=2).encode(),

@@ -1,0 +1,102 @@
+"""What every training command does between its checked inputs and its loop: process group, run folder, engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import nn
+
+from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
+from deberta_xl.checkpoint.store import load_checkpoint
+from deberta_xl.config import RunConfig
+from deberta_xl.deepspeed_config import DeepSpeedConfig
+from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.launch import Launch
+from deberta_xl.log import log_to_file, rank_zero
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.groups import Groups, build_groups
+from deberta_xl.parallel.plan import divide
+from deberta_xl.training.engine import build_engine, check_precision, start_engine_runtime
+from deberta_xl.training.ownership import Ownership
+from deberta_xl.training.run_folder import RunFolder
+from deberta_xl.training.state import TrainState
+from deberta_xl.training.take_over import take_over
+
+StateOfRun = TypeVar("StateOfRun", bound=TrainState)
+
+
+class RunInputs(Protocol):
+    """What is needed of a command's inputs."""
+
+    config: RunConfig | FinetuneConfig
+    engine: DeepSpeedConfig
+    launch: Launch
+    grid: Grid
+    tokenizer_folder: Path
+
+
+class Start(NamedTuple):
+    """A run that has its ranks and its folder, and no engine yet."""
+
+    groups: Groups
+    folder: RunFolder
+    newest: Path | None
+    """The checkpoint to go on from; None for a new run."""
+    ownership: Ownership
+
+
+def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any], last_step: int) -> Start:
+    """Join the process group and take over the run folder. Collective.
+
+    `fingerprints` is what a checkpoint must agree with; with `last_step` behind its own it is refused, too.
+    """
+    config, launch, engine = inputs.config, inputs.launch, inputs.engine
+    start_engine_runtime(launch, deterministic=config.train.deterministic)
+    check_precision(engine.precision)
+    folder = RunFolder(config.run.folder)
+    facts = {
+        "command": sys.argv,
+        "world_size": launch.world_size,
+        "zero_stage": engine.zero_stage,
+        "precision": engine.precision,
+    }
+    newest, ownership = take_over(
+        folder, config, inputs.tokenizer_folder, fingerprints=fingerprints, last_step=last_step, facts=facts
+    )
+    log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
+    torch.manual_seed(config.train.seed)
+    return Start(build_groups(inputs.grid), folder, newest, ownership)
+
+
+def start_engine(
+    inputs: RunInputs,
+    start: Start,
+    model: nn.Module,
+    state_type: type[StateOfRun],
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+) -> tuple[DeepSpeedEngine, StateOfRun]:
+    """The engine over `model`, divided over the ranks, and the state of the run it continues, if any. Collective.
+
+    `wrap` makes what the engine holds of the divided model, where that is not the model itself: a stage of a pipeline.
+    """
+    config, grid = inputs.config, inputs.grid
+    if config.train.activation_checkpointing:
+        model.checkpoint_activations()
+    divide(model, start.groups, sequence_parallel=config.parallel.sequence_parallel)
+    is_new = start.newest is None
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()} if is_new else {}
+    settings = inputs.engine.engine_dict(grid.data_parallel_size, config)
+    engine = build_engine(wrap(model) if wrap else model, config.optimizer, settings, start.groups)
+    if is_new:
+        set_master_weights(engine, canonical_parameters(engine), weights)
+        return engine, state_type()
+    tensor_parallel = (grid.tensor_parallel_size, grid.tensor_parallel_rank)
+    saved = load_checkpoint(engine, start.newest, tensor_parallel=tensor_parallel)
+    state = state_type(**{key: value for key, value in saved.items() if key != "fingerprints"})
+    rank_zero("resumed from %s: step %d", start.newest, state.step)
+    return engine, state
