@@ -18,7 +18,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 import time
@@ -26,7 +25,7 @@ import time
 from deberta_xl.command_line import build_parser, report_bad_records, run_tool
 from deberta_xl.data.corpus import expand_inputs, total_size
 from deberta_xl.data.errors import DataError
-from deberta_xl.data.preprocessing import Summary, preprocess
+from deberta_xl.data.preprocessing import Preprocessing, Summary, preprocess
 from deberta_xl.data.progress import progress
 from deberta_xl.data.spread_preprocessing import Communicator, preprocess_spread
 from deberta_xl.data.token_store import TokenStore
@@ -74,21 +73,20 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(arguments.tokenizer)
     paths = expand_inputs(arguments.input)
     size = communicator.Get_size() if communicator else 1
-    spread = functools.partial(preprocess_spread, communicator=communicator) if communicator else preprocess
     # Under MPI the first process sees its own share of the input only.
     with progress("tokenising", total_size(paths) // size) as advance:
-        summary = spread(
-            paths,
+        plan = Preprocessing(
             tokenizer,
             arguments.output,
+            arguments.valid_output,
+            arguments.valid_share if arguments.valid_output else 0.0,
             json_key=arguments.json_key,
             workers=workers,
             strict=arguments.strict,
             overwrite=arguments.overwrite,
-            valid_output=arguments.valid_output,
-            valid_share=arguments.valid_share if arguments.valid_output else 0.0,
             advance=advance,
         )
+        summary = preprocess_spread(paths, plan, communicator) if communicator else preprocess(paths, plan)
     if communicator and communicator.Get_rank():
         return
     report_bad_records(summary.bad_records, summary.reported)

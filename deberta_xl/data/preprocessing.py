@@ -213,37 +213,58 @@ def work_in_worker(batch: RecordBatch) -> TokenBatch:
     return work_here(batch)
 
 
-def preprocess(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    output: str | Path,
-    *,
-    json_key: str = "text",
-    workers: int = 1,
-    strict: bool = False,
-    overwrite: bool = False,
-    valid_output: str | Path | None = None,
-    valid_share: float = 0.0,
-    advance: Callable[[int, str], None] = lambda num_bytes, note: None,
-) -> Summary:
-    """Tokenise the documents of `paths` into the dataset `output`, and a share of them into `valid_output`.
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is to become of text, whoever reads it."""
 
-    `advance` is called with the bytes of input just done and a note. With `strict` the first bad record ends the work.
+    tokenizer: Tokenizer
+    output: str | Path
+    """Prefix of the dataset."""
+    valid_output: str | Path | None = None
+    """Prefix of the held-out dataset; none when unset."""
+    valid_share: float = 0.0
+    """Share of the documents that go there."""
+    json_key: str = "text"
+    workers: int = 1
+    """Processes that tokenise."""
+    strict: bool = False
+    """End at the first bad record."""
+    overwrite: bool = False
+    advance: Callable[[int, str], None] = lambda num_bytes, note: None
+    """Called with the bytes of input just done and a note."""
+
+    def open_writers(self, stack: contextlib.ExitStack) -> list[TokenStoreWriter]:
+        """Writers of the datasets; `stack` removes what they have written unless they are finished."""
+        outputs = [self.output] if self.valid_output is None else [self.output, self.valid_output]
+        options = {"tokenizer": self.tokenizer, "overwrite": self.overwrite}
+        return [stack.enter_context(TokenStoreWriter(output, **options)) for output in outputs]
+
+    def token_batches(self, paths: Sequence[Path], summary: Summary, of: str = "") -> Iterator[TokenBatch]:
+        """The files' documents, tokenised, in order; counted in `summary` and told to `advance`.
+
+        Raises CorpusError at the first bad record where `strict`.
+        """
+        work = BatchTokenizer(self.tokenizer, self.json_key, self.valid_share)
+        with contextlib.closing(tokenized(read_batches(paths, summary), work, self.workers)) as batches:
+            for batch in batches:
+                if self.strict and batch.bad:
+                    raise CorpusError(f"{batch.bad[0]} (--strict stops at the first bad record)")
+                summary.add(batch)
+                yield batch
+                self.advance(batch.num_bytes, f"{summary.documents:,} documents{of}, {summary.tokens:,} tokens")
+
+
+def preprocess(paths: Sequence[Path], plan: Preprocessing) -> Summary:
+    """Tokenise the documents of `paths` into the plan's datasets.
+
     Raises DataError; then nothing is left behind, and an older dataset of that name is untouched.
     """
     summary = Summary()
-    work = BatchTokenizer(tokenizer, json_key, valid_share)
     with contextlib.ExitStack() as stack:
-        outputs = [output] if valid_output is None else [output, valid_output]
-        writers = [stack.enter_context(TokenStoreWriter(o, tokenizer=tokenizer, overwrite=overwrite)) for o in outputs]
-        batches = stack.enter_context(contextlib.closing(tokenized(read_batches(paths, summary), work, workers)))
-        for batch in batches:
-            if strict and batch.bad:
-                raise CorpusError(f"{batch.bad[0]} (--strict stops at the first bad record)")
-            summary.add(batch)
+        writers = plan.open_writers(stack)
+        for batch in stack.enter_context(contextlib.closing(plan.token_batches(paths, summary))):
             write_batch(writers, batch.ids, batch.lengths, batch.is_held_out)
-            advance(batch.num_bytes, f"{summary.documents:,} documents, {summary.tokens:,} tokens")
-        check(summary, valid_output)
+        check(summary, plan.valid_output)
         for writer in writers:
             writer.finish(summary.inputs)
     return summary

@@ -15,19 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from deberta_xl.data.corpus import format_of
-from deberta_xl.data.errors import CorpusError, DataError
-from deberta_xl.data.preprocessing import (
-    MAX_REPORTED,
-    BatchTokenizer,
-    Summary,
-    check,
-    read_batches,
-    tokenized,
-    write_batch,
-)
+from deberta_xl.data.errors import DataError
+from deberta_xl.data.preprocessing import MAX_REPORTED, Preprocessing, Summary, check, write_batch
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.token_store_writer import TokenStoreWriter
-from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import UserError
 
 JOINED_AT_ONCE = 2**16
@@ -70,51 +61,34 @@ def share_of(rank: int, size: int, num_bytes: Sequence[int]) -> list[int]:
     return sorted(number for number, its_rank in owner.items() if its_rank == rank)
 
 
-def preprocess_spread(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    output: str | Path,
-    communicator: Communicator,
-    *,
-    json_key: str = "text",
-    workers: int = 1,
-    strict: bool = False,
-    overwrite: bool = False,
-    valid_output: str | Path | None = None,
-    valid_share: float = 0.0,
-    advance: Callable[[int, str], None] = lambda num_bytes, note: None,
-) -> Summary:
+def preprocess_spread(paths: Sequence[Path], plan: Preprocessing, communicator: Communicator) -> Summary:
     """What `preprocess` does, by all processes of `communicator` together; the same summary on each. Collective.
 
     Raises DataError on all of them when one of them meets something that a user can mend; nothing is left behind then.
     """
     rank, size = communicator.Get_rank(), communicator.Get_size()
-    bin_file = dataset_paths(output).bin
+    bin_file = dataset_paths(plan.output).bin
     folder = bin_file.with_name(f"{bin_file.name}.parts.partial")
     with contextlib.ExitStack() as stack:
         writers: list[TokenStoreWriter] = []
 
         def prepare() -> None:
-            outputs = [output] if valid_output is None else [output, valid_output]
-            for prefix in outputs if rank == 0 else []:
-                writers.append(stack.enter_context(TokenStoreWriter(prefix, tokenizer=tokenizer, overwrite=overwrite)))
-            if rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            writers.extend(plan.open_writers(stack))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
 
-        agree(communicator, prepare)
-        work = BatchTokenizer(tokenizer, json_key, valid_share)
+        agree(communicator, prepare if rank == 0 else lambda: None)
         mine = share_of(rank, size, [path.stat().st_size for path in paths])
 
         def tokenize() -> dict[int, Summary]:
-            return {n: write_part(Part.of(folder, n), paths[n], work, workers, strict, advance) for n in mine}
+            return {number: write_part(Part.of(folder, number), paths[number], plan) for number in mine}
 
         summaries = {n: summary for of_rank in agree(communicator, tokenize) for n, summary in of_rank.items()}
         total = joined_summary([summaries[number] for number in range(len(paths))])
 
         def join() -> None:
-            check(total, valid_output)
+            check(total, plan.valid_output)
             for number in range(len(paths)):
                 join_part(Part.of(folder, number), writers)
             for writer in writers:
@@ -138,23 +112,17 @@ def agree(communicator: Communicator, action: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in answers]
 
 
-def write_part(
-    part: Part, path: Path, work: BatchTokenizer, workers: int, strict: bool, advance: Callable[[int, str], None]
-) -> Summary:
+def write_part(part: Part, path: Path, plan: Preprocessing) -> Summary:
     """Tokenise one input file into its part; what became of it."""
     summary = Summary()
     format_of(path)
     with contextlib.ExitStack() as stack:
         ids, lengths, held_out = (stack.enter_context(open(file, "wb")) for file in part)
-        batches = stack.enter_context(contextlib.closing(tokenized(read_batches([path], summary), work, workers)))
-        for batch in batches:
-            if strict and batch.bad:
-                raise CorpusError(f"{batch.bad[0]} (--strict stops at the first bad record)")
-            summary.add(batch)
+        batches = plan.token_batches([path], summary, of=f" of {path.name}")
+        for batch in stack.enter_context(contextlib.closing(batches)):
             ids.write(batch.ids.astype(np.int32).data)
             lengths.write(batch.lengths.astype(np.int64).data)
             held_out.write(batch.is_held_out.data)
-            advance(batch.num_bytes, f"{summary.documents:,} documents of {path.name}")
     return summary
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from deberta_xl.data import preprocessing
 from deberta_xl.data.errors import CorpusError, DataError
-from deberta_xl.data.preprocessing import is_held_out, preprocess
+from deberta_xl.data.preprocessing import Preprocessing, is_held_out, preprocess
 from deberta_xl.data.token_store import TokenStore
 
 
@@ -27,7 +27,7 @@ def files_of(prefix) -> dict[str, bytes]:
 
 
 def test_documents_are_tokenised_in_order_and_everything_is_counted(corpus, tokenizer, texts, tmp_path):
-    summary = preprocess(corpus, tokenizer, tmp_path / "data")
+    summary = preprocess(corpus, Preprocessing(tokenizer, tmp_path / "data"))
     store = TokenStore(tmp_path / "data")
     store.verify()
     expected = [text for number, text in enumerate(texts) if number not in (17, 50)]
@@ -49,7 +49,9 @@ def test_the_output_is_the_same_for_any_number_of_workers(corpus, tokenizer, tmp
     for workers in (1, 3):
         outputs = tmp_path / f"data{workers}", tmp_path / f"valid{workers}"
         summaries.append(
-            preprocess(corpus, tokenizer, outputs[0], workers=workers, valid_output=outputs[1], valid_share=0.2)
+            preprocess(
+                corpus, Preprocessing(tokenizer, outputs[0], workers=workers, valid_output=outputs[1], valid_share=0.2)
+            )
         )
     assert summaries[0] == summaries[1]
     assert files_of(tmp_path / "data1") == files_of(tmp_path / "data3")
@@ -57,7 +59,7 @@ def test_the_output_is_the_same_for_any_number_of_workers(corpus, tokenizer, tmp
 
 
 def test_a_share_of_the_documents_is_held_out_by_their_text(corpus, tokenizer, texts, tmp_path):
-    summary = preprocess(corpus, tokenizer, tmp_path / "t", valid_output=tmp_path / "v", valid_share=0.2)
+    summary = preprocess(corpus, Preprocessing(tokenizer, tmp_path / "t", valid_output=tmp_path / "v", valid_share=0.2))
     train, valid = (TokenStore(tmp_path / name) for name in "tv")
     assert len(train) + len(valid) == 298
     assert len(valid) == summary.held_out_documents
@@ -71,7 +73,7 @@ def test_a_share_of_the_documents_is_held_out_by_their_text(corpus, tokenizer, t
 def test_strict_stops_at_the_first_bad_record_and_leaves_nothing(corpus, tokenizer, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(CorpusError, match=r"a\.jsonl:18: invalid JSON"):
-        preprocess(corpus, tokenizer, tmp_path / "data", strict=True)
+        preprocess(corpus, Preprocessing(tokenizer, tmp_path / "data", strict=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -79,19 +81,24 @@ def test_input_without_text_is_refused_and_leaves_nothing(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "b.txt").write_text("\n\n \n")
     with pytest.raises(CorpusError, match=r"no document \(1 bad records\): .*a\.jsonl:1: no key 'text'"):
-        preprocess([tmp_path / "a.jsonl", tmp_path / "b.txt"], tokenizer, tmp_path / "data")
+        preprocess([tmp_path / "a.jsonl", tmp_path / "b.txt"], Preprocessing(tokenizer, tmp_path / "data"))
     (tmp_path / "b.txt").write_text("kalo mine")
     with pytest.raises(CorpusError, match="leaves a dataset empty"):
-        preprocess([tmp_path / "b.txt"], tokenizer, tmp_path / "data", valid_output=tmp_path / "valid", valid_share=0.5)
+        preprocess(
+            [tmp_path / "b.txt"],
+            Preprocessing(tokenizer, tmp_path / "data", valid_output=tmp_path / "valid", valid_share=0.5),
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.txt"]
 
 
 def test_a_damaged_file_in_the_middle_of_the_work_leaves_an_older_dataset_alone(corpus, tokenizer, tmp_path):
-    preprocess(corpus, tokenizer, tmp_path / "data")
+    preprocess(corpus, Preprocessing(tokenizer, tmp_path / "data"))
     before = files_of(tmp_path / "data")
     (tmp_path / "c.txt.gz").write_bytes(b"\x1f\x8b\x08broken")
     with pytest.raises(CorpusError, match=r"c\.txt\.gz is damaged"):
-        preprocess([*corpus, tmp_path / "c.txt.gz"], tokenizer, tmp_path / "data", overwrite=True, workers=2)
+        preprocess(
+            [*corpus, tmp_path / "c.txt.gz"], Preprocessing(tokenizer, tmp_path / "data", overwrite=True, workers=2)
+        )
     assert files_of(tmp_path / "data") == before
 
 
@@ -104,11 +111,13 @@ def test_a_killed_worker_is_reported_and_leaves_nothing(corpus, tokenizer, tmp_p
     monkeypatch.setattr(preprocessing, "work_in_worker", die)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(DataError, match="a worker process was killed"):
-        preprocess(corpus, tokenizer, tmp_path / "data", workers=2)
+        preprocess(corpus, Preprocessing(tokenizer, tmp_path / "data", workers=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_progress_adds_up_to_the_size_of_the_input(corpus, tokenizer, tmp_path):
     done = []
-    preprocess(corpus, tokenizer, tmp_path / "data", advance=lambda num_bytes, note: done.append(num_bytes))
+    preprocess(
+        corpus, Preprocessing(tokenizer, tmp_path / "data", advance=lambda num_bytes, note: done.append(num_bytes))
+    )
     assert sum(done) == sum(path.stat().st_size for path in corpus)
