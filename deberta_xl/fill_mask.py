@@ -150,4 +150,6 @@ def find_tokenizer(checkpoint: Path) -> Path:
     """The tokenizer's folder of a checkpoint. Raises FillMaskError when there is none."""
     for folder in tokenizer_folders(checkpoint):
         return folder
-    raise FillMaskError(f"{checkpoint} has no tokenizer ({MODEL_FILE}); give its folder with --tokenizer")
+    raise FillMaskError(
+        f"{checkpoint} has no tokenizer ({MODEL_FILE}): copy its base model's there, which transformers does not save"
+    )

@@ -19,7 +19,6 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from deberta_xl.config_file import preset_names
-from deberta_xl.data.task_labels import class_weights
 from deberta_xl.data.tasks import task_names
 from deberta_xl.entry_point import build_parser, run_command
 from deberta_xl.finetune_config import FinetuneConfig
@@ -94,7 +93,7 @@ def build_model(inputs: Inputs, *, is_new: bool) -> TaskModel:
     model = TaskModel(inputs.architecture, inputs.head.head, seed=train.seed)
     if is_new and not train.fresh_weights:
         source = on_rank_zero(lambda: find_init(Path(train.init)))
-        load_encoder(model, source)
+        load_encoder(model, source, inputs.head.labels)
         rank_zero("weights from %s", source)
     return model
 
@@ -110,21 +109,18 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
     from deberta_xl.training.task_loop import Finetuning
     from deberta_xl.training.task_state import TaskState
 
-    config, data = inputs.config, inputs.train_data
+    config = inputs.config
     start = start_run(inputs, inputs.fingerprints, inputs.total_steps)
     print_arithmetic(inputs)
     model = build_model(inputs, is_new=start.newest is None)
     engine, state = start_engine(inputs, start, model, TaskState)
-    weights = None
-    if config.train.class_weights == "balanced":
-        found = class_weights(data.task, inputs.head.head.num_labels, data.examples)
-        weights = torch.from_numpy(found).to(engine.device)
+    weights = None if inputs.class_weights is None else torch.from_numpy(inputs.class_weights).to(engine.device)
     return Finetuning(
         config=config,
         launch=inputs.launch,
         groups=start.groups,
         engine=engine,
-        train_data=data,
+        train_data=inputs.train_data,
         held_out=inputs.held_out,
         total_steps=inputs.total_steps,
         schedule=inputs.schedule,

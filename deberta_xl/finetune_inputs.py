@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.config import ScheduleSection
 from deberta_xl.config_file import load_config
 from deberta_xl.data.preprocessing import is_held_out
 from deberta_xl.data.task_features import TaskData
-from deberta_xl.data.task_labels import labels_of
+from deberta_xl.data.task_labels import class_weights, labels_of
 from deberta_xl.data.task_metrics import check_defined
-from deberta_xl.data.tasks import Example, Task, load_task, read_split, splits_of
+from deberta_xl.data.task_reading import read_split, splits_of
+from deberta_xl.data.tasks import Example, Task, load_task
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.errors import ConfigError
@@ -46,6 +49,8 @@ class Inputs(NamedTuple):
     held_out: Mapping[str, TaskData]
     total_steps: int
     schedule: ScheduleSection
+    class_weights: np.ndarray | None
+    """float32 [classes]; None where all count alike."""
     fingerprints: Mapping[str, Any]
     """What a checkpoint must agree with to be continued."""
 
@@ -60,6 +65,8 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     engine.agree(grid.data_parallel_size, config)
     check_given(config)
     task = load_task(config.task.name)
+    if config.train.class_weights != "none" and not task.has_classes:
+        raise ConfigError(f"train.class_weights=balanced: a {task.head} has no classes to weigh; leave it at none")
     examples = read_examples(task, config)
     architecture, tokenizer_folder = describe_init(config)
     check_divisible(architecture, grid.tensor_parallel_size)
@@ -73,9 +80,11 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
             check_defined(task, labels, of_split.examples, where=f"{config.task.data}, {split}")
     head = describe_head(task, labels, architecture, config)
     total_steps = config.train.total_steps(len(data[TRAIN]))
+    weights = weights_of_classes(task, head, data[TRAIN], config)
     return Inputs(
         config, engine, launch, grid, tokenizer_folder, architecture, head, data.pop(TRAIN), data, total_steps,
-        config.schedule.for_steps(total_steps), fingerprints_of(architecture, head, examples[TRAIN], tokenizer, config),
+        config.schedule.for_steps(total_steps), weights,
+        fingerprints_of(architecture, head, examples[TRAIN], tokenizer, config),
     )  # fmt: skip
 
 
@@ -178,6 +187,13 @@ def describe_head(task: Task, labels: Sequence[str], architecture: DebertaConfig
     return HeadFacts(head, list(labels), task, *lengths, normalized_twice)
 
 
+def weights_of_classes(task: Task, head: HeadFacts, data: TaskData, config: FinetuneConfig) -> np.ndarray | None:
+    """What `train.class_weights` asks for."""
+    if config.train.class_weights == "none":
+        return None
+    return class_weights(task, head.head.num_labels, data.examples)
+
+
 def fingerprints_of(
     architecture: DebertaConfig, head: HeadFacts, examples: Sequence[Example], tokenizer: Tokenizer,
     config: FinetuneConfig,
@@ -187,7 +203,12 @@ def fingerprints_of(
 
     return {
         "architecture": computed_by(architecture),
-        "task": {"kind": head.head.kind, "labels": head.labels},
+        "task": {
+            "kind": head.head.kind,
+            "labels": head.labels,
+            "document_stride": head.document_stride if head.head.kind == "span" else None,
+            "normalized_twice": head.normalized_twice,
+        },
         "sequence_length": config.model.sequence_length,
         "data": hashlib.sha256(repr(examples).encode("utf-8", "surrogatepass")).hexdigest(),
         "tokenizer": tokenizer.fingerprint,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,11 +20,12 @@ from deberta_xl.checkpoint.native_config import native_config, read_native_confi
 from deberta_xl.checkpoint.task_export import read_foreign_task
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, read_weights, write_weights
 from deberta_xl.errors import ConfigError
-from deberta_xl.log import logger
+from deberta_xl.log import rank_zero
 from deberta_xl.model.heads import TaskModel
 from deberta_xl.pretrained import find_pretrained
 
 BEST_NAME = "best"
+PROJECTION = ("classifier.weight", "classifier.bias")
 
 
 def find_finetuned(directory: str | Path) -> Path:
@@ -130,34 +132,52 @@ def read_any_weights(folder: Path) -> dict[str, Tensor]:
         return read_weights(folder)
     model = open_foreign(folder, may_be_fresh=True)
     fresh = model.origin.fresh if model.origin else ()
-    return {n.removeprefix(EXTRA): tensor.read() for n, tensor in model.tensors.items() if n not in fresh}
+    weights = {n.removeprefix(EXTRA): tensor.read() for n, tensor in model.tensors.items() if n not in fresh}
+    return {n.replace("qa_outputs.", "classifier."): tensor for n, tensor in weights.items()}
 
 
 @torch.no_grad()
-def load_encoder(model: TaskModel, folder: Path) -> None:
+def load_encoder(model: TaskModel, folder: Path, labels: Sequence[str]) -> None:
     """Start `model` from pretrained or fine-tuned weights in a folder given by `find_pretrained` or `find_finetuned`.
 
-    A head of the same shape and the same labels is taken too; another one stays fresh, which is said.
+    A head for the same classes is taken too, in the order of `labels`; another one stays fresh. Either is said.
     """
     try:
         weights = read_any_weights(folder)
         check_fits(model, weights, folder, ("embeddings.", "encoder."))
+        if PROJECTION[0] in weights:
+            weights = weights | projection_for(model, weights, folder, labels)
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
-    taken, fresh = [], []
     for name, parameter in model.named_parameters():
-        is_there = name in weights and weights[name].shape == parameter.shape
-        (taken if is_there else fresh).append(name)
-        if is_there:
+        if name in weights and weights[name].shape == parameter.shape and weights[name].numel():
             parameter.copy_(weights[name])
-    report_head(folder, weights, fresh, model)
 
 
-def report_head(folder: Path, weights: Mapping[str, Tensor], fresh: list[str], model: TaskModel) -> None:
-    """Say when a fine-tuned checkpoint's head cannot be used."""
-    other = [n for n in fresh if n in weights]
-    if other:
-        there, here = weights["classifier.weight"].shape[0], model.head.num_labels
-        logger.warning(
-            "%s was fine-tuned for %d outputs, this task has %d: its last projection is new", folder, there, here
-        )
+def projection_for(
+    model: TaskModel, weights: Mapping[str, Tensor], folder: Path, labels: Sequence[str]
+) -> dict[str, Tensor]:
+    """A fine-tuned folder's last projection, rows in the order of `labels`; empty where it is of no use."""
+    kind, there = described_head(folder)
+    here = list(labels)
+    if kind == model.head.kind and sorted(there) == sorted(here):
+        rank_zero("%s: its head is taken for %s", folder, ", ".join(here) or kind)
+        rows = [there.index(label) for label in here] or slice(None)
+        return {name: weights[name][rows] for name in PROJECTION}
+    rank_zero(
+        "%s was fine-tuned for %d outputs (%s %s), this task has %d (%s %s): its last projection is new", folder,
+        len(weights[PROJECTION[0]]), kind, there, model.head.num_labels, model.head.kind, here, level=logging.WARNING,
+    )  # fmt: skip
+    return {name: torch.empty(0) for name in PROJECTION}
+
+
+def described_head(folder: Path) -> tuple[str, list[str]]:
+    """What a fine-tuned folder says of its head: its kind and its classes."""
+    if not is_foreign_folder(folder):
+        facts = read_head(folder)
+        return facts.head.kind, facts.labels
+    try:
+        _, facts, _ = read_foreign_task(folder)
+    except CheckpointError:  # a class of transformers' that is not ours
+        return "unknown", []
+    return facts.head.kind, facts.labels

@@ -12,8 +12,9 @@ import torch
 from deberta_xl.data.records import Record, TaskDataError, read_jsonl
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_predictions import Prediction, predictions_of
+from deberta_xl.data.task_reading import ExampleReader
 from deberta_xl.data.task_submission import describe
-from deberta_xl.data.tasks import Example, ExampleReader, Source
+from deberta_xl.data.tasks import Example, Source
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError
 from deberta_xl.fill_mask import find_tokenizer
@@ -40,6 +41,12 @@ class Predictor:
         self.facts, self.tokenizer = self.models[0].facts, tokenizers[0]
         for checkpoint, model, tokenizer in zip(checkpoints, self.models, tokenizers, strict=True):
             ours, theirs = self.facts, model.facts
+            lengths = (ours.sequence_length, ours.document_stride)
+            if (theirs.sequence_length, theirs.document_stride) != lengths:
+                raise ConfigError(
+                    f"{checkpoint} reads {theirs.sequence_length} tokens with a stride of {theirs.document_stride}, "
+                    f"{checkpoints[0]} reads {lengths[0]} and {lengths[1]}: they cannot be averaged"
+                )
             if (theirs.head.kind, theirs.labels) != (ours.head.kind, ours.labels):
                 raise ConfigError(
                     f"{checkpoint} predicts {theirs.head.kind} of {theirs.labels}, {checkpoints[0]} predicts "
@@ -84,21 +91,20 @@ class Predictor:
             examples = [self.read(record, number) for number, record in records]
             data = self.tokenize(examples, str(path))
             found = self.predict(data)
-            for example, prediction in zip(examples, found, strict=True):
+            for (number, record), example, prediction in zip(records, examples, found, strict=True):
                 described = describe(self.facts.task, self.facts.labels, example, prediction)
+                described["id"] = record.fields.get("id", number)
                 yield json.dumps(described, ensure_ascii=False) + "\n"
 
     def read(self, record: Record, number: int) -> Example:
         """One record of a user's file, without label."""
-        kind = self.facts.head.kind
-        first, second = COLUMNS.get(kind, ("text", "text_pair" if "text_pair" in record.fields else None))
-        source = Source(files={}, first=first, second=second)
-        reader = ExampleReader(self.facts.task, source)
-        fields = {key: value for key, value in record.fields.items() if key in (first, second, "options", "id")}
-        texts = reader.texts(Record(record.place, fields))
+        task = self.facts.task
+        has_pair = task.takes_pairs or "text_pair" in record.fields
+        first, second = COLUMNS.get(task.head, ("text", "text_pair" if has_pair else None))
+        texts = ExampleReader(task, Source(files={}, first=first, second=second)).texts(record)
         if not texts:
             raise TaskDataError(f"{record.place}: there is no word to label")
-        return Example(str(fields.get("id", number)), texts)
+        return Example(str(number), texts)
 
 
 def chunks(records: Iterator[Record]) -> Iterator[list[tuple[int, Record]]]:

@@ -20,8 +20,9 @@ from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_metrics import check_defined, evaluate_metrics
 from deberta_xl.data.task_predictions import Prediction
+from deberta_xl.data.task_reading import read_split
 from deberta_xl.data.task_submission import jsonl, submission
-from deberta_xl.data.tasks import Task, load_task, read_split
+from deberta_xl.data.tasks import Task, load_task
 from deberta_xl.errors import ConfigError
 from deberta_xl.launch import read_launch
 from deberta_xl.strict import at_least
@@ -77,7 +78,7 @@ def report(arguments: argparse.Namespace, task: Task, data: TaskData, found: lis
     metrics = evaluate_metrics(task, data.labels, data.examples, found) if data.is_labelled else {}
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        files = {"predictions.jsonl": jsonl, task.submission.file: submission}
+        files = {f"{task.name}-{arguments.split}.jsonl": jsonl, task.submission.file_of(arguments.split): submission}
         for name, write in files.items():
             (arguments.output / name).write_text(write(task, data.labels, data.examples, found), encoding="utf-8")
         print(f"{arguments.output}: {', '.join(files)}")

@@ -1,8 +1,8 @@
 """What a fine-tuned model says of new texts: a line of JSON in, a line of JSON out.
 
 CHECKPOINT is a fine-tuning run (its best weights), a checkpoint or a weights folder; of several, the logits are
-averaged. A line of the input is an object with `text` (and `text_pair`), or `context` and `options` (choice), `words`
-(token), `context` and `question` (span); an `id` comes back with the prediction.
+averaged. Each line of the input is an object with `text` (and `text_pair`), or `context` and `options` (choice),
+`words` (token), `context` and `question` (span); an `id` comes back with the prediction. Blank lines are passed over.
 
 examples:
   python tools/predict.py runs/sst2 --input reviews.jsonl --output labels.jsonl
@@ -47,11 +47,14 @@ def run(arguments: argparse.Namespace) -> None:
         return
     partial = arguments.output.with_name(arguments.output.name + ".partial")
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(line)
-            count += 1
-    os.replace(partial, arguments.output)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(line)
+                count += 1
+        os.replace(partial, arguments.output)
+    finally:
+        partial.unlink(missing_ok=True)
     print(f"{arguments.output}: {count:,} predictions")
 
 

@@ -94,8 +94,8 @@ def rows_of(runs: Sequence[Run], split: str) -> list[list[str]]:
 def metric_rows(task: str, name: str, runs: Sequence[Run], split: str) -> list[list[str]]:
     """A row for each metric of a group of seeds."""
     rows = []
-    for metric in runs[0].results["metrics"].get(split, {}):
-        pairs = [(run.results["metrics"][split][metric], run.folder.name) for run in runs]
+    for metric in dict.fromkeys(metric for run in runs for metric in run.results["metrics"].get(split, {})):
+        pairs = [(run.results["metrics"].get(split, {}).get(metric), run.folder.name) for run in runs]
         known = [(value, folder) for value, folder in pairs if value is not None]
         if not known:
             rows.append([task, name, metric, f"0 of {len(pairs)}", "undefined", "", ""])
@@ -112,8 +112,12 @@ def metric_rows(task: str, name: str, runs: Sequence[Run], split: str) -> list[l
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table."""
+    runs = read_runs(arguments.runs)
+    splits = sorted({split for run in runs for split in run.results["metrics"]})
+    if arguments.split not in splits:
+        raise UserError(f"--split {arguments.split}: the runs have measured {', '.join(splits)}")
     header = ["task", "setting", "metric", "seeds", "mean", "deviation", "best (run)"]
-    rows = [header, ["---"] * len(header), *rows_of(read_runs(arguments.runs), arguments.split)]
+    rows = [header, ["---"] * len(header), *rows_of(runs, arguments.split)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     print(text, end="")
     if arguments.output is not None:

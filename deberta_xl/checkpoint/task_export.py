@@ -119,14 +119,21 @@ def read_foreign_task(folder: Path) -> tuple[DebertaConfig, HeadFacts, dict[str,
         raise CheckpointError(f"{folder} has no output layer for {CLASSES[kind]}: it is no fine-tuned model")
     chosen = fields.get("cls_dropout")
     dropout = float(model.config.hidden_dropout if chosen is None else chosen)
-    head = HeadConfig(kind=kind, num_labels=weights["classifier.weight"].shape[0], dropout=dropout)
-    names = fields.get("id2label") or {}
-    has_classes = kind in ("classification", "multi_label", "token")
-    labels = [str(names[key]) for key in sorted(names, key=int)] if has_classes else []
+    num_labels = weights["classifier.weight"].shape[0]
+    if kind == "classification" and num_labels == 1:
+        kind = "regression"  # transformers', too, where nothing else is said
+    head = HeadConfig(kind=kind, num_labels=num_labels, dropout=dropout)
+    labels = label_names(fields, num_labels) if kind in ("classification", "multi_label", "token") else []
     metrics = [DEFAULT_METRICS[kind]]
     task = Task(name=folder.name, head=kind, metrics=metrics, labels=labels or None, sources=[Source(files={})])
     length = min(LONGEST, model.config.max_position_embeddings)
     return model.config, HeadFacts(head, labels, task, length, length // 4, False), weights
+
+
+def label_names(fields: dict[str, Any], num_labels: int) -> list[str]:
+    """The classes' names; transformers leaves out those that it would make up itself."""
+    names = fields.get("id2label") or {}
+    return [str(names.get(str(number), f"LABEL_{number}")) for number in range(num_labels)]
 
 
 def foreign_kind(folder: Path, fields: dict[str, Any]) -> HeadKind:

@@ -6,13 +6,16 @@ Understood are .jsonl, .json (a list, or an object whose `data` is one), .tsv (a
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from deberta_xl.data.errors import DataError
+from deberta_xl.log import rank_zero
 
 csv.field_size_limit(2**27)
 
@@ -29,10 +32,27 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
-def read_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
+@contextlib.contextmanager
+def open_utf8(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file, without a byte order mark. Raises TaskDataError where it is read and is not UTF-8."""
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise TaskDataError(f"{path} is not UTF-8 text: {error}; convert it") from error
+
+
+def read_utf8(path: Path) -> str:
+    """A whole text file."""
+    with open_utf8(path) as file:
+        return file.read()
+
+
+def read_records(path: Path, columns: Sequence[str] | None = None, *, skips_broken: bool = False) -> Iterator[Record]:
     """The rows of a file by its suffix; `columns` names those of a .tsv or .csv without header.
 
-    Raises TaskDataError naming file and line.
+    A row of a table with another number of columns is left out and counted where `skips_broken`. Raises TaskDataError
+    naming file and line.
     """
     readers = {
         ".jsonl": read_jsonl, ".json": read_json, ".tsv": read_table, ".csv": read_table, ".txt": read_table,
@@ -42,15 +62,12 @@ def read_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
     if reader is None:
         known = ", ".join(readers)
         raise TaskDataError(f"{path}: files of this kind cannot be read; known: {known}, and folders of `datasets`")
-    try:
-        yield from reader(path, columns) if reader is read_table else reader(path)
-    except UnicodeDecodeError as error:
-        raise TaskDataError(f"{path} is not UTF-8 text: {error}; convert it") from error
+    yield from reader(path, columns, skips_broken) if reader is read_table else reader(path)
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """An object per line; empty lines are passed over."""
-    with path.open(encoding="utf-8") as file:
+    with open_utf8(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 place = f"{path}:{number}"
@@ -74,7 +91,7 @@ def as_object(value: Any, place: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> Iterator[Record]:
     """The objects of a list."""
-    content = parse_json(path.read_text(encoding="utf-8"), str(path))
+    content = parse_json(read_utf8(path), str(path))
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise TaskDataError(f"{path}: a list of objects is expected, or an object whose `data` is one")
@@ -83,22 +100,36 @@ def read_json(path: Path) -> Iterator[Record]:
         yield Record(place, as_object(row, place))
 
 
-def read_table(path: Path, columns: Sequence[str] | None) -> Iterator[Record]:
+def read_table(path: Path, columns: Sequence[str] | None, skips_broken: bool) -> Iterator[Record]:
     """Rows of a table, with the names of its first line or those given.
 
     Tabs separate unquoted fields in .tsv and .txt; .csv has commas and quotes.
     """
-    dialect = {"delimiter": ","} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    is_csv = path.suffix == ".csv"
+    dialect = {"delimiter": ",", "strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    broken = []
+    with open_utf8(path, newline="") as file:
         rows = csv.reader(file, **dialect)
         names = list(columns) if columns else next(rows, [])
-        for row in rows:
-            if not row:
-                continue
+        for row in filter(None, whole_rows(rows, path)):
             place = f"{path}:{rows.line_num}"
-            if len(row) < len(names) or (columns and len(row) > len(names)):
+            if len(row) == len(names):
+                yield Record(place, dict(zip(names, row, strict=True)))
+            elif skips_broken:
+                broken.append(place)
+            else:
                 raise TaskDataError(f"{place}: {len(row)} columns, expected {len(names)}: {', '.join(names)}")
-            yield Record(place, dict(zip(names, row, strict=False)))
+    if broken:
+        text = "%d rows were left out: they have not %d columns; the first is %s"
+        rank_zero(text, len(broken), len(names), broken[0], level=logging.WARNING)
+
+
+def whole_rows(rows: Iterator[list[str]], path: Path) -> Iterator[list[str]]:
+    """The rows. Raises TaskDataError for quotes that do not close."""
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise TaskDataError(f"{path}: not a table with commas and quotes: {error}") from error
 
 
 def read_parquet(path: Path) -> Iterator[Record]:

@@ -97,6 +97,7 @@ class TaskData:
         framer = Framer(task, tokenizer, sequence_length, document_stride, is_training=is_training)
         self.features = [feature for number, example in enumerate(self.examples) for feature in framer(number, example)]
         self.lengths = np.array([feature.length for feature in self.features])
+        self.check_options(where)
         self.cuts = Cuts(framer.truncated, framer.mismatched, len(self.examples))
         if is_training:
             self.check_training(where)
@@ -108,6 +109,15 @@ class TaskData:
         if any(feature.label is None for feature in self.features):
             number = next(feature.example for feature in self.features if feature.label is None)
             raise TaskDataError(f"{where}: example {self.examples[number].id} has no label; training needs all of them")
+
+    def check_options(self, where: str) -> None:
+        """Refuse examples with more or fewer options than the first one: a batch has equally many of each."""
+        for feature in self.features:
+            if len(feature.rows) != len(self.features[0].rows):
+                raise TaskDataError(
+                    f"{where}: example {self.examples[feature.example].id} has {len(feature.rows)} options, the first "
+                    f"one has {len(self.features[0].rows)}; all examples need equally many"
+                )
 
     def __len__(self) -> int:
         """Features."""
@@ -217,7 +227,7 @@ class Framer:
         question_ids = question_ids[: self.limit // 2]
         ids, spans = self.tokenizer.encode_with_places(context)
         room = self.limit - len(question_ids) - 3
-        step = max(1, room - self.stride)
+        step = room - min(self.stride, room // 2)
         starts = range(0, max(1, len(ids) - room + step), step)
         first = len(question_ids) + 2
         features = []
@@ -231,8 +241,8 @@ class Framer:
 
 
 def matches(context: str, answers: Sequence[tuple[int, str]]) -> bool:
-    """Whether every answer stands where it is said to."""
-    return all(context[start : start + len(text)] == text for start, text in answers)
+    """Whether every answer stands where it is said to, and says something."""
+    return all(text.strip() and context[start : start + len(text)] == text for start, text in answers)
 
 
 def target(places: np.ndarray, answers: Sequence[tuple[int, str]]) -> tuple[int, int]:
@@ -240,6 +250,7 @@ def target(places: np.ndarray, answers: Sequence[tuple[int, str]]) -> tuple[int,
     if not answers:
         return 0, 0
     start, text = answers[0]
+    start, text = start + len(text) - len(text.lstrip()), text.strip()  # no token is a blank
     end = start + len(text)
     inside = np.flatnonzero((places[:, 1] > start) & (places[:, 0] < end) & (places[:, 0] >= 0))
     if not len(inside) or places[inside[0], 0] > start or places[inside[-1], 1] < end:

@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deberta_xl.data.records import Record, TaskDataError, parse_json, read_jsonl, read_records
+from deberta_xl.data.records import Record, TaskDataError, parse_json, read_jsonl, read_records, read_utf8
 
 CAUSE_OR_EFFECT = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
 
 
 def label_first(path: Path) -> Iterator[Record]:
     """Lines `LABEL text`: columns label, text. TREC's coarse class is in `coarse`."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             label, _, text = line.partition(" ")
             yield Record(f"{path}:{number}", {"label": label, "coarse": label.partition(":")[0], "text": text.strip()})
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines of a text file; only newlines end one, whatever else Unicode knows."""
+    return read_text(path).replace("\r\n", "\n").split("\n")
 
 
 def read_text(path: Path) -> str:
     """A text file; old benchmarks come in Latin-1, which is read where a file is not UTF-8."""
     content = path.read_bytes()
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return content.decode("latin-1")
 
 
 def squad(path: Path) -> Iterator[Record]:
     """SQuAD's JSON, 1.1 or 2.0: columns id, context, question, answers (of text and start)."""
-    content = parse_json(path.read_text(encoding="utf-8"), str(path))
-    try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield Record(f"{path}, question {question['id']}", squad_fields(paragraph["context"], question))
-    except (KeyError, TypeError) as error:
-        raise TaskDataError(f"{path} is not in SQuAD's format: {error!r}") from error
+    for article in parse_json(read_utf8(path), str(path))["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                yield Record(f"{path}, question {question['id']}", squad_fields(paragraph["context"], question))
 
 
 def squad_fields(context: str, question: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +61,8 @@ def conll(path: Path) -> Iterator[Record]:
     words: list[str] = []
     tags: list[str] = []
     start = 1
-    for number, line in enumerate([*read_text(path).splitlines(), ""], 1):
-        fields = line.split()
+    for number, line in enumerate([*lines_of(path), ""], 1):
+        fields = re.findall(r"[^ \t]+", line)
         if fields and fields[0] != "-DOCSTART-":
             words.append(fields[0])
             tags.append(fields[-1] if len(fields) > 1 else "")
@@ -73,7 +75,7 @@ def conll(path: Path) -> Iterator[Record]:
 def copa_xml(path: Path) -> Iterator[Record]:
     """COPA's first release: columns id, context, options, label."""
     try:
-        items = ElementTree.fromstring(path.read_text(encoding="utf-8")).findall("item")
+        items = ElementTree.fromstring(read_utf8(path)).findall("item")
     except ElementTree.ParseError as error:
         raise TaskDataError(f"{path} is not valid XML: {error}") from error
     for item in items:
@@ -165,7 +167,7 @@ def record(path: Path) -> Iterator[Record]:
 
 def race(path: Path) -> Iterator[Record]:
     """RACE's files of one article: columns id, context, question, options, label."""
-    article = parse_json(path.read_text(encoding="utf-8"), str(path))
+    article = parse_json(read_utf8(path), str(path))
     need(article, str(path), "article", "questions", "options")
     letters = article.get("answers") or [None] * len(article["questions"])
     for number, (question, options, letter) in enumerate(

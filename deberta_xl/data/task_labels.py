@@ -49,7 +49,8 @@ def encode_labels(task: Task, labels: Sequence[str], examples: Sequence[Example]
 def check_known(task: Task, number: dict[str, int], examples: Sequence[Example], where: str) -> None:
     """Refuse labels that the task does not have, all of them at once."""
     counts = Counter(name for example in examples for name in names_in(task, example.label))
-    unknown = {name: count for name, count in counts.items() if name not in number and name not in UNKNOWN_LABELS}
+    secret = UNKNOWN_LABELS if task.head == "classification" else ()
+    unknown = {name: count for name, count in counts.items() if name not in number and name not in secret}
     if unknown:
         listed = ", ".join(f"{name!r} ({count} times)" for name, count in list(unknown.items())[:SHOWN])
         more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""

@@ -60,6 +60,10 @@ def check_defined(task: Task, labels: Sequence[str], examples: Sequence[Example]
         if name in ("matthews", *CORRELATIONS) and len(kinds) < 2:
             what = labels[next(iter(kinds))] if labels else next(iter(kinds))
             raise TaskDataError(f"{where}: {name} is not defined, since every example has the label {what!r}")
+        if name == "f1" and len(labels) != 2:
+            raise TaskDataError(
+                f"{where}: f1 is of two labels, the task has {len(labels)}: {', '.join(labels)}; measure macro_f1"
+            )
         if name == "f1" and 1 not in kinds:
             raise TaskDataError(f"{where}: f1 is not defined, since no example has the label {labels[1]!r}")
         if name == "span_f1" and not any(entities([labels[t] for t in tags]) for tags in gold):
@@ -159,14 +163,14 @@ def answer_f1(found: str, gold: str) -> float:
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Type, first and behind-last word of the entities in IOB2 (or IOB1) tags, as conlleval reads them."""
+    """Type, first and behind-last word of the entities in IOB2 (or IOB1) tags, as conlleval reads them, or in IOBES."""
     found, start, kind = set(), 0, ""
     for number, tag in enumerate([*tags, "O"]):
         prefix, _, this = tag.partition("-")
-        if kind and (prefix != "I" or this != kind):
+        if kind and (prefix not in ("I", "E") or this != kind):
             found.add((kind, start, number))
             kind = ""
-        if prefix in ("B", "I") and not kind:
+        if prefix in ("B", "I", "E", "S") and not kind:
             start, kind = number, this
     return found
 

@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deberta_xl.data.task_features import Feature, TaskData
+from deberta_xl.errors import UserError
 
 NUM_BEST = 20
 MAX_ANSWER_TOKENS = 40
+
+
+class PredictionError(UserError):
+    """A model's outputs say nothing."""
 
 
 class Prediction(NamedTuple):
@@ -20,11 +25,20 @@ class Prediction(NamedTuple):
     value: Any
     """Class, option, number, tuple of zeros and ones, tuple of tags, or answer text ("" for none)."""
     scores: Any
-    """Probability of each class or option (each label alone for multi_label); of the value, for spans; None else."""
+    """Probability of each class or option (each label alone for multi_label), None for other heads."""
 
 
 def predictions_of(data: TaskData, logits: Mapping[int, np.ndarray]) -> list[Prediction]:
-    """Predictions of all examples, from the logits of all features by number."""
+    """Predictions of all examples, from the logits of all features by number.
+
+    Raises PredictionError where they are not finite: the largest of them would be a class like any other.
+    """
+    for number, values in logits.items():
+        if not np.isfinite(values).all():
+            raise PredictionError(
+                f"the model's outputs for example {data.examples[data.features[number].example].id} are not finite "
+                "numbers: its training has diverged; train again with a lower optimizer.learning_rate or longer warm-up"
+            )
     by_example: dict[int, list[int]] = defaultdict(list)
     for number, feature in enumerate(data.features):
         by_example[feature.example].append(number)

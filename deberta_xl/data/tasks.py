@@ -1,4 +1,4 @@
-"""Tasks: what a small TOML file says about one, and its files as examples.
+"""Tasks: what a small TOML file says about one.
 
 The built-in tasks are such files (configs/tasks/*.toml); a user's own is read in the same way. docs/finetuning.md
 describes the keys.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +16,6 @@ from pydantic import Field
 
 from deberta_xl.architecture import HeadKind
 from deberta_xl.config_file import nearest
-from deberta_xl.data.records import Record, TaskDataError, read_records
-from deberta_xl.data.task_formats import FORMATS, as_text
 from deberta_xl.errors import ConfigError
 from deberta_xl.strict import frozen
 
@@ -30,6 +27,20 @@ Metric = Literal[
     "accuracy", "matthews", "f1", "macro_f1", "micro_f1", "exact_match", "pearson", "spearman", "pearson_spearman",
     "mean_squared_error", "span_f1", "squad_f1", "squad_exact_match", "group_exact_match", "record_f1", "record_em",
 ]  # fmt: skip
+
+PAIR_FORMATS = ("wic", "wsc", "multirc", "record")
+"""Formats of `first` and `second` texts."""
+METRICS_OF: dict[HeadKind, tuple[Metric, ...]] = {
+    "classification": (
+        "accuracy", "f1", "macro_f1", "micro_f1", "matthews", "group_exact_match", "record_f1", "record_em",
+    ),
+    "regression": ("pearson", "spearman", "pearson_spearman", "mean_squared_error"),
+    "multi_label": ("micro_f1", "macro_f1", "exact_match"),
+    "token": ("span_f1", "accuracy"),
+    "span": ("squad_f1", "squad_exact_match"),
+    "choice": ("accuracy",),
+}  # fmt: skip
+"""What can be measured of a head's predictions."""
 
 
 @frozen
@@ -56,13 +67,19 @@ class Source:
     """Between the labels of a multi_label example written as text."""
     label_names: dict[str, str] = Field(default_factory=dict)
     """What the file writes -> the task's label."""
+    secret_labels: list[str] = Field(default_factory=list)
+    """What the file writes where a label is not told."""
+    skipped_labels: list[str] = Field(default_factory=list)
+    """Examples with these labels are left out, and counted."""
+    skips_broken_rows: bool = False
+    """Leave out, and count, rows of a table with too many or too few columns, instead of refusing the file."""
 
     def paths(self, folder: Path, split: str) -> list[Path]:
         """The files of a split, [] when they are not there."""
         patterns = self.files.get(split, [])
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        found = [[Path(p) for p in sorted(glob.glob(str(folder / pattern), recursive=True))] for pattern in patterns]
-        return [path for paths in found for path in paths] if all(found) else []
+        found = [sorted(glob.glob(pattern, root_dir=folder, recursive=True)) for pattern in patterns]
+        return [folder / name for names in found for name in names] if all(found) else []
 
 
 @frozen
@@ -71,10 +88,14 @@ class Submission:
 
     format: Literal["glue", "superglue", "multirc", "record", "squad", "conll", "jsonl"] = "jsonl"
     """Layout of the file."""
-    file: str = "predictions.jsonl"
-    """Its name; each split has a folder of its own."""
+    file: str | dict[str, str] = "predictions.jsonl"
+    """Its name, or the name for each split."""
     label_names: dict[str, str] = Field(default_factory=dict)
     """The task's label -> what the benchmark wants."""
+
+    def file_of(self, split: str) -> str:
+        """The file's name for a split."""
+        return self.file if isinstance(self.file, str) else self.file.get(split, f"{split}.txt")
 
 
 @frozen
@@ -99,8 +120,16 @@ class Task:
     def __post_init__(self) -> None:
         if not self.metrics or not self.sources:
             raise ConfigError("metrics and sources need at least one entry each")
+        for metric in self.metrics:
+            if metric not in METRICS_OF[self.head]:
+                raise ConfigError(f"metric {metric} is not for head {self.head}; choose of {METRICS_OF[self.head]}")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ConfigError(f"labels={self.labels} names a label twice")
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether an example is a pair of texts."""
+        return any(source.second or source.format in PAIR_FORMATS for source in self.sources)
 
     @property
     def has_classes(self) -> bool:
@@ -166,140 +195,3 @@ def read_section(tree: Any, kind: type) -> Any:
         raise ConfigError(f"{kind.__name__.lower()} is a table of keys, not {tree!r}")
     refuse_unknown_keys(tree, kind)
     return kind(**tree)
-
-
-def splits_of(task: Task, folder: Path) -> list[str]:
-    """The splits whose files are there."""
-    names = dict.fromkeys(name for source in task.sources for name in source.files)
-    return [name for name in names if any(source.paths(folder, name) for source in task.sources)]
-
-
-def read_split(task: Task, folder: Path, split: str) -> list[Example]:
-    """The examples of a split, labels still as names. Raises TaskDataError when there are none, or they do not fit."""
-    for source in task.sources:
-        if paths := source.paths(folder, split):
-            examples = list(examples_of(task, source, paths))
-            if not examples:
-                raise TaskDataError(f"{', '.join(map(str, paths))}: the {split} split is empty")
-            return examples
-    if not folder.is_dir():
-        raise TaskDataError(f"{folder} is not a folder; give the one with the files of {task.name} by --data")
-    wanted = "; or ".join(str(source.files[split]) for source in task.sources if split in source.files)
-    raise TaskDataError(f"{folder} has no {split} file of task {task.name}; looked for: {wanted or 'nothing'}")
-
-
-def examples_of(task: Task, source: Source, paths: list[Path]) -> Iterator[Example]:
-    """Examples of several files."""
-    number = 0
-    for path in paths:
-        records = read_records(path, source.header) if source.format == "auto" else FORMATS[source.format](path)
-        for record in records:
-            yield ExampleReader(task, source).read(record, number)
-            number += 1
-
-
-class ExampleReader:
-    """Turns records of a source into examples."""
-
-    def __init__(self, task: Task, source: Source):
-        self.task, self.source = task, source
-
-    def read(self, record: Record, number: int) -> Example:
-        """One example; labels are names still (see `encode_labels`)."""
-        fields = record.fields
-        name = fields.get(self.source.id or "id")
-        return Example(
-            id=as_text(name) if name is not None else str(number),
-            texts=self.texts(record),
-            label=self.label(record),
-            group=as_text(fields.get("group", "")),
-            value=as_text(fields.get("value", "")),
-            gold=tuple(fields.get("answers") or ()) if self.source.format == "record" else (),
-        )
-
-    def column(self, record: Record, name: str) -> Any:
-        """A column's value. Raises TaskDataError listing the columns there are."""
-        if name not in record.fields:
-            there = ", ".join(map(str, record.fields))
-            raise TaskDataError(f"{record.place}: no column {name!r} (task {self.task.name}); there are: {there}")
-        return record.fields[name]
-
-    def text(self, record: Record, name: str) -> str:
-        """A column's text."""
-        value = self.column(record, name)
-        if not isinstance(value, str):
-            raise TaskDataError(f"{record.place}: column {name!r} holds {value!r}, a text is expected")
-        return value
-
-    def texts(self, record: Record) -> tuple[str, ...]:
-        """The texts of an example, by the kind of task."""
-        source = self.source
-        if self.task.head == "token":
-            words = self.column(record, source.first or "words")
-            return tuple(map(str, words if isinstance(words, (list, tuple)) else str(words).split()))
-        first, second = source.first or self.default("first"), source.second or self.default("second")
-        texts = [self.text(record, first)] + ([self.text(record, second)] if second else [])
-        if self.task.head == "choice":
-            context, *question = texts
-            return (" ".join([context, *question]), *self.options(record))
-        return tuple(texts)
-
-    def default(self, which: str) -> str | None:
-        """The column that a benchmark's own format fills."""
-        names = {"squad": ("context", "question"), "copa": ("context", None), "copa_xml": ("context", None)}
-        names |= {"race": ("context", "question"), "label_first": ("text", None)}
-        pair = names.get(self.source.format, ("first", "second") if self.source.format != "auto" else ("text", None))
-        return pair[0] if which == "first" else pair[1]
-
-    def options(self, record: Record) -> list[str]:
-        """The options of a choice."""
-        chosen = self.source.options or "options"
-        options = self.column(record, chosen) if isinstance(chosen, str) else [self.text(record, c) for c in chosen]
-        if not isinstance(options, (list, tuple)) or len(options) < 2:
-            raise TaskDataError(f"{record.place}: {options!r} is no list of two options or more")
-        return list(map(str, options))
-
-    def label(self, record: Record) -> Any:
-        """The label, in names or numbers; None where the file has none."""
-        head = self.task.head
-        name = self.source.label or {"token": "tags", "span": "answers"}.get(head, "label")
-        value = record.fields.get(name)
-        if value is None or value == "":
-            return None
-        if head == "span":
-            return self.answers(record, value)
-        if head == "token":
-            tags = tuple(map(self.name_of, value if isinstance(value, (list, tuple)) else str(value).split()))
-            words = len(self.texts(record))
-            if len(tags) != words:
-                raise TaskDataError(f"{record.place}: {words} words, but {len(tags)} tags")
-            return tags
-        if head == "multi_label":
-            parts = value if isinstance(value, (list, tuple)) else str(value).split(self.source.separator)
-            return tuple(self.name_of(part) for part in parts if as_text(part).strip())
-        if head in ("regression", "choice"):
-            return self.number(record, name, value)
-        return self.name_of(value)
-
-    def name_of(self, value: Any) -> str:
-        """The task's name of a label."""
-        text = as_text(value).strip()
-        return self.source.label_names.get(text, text)
-
-    def number(self, record: Record, name: str, value: Any) -> float:
-        """A label that is a number."""
-        try:
-            number = float(self.name_of(value))
-        except ValueError:
-            raise TaskDataError(f"{record.place}: column {name!r} holds {value!r}, a number is expected") from None
-        if number != number or abs(number) == float("inf"):
-            raise TaskDataError(f"{record.place}: column {name!r} holds {value!r}, a finite number is expected")
-        return number
-
-    def answers(self, record: Record, value: Any) -> tuple[tuple[int, str], ...]:
-        """Answers (start, text) of a span example; () where the text has none. `datasets` keeps them in two lists."""
-        if isinstance(value, dict):
-            value = list(zip(value["answer_start"], value["text"], strict=True))
-        elif value and isinstance(value[0], dict):
-            value = [(answer["answer_start"], answer["text"]) for answer in value]
-        return () if record.fields.get("is_impossible") else tuple((int(start), str(text)) for start, text in value)

@@ -15,6 +15,10 @@ from deberta_xl.training.figures import new_figure
 from deberta_xl.training.run_folder import writing
 
 CALIBRATION_BINS = 10
+SHOWN_CLASSES = 40
+"""Classes that the confusion picture shows: the most frequent ones."""
+COUNTED_CLASSES = 20
+"""Up to so many classes, numbers are written into its cells."""
 
 
 def task_figures(
@@ -49,20 +53,23 @@ def confidences(examples: Sequence[Example], found: Sequence[Prediction]) -> tup
 
 
 def class_confusion(labels: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Figure:
-    """Rows are the truth; numbers are counts, colours shares of the row."""
+    """Rows are the truth; numbers are counts, colours shares of the row. The most frequent classes, where many are."""
     counts = np.zeros((len(labels), len(labels)), int)
     for gold, value in pairs:
         counts[gold, value] += 1
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    size = 3 + 0.6 * len(labels)
+    shown = np.sort(np.argsort(-counts.sum(1), kind="stable")[:SHOWN_CLASSES])
+    counts, shares, names = counts[np.ix_(shown, shown)], shares[np.ix_(shown, shown)], [labels[n] for n in shown]
+    size = min(12.0, 3 + 0.6 * len(shown))
     figure = new_figure(size + 1, size)
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
-    axes.set_xticks(range(len(labels)), labels, rotation=90)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    for (row, column), count in np.ndenumerate(counts):
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(shown) < len(labels):
+        axes.set_title(f"the {len(shown)} most frequent of {len(labels)} classes")
+    for (row, column), count in np.ndenumerate(counts) if len(shown) <= COUNTED_CLASSES else ():
         axes.text(column, row, count, ha="center", va="center", color="black" if shares[row, column] > 0.6 else "white")
     figure.colorbar(image, label="share of the row")
     return figure

@@ -256,7 +256,7 @@ class Finetuning:
         described_lines = jsonl(task, data.labels, data.examples, found)
         write_text(folder / "predictions.jsonl", described_lines)
         if task.submission.format != "jsonl":
-            write_text(folder / task.submission.file, submission(task, data.labels, data.examples, found))
+            write_text(folder / task.submission.file_of(split), submission(task, data.labels, data.examples, found))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """The run in one small file, which tools/table.py reads."""

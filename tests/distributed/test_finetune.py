@@ -150,6 +150,13 @@ def test_waiting_too_long_for_a_better_metric_ends_the_run(encoder, sentences, t
     assert (results["best_step"], results["steps"]) == (1, 3)
 
 
+def test_a_run_whose_outputs_are_no_numbers_fails_instead_of_scoring(encoder, sentences, tmp_path):
+    wild = ("optimizer.learning_rate=1e20", "schedule.warmup_share=0", "train.max_grad_norm=0")
+    with pytest.raises(AssertionError, match="are not finite numbers: its training has diverged"):
+        finetune(finetune_arguments(encoder, sentences, tmp_path / "run", *wild))
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
 def test_spans_are_learned_in_windows(encoder, tmp_path):
     data = write_questions(tmp_path / "data")
     finetune(finetune_arguments(encoder, data, tmp_path / "run", "sift.weight=1", task="squad"))

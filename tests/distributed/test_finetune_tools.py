@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ranks import run_ranks
 from small_dataset import SmallDataset
 from small_task import write_encoder, write_sentences
@@ -18,7 +19,7 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.records import TaskDataError
 from deberta_xl.data.tasks import load_task
 from deberta_xl.errors import ConfigError
-from deberta_xl.finetuned import DebertaForTask
+from deberta_xl.finetuned import DebertaForTask, load_encoder
 from deberta_xl.launch import read_launch
 from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.task_predict import Predictor
@@ -93,8 +94,29 @@ def test_a_pretrained_model_is_no_fine_tuned_one(models):
 
 def test_a_line_without_text_is_refused_with_its_place(models, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    with pytest.raises(TaskDataError, match=r"bad\.jsonl:2: no column 'text'.* there are: "):
+    with pytest.raises(TaskDataError, match=r"bad\.jsonl:2: no column 'text'.* there are: txt"):
         predicted(models[:1], tmp_path / "bad.jsonl")
+    with pytest.raises(TaskDataError, match=r"bad\.jsonl:1: no column 'text_pair'"):  # CB is of pairs
+        predicted(models[2:], tmp_path / "bad.jsonl")
+
+
+def test_an_id_comes_back_as_it_was_given(models, tmp_path):
+    (tmp_path / "ids.jsonl").write_text('{"text": "a", "id": 3}\n\n{"text": "b"}\n{"text": "c", "id": null}\n')
+    ids = [json.loads(line)["id"] for line in predicted(models[:1], tmp_path / "ids.jsonl")]
+    assert ids == [3, 1, None]
+
+
+def test_a_head_for_the_same_classes_is_taken_in_the_order_of_the_task(models):
+    source = DebertaForTask.from_pretrained(models[2])
+    assert source.facts.labels == ["entailment", "contradiction", "neutral"]
+    model = DebertaForTask(source.config, source.head, seed=9)
+    load_encoder(model, models[2], ["neutral", "contradiction", "entailment"])
+    for ours, theirs in zip(model.classifier.parameters(), source.classifier.parameters(), strict=True):
+        assert torch.equal(ours, theirs[[2, 1, 0]])
+    other = DebertaForTask(source.config, source.head, seed=9)
+    load_encoder(other, models[2], ["x", "y", "z"])
+    assert not torch.equal(other.classifier.weight, source.classifier.weight)
+    assert torch.equal(other.pooler.dense.weight, source.pooler.dense.weight)
 
 
 def test_a_saved_model_is_read_back_bit_for_bit(models, small_dataset, tmp_path):

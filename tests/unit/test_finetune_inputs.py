@@ -52,6 +52,7 @@ def test_a_good_start_counts_steps_and_warms_up(encoder, sentences, tmp_path):
         (("sift.variant=originl",), "sift.variant"),
         (("task.valid_share=0.2",), "has a valid split of its own"),
         (("task.valid_share=1.0",), "valid_share=1.0 is not a share"),
+        (("task.name=copa", "train.class_weights=balanced"), "a choice has no classes to weigh"),
         (("parallel.tensor_parallel_size=2",), "does not divide the 1 ranks"),
         (("parallel.pipeline_parallel_size=2",), "is for pretraining"),
         (("model.sequence_length=4",), "model.sequence_length=4 is too small"),

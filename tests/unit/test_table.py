@@ -42,6 +42,13 @@ def test_seeds_are_one_row_and_settings_are_rows(tmp_path):
     assert (tmp_path / "table.md").read_text() == result.stdout
 
 
+def test_a_split_that_was_not_measured_is_an_error(tmp_path):
+    write_run(tmp_path / "run", 1, 0.0, 0.5)
+    result = table(f"{tmp_path}/run", "--split", "tset")
+    assert result.returncode == 2
+    assert "--split tset: the runs have measured valid" in result.stderr
+
+
 def test_no_finished_run_is_an_error(tmp_path):
     result = table(f"{tmp_path}/*")
     assert result.returncode == 2

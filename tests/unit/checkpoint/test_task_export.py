@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_dataset import SmallDataset
 from transformers import (
+    AutoConfig,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -19,7 +20,7 @@ from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.checkpoint.head_facts import HeadFacts
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.task_export import export_task
-from deberta_xl.data.tasks import Source, Task
+from deberta_xl.data.tasks import METRICS_OF, Source, Task
 from deberta_xl.finetuned import DebertaForTask
 
 CASES = {
@@ -40,7 +41,7 @@ def fine_tuned(kind: str, dataset: SmallDataset, folder: Path, *, normalized_twi
     )  # fmt: skip
     labels, _ = CASES[kind]
     head = HeadConfig(kind=kind, num_labels=len(labels) or (2 if kind == "span" else 1), dropout=0.25)
-    task = Task(name="t", head=kind, metrics=["accuracy"], labels=labels or None, sources=[Source(files={})])
+    task = Task(name="t", head=kind, metrics=[METRICS_OF[kind][0]], labels=labels or None, sources=[Source(files={})])
     model = DebertaForTask(config, head, seed=3).eval()
     model.facts = HeadFacts(head, labels, task, 48, 12, normalized_twice)
     with torch.no_grad():  # fresh weights are too small to tell a mistake from rounding
@@ -88,3 +89,18 @@ def test_what_transformers_cannot_compute_is_refused(small_dataset, tmp_path):
     with pytest.raises(CheckpointError, match=r"normalised twice, which transformers cannot do"):
         export_task(tmp_path / "ours", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "kind", "labels"), [(2, "classification", ["LABEL_0", "LABEL_1"]), (1, "regression", [])]
+)
+def test_a_head_that_transformers_describes_only_by_its_defaults(small_dataset, tmp_path, num_labels, kind, labels):
+    fine_tuned("span", small_dataset, tmp_path / "ours")
+    export_task(tmp_path / "ours", tmp_path / "base")
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    config.num_labels = num_labels
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", config=config).save_pretrained(
+        tmp_path / "new"
+    )
+    model = DebertaForTask.from_pretrained(tmp_path / "new")
+    assert (model.facts.head.kind, model.facts.labels) == (kind, labels)

@@ -12,9 +12,10 @@ from deberta_xl.data.records import TaskDataError
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_labels import encode_labels, labels_of
 from deberta_xl.data.task_metrics import answer_f1, check_defined, entities, evaluate_metrics, is_better
-from deberta_xl.data.task_predictions import Prediction, predictions_of
+from deberta_xl.data.task_predictions import Prediction, PredictionError, predictions_of
+from deberta_xl.data.task_reading import read_split
 from deberta_xl.data.task_submission import submission
-from deberta_xl.data.tasks import Example, Source, Task, load_task, read_split
+from deberta_xl.data.tasks import Example, Source, Task, load_task
 
 
 def task_of(head: str, *metrics: str, **options: object) -> Task:
@@ -50,6 +51,28 @@ def test_equal_predictions_leave_a_correlation_undefined_instead_of_zero():
     names = ("pearson", "spearman", "pearson_spearman")
     assert score(task_of("regression", *names), [], [1.0, 2.0], [3.0, 3.0]) == dict.fromkeys(names)
     assert score(task_of("classification", "matthews"), ["0", "1"], [0, 1], [1, 1]) == {"matthews": None}
+
+
+def test_f1_of_three_labels_is_refused():
+    examples = [Example("0", ("x",), 1)]
+    with pytest.raises(TaskDataError, match="f1 is of two labels, the task has 3: a, b, c; measure macro_f1"):
+        check_defined(task_of("classification", "f1"), list("abc"), examples, where="here")
+
+
+def test_entities_are_read_in_either_alphabet():
+    expected = {("X", 0, 2), ("Y", 3, 4)}
+    assert entities(["B-X", "I-X", "O", "B-Y"]) == expected
+    assert entities(["B-X", "E-X", "O", "S-Y"]) == expected
+
+
+def test_outputs_that_are_no_numbers_are_no_prediction(small_dataset):
+    task = task_of("regression", "pearson")
+    data = TaskData(
+        task, [], [Example("7", ("x",), 1.0)], small_dataset.tokenizer,
+        sequence_length=16, document_stride=4, is_training=False, where="here",
+    )  # fmt: skip
+    with pytest.raises(PredictionError, match="outputs for example 7 are not finite"):
+        predictions_of(data, {0: np.array(np.nan)})
 
 
 @pytest.mark.parametrize(

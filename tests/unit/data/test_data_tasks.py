@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from deberta_xl.architecture import HeadConfig
 from deberta_xl.data.records import TaskDataError, read_records
 from deberta_xl.data.task_features import IGNORED, TaskData
 from deberta_xl.data.task_labels import class_weights, encode_labels, labels_of
-from deberta_xl.data.tasks import Example, Source, Task, load_task, read_split, splits_of, task_names
+from deberta_xl.data.task_reading import read_split, splits_of
+from deberta_xl.data.tasks import METRICS_OF, Example, Source, Task, load_task, task_names
 from deberta_xl.errors import ConfigError
 
 PASSAGE = "The function returns a list of names. The list is empty when there are no names."
@@ -110,7 +113,7 @@ def test_an_own_task_reads_every_kind_of_file(tmp_path, own, suffix):
 
 def task_of(head: str, **options: object) -> Task:
     """A task in memory."""
-    return Task(name="t", head=head, metrics=["accuracy"], sources=[Source(files={"train": "x"})], **options)
+    return Task(name="t", head=head, metrics=[METRICS_OF[head][0]], sources=[Source(files={"train": "x"})], **options)
 
 
 def data_of(task: Task, examples: list[Example], tokenizer: object, **options: object) -> TaskData:
@@ -214,7 +217,12 @@ BAD = [
     ("cb", {"train.jsonl": '{"premise": "p"\n'}, "train.jsonl:1: not valid JSON"),
     ("cb", {"train.jsonl": "[1]\n"}, "a JSON object is expected"),
     ("copa", {"train.jsonl": '{"premise": "p", "choice1": "x", "question": "cause"}\n'}, "no column choice2"),
-    ("squad", {"train-v1.1.json": '{"data": [{"title": "t"}]}'}, "not in SQuAD's format: KeyError"),
+    ("squad", {"train-v1.1.json": '{"data": [{"title": "t"}]}'}, "is not in the format 'squad': KeyError"),
+    ("multirc", {"train.jsonl": '{"passage": {"text": "p"}}\n'}, "is not in the format 'multirc': KeyError"),
+    ("wsc", {"train.jsonl": '{"text": "p", "target": {}}\n'}, "is not in the format 'wsc': KeyError"),
+    ("sst2", {"train.tsv": "sentence\tlabel\nx\ty\t1\n"}, "train.tsv:2: 3 columns, expected 2"),
+    ("sst2", {"train.tsv": "sentence\tlable\nx\t1\n"}, "no column 'label' .* there are: sentence, lable"),
+    ("swag", {"train.csv": 'sent1,label\n"a,1\n'}, "not a table with commas and quotes"),
     ("swag", {"train.csv": "sent1,sent2,ending0,ending1,ending2,ending3,label\na,b,c,d,e,f,7\n"}, "option 7 of 0 … 3"),
 ]
 
@@ -253,6 +261,98 @@ def test_mistakes_in_a_tasks_description_name_file_and_key(tmp_path, change, mes
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'sst2'"):
         load_task("sst-2")
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "json"])
+def test_a_file_that_is_not_utf8_is_refused_and_a_byte_order_mark_is_none_of_its_text(tmp_path, suffix):
+    separator = {"tsv": "\t", "csv": ","}.get(suffix)
+    rows = [{"text": "café", "label": "1"}]
+    text = {"jsonl": json.dumps(rows[0], ensure_ascii=False), "json": json.dumps(rows, ensure_ascii=False)}.get(suffix)
+    text = text or f"text{separator}label\ncafé{separator}1\n"
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [record.fields for record in read_records(path)] == rows
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(TaskDataError, match=f"a.{suffix} is not UTF-8 text"):
+        list(read_records(path))
+
+
+def test_half_a_character_becomes_a_whole_one(tmp_path, small_dataset):
+    (tmp_path / "train.jsonl").write_text('{"passage": "a \\ud83d b", "question": "q", "label": 1}\n')
+    task = task_of("regression")
+    source = Source(files={"train": "train.jsonl"}, first="passage", second="question", label="label")
+    (example,) = read_split(replace(task, sources=[source]), tmp_path, "train")
+    assert example.texts == ("a \ufffd b", "q")
+    data_of(task, [example], small_dataset.tokenizer)
+
+
+def test_broken_rows_of_qqp_and_undecided_pairs_of_mnli_are_left_out_and_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("deberta_xl"), "propagate", True)
+    caplog.set_level(logging.INFO, "deberta_xl")
+    (tmp_path / "train.tsv").write_text(
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta?\tb?\t1\n\twhy?\t0\n4\t5\t6\tc?\td?\t0\n"
+    )
+    assert [example.texts for example in read_split(load_task("qqp"), tmp_path, "train")] == [
+        ("a?", "b?"),
+        ("c?", "d?"),
+    ]
+    assert "1 rows were left out: they have not 6 columns" in caplog.text
+    rows = [{"sentence1": "a", "sentence2": "b", "gold_label": label} for label in ("neutral", "-", "entailment")]
+    (tmp_path / "multinli_1.0_dev_matched.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_split(load_task("mnli"), tmp_path, "valid")
+    assert [example.label for example in found] == ["neutral", "entailment"]
+    assert "valid: left out 1 examples labelled '-'" in caplog.text
+
+
+def test_conll_words_hold_whatever_is_not_a_blank(tmp_path):
+    (tmp_path / "train.txt").write_bytes("\ufeff-DOCSTART- O\r\n\r\na\u00a0b B-X\r\nc\u2028d O\r\n".encode())
+    (example,) = read_split(load_task("conll"), tmp_path, "train")
+    assert (example.texts, example.label) == (("a\u00a0b", "c\u2028d"), ("B-X", "O"))
+
+
+def test_a_folder_with_brackets_in_its_name_is_a_folder(tmp_path):
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    (folder / "train.tsv").write_text("sentence\tlabel\nx\t1\n")
+    assert splits_of(load_task("sst2"), folder) == ["train"]
+
+
+def test_a_long_context_gives_windows_and_not_one_for_every_token(small_dataset):
+    example = Example("0", (f"{PASSAGE} " * 20, "What is returned?"), ())
+    ids = small_dataset.tokenizer.encode(example.texts[0])
+    data = data_of(task_of("span"), [example], small_dataset.tokenizer, sequence_length=32, document_stride=128)
+    assert len(data.features) <= 2 + 2 * len(ids) / (32 - 3 - 10)
+
+
+def test_an_answer_may_have_blanks_at_its_ends(small_dataset):
+    example = Example("0", (PASSAGE, "What?"), ((20, " a list "),))
+    data = data_of(task_of("span"), [example], small_dataset.tokenizer, sequence_length=64)
+    (feature,) = data.features
+    first, last = feature.label
+    assert PASSAGE[feature.places[first, 0] : feature.places[last, 1]] == "a list"
+    assert data.cuts.mismatched == 0
+
+
+def test_examples_with_another_number_of_options_are_refused(small_dataset):
+    examples = [Example("0", ("c", "x", "y"), 0.0), Example("1", ("c", "x", "y", "z"), 1.0)]
+    with pytest.raises(TaskDataError, match="example 1 has 3 options, the first one has 2"):
+        data_of(task_of("choice"), examples, small_dataset.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("head", "metric"), [("regression", "accuracy"), ("span", "f1"), ("classification", "pearson")]
+)
+def test_a_metric_of_another_head_is_refused(head, metric):
+    with pytest.raises(ConfigError, match=f"metric {metric} is not for head {head}; choose of"):
+        Task(name="t", head=head, metrics=[metric], sources=[Source(files={})])
+
+
+def test_an_empty_cell_is_no_label_of_several_and_a_missing_column_is_a_mistake(tmp_path, own):
+    (tmp_path / "mine.csv").write_text("text,topics\na,\nb,x;y\n")
+    assert [example.label for example in read_split(own, tmp_path, "train")] == [(), ("x", "y")]
+    (tmp_path / "mine.csv").write_text("text,topic\na,x\n")
+    with pytest.raises(TaskDataError, match="no column 'topics'"):
+        read_split(own, tmp_path, "train")
 
 
 def test_a_damaged_parquet_file_and_an_unknown_suffix_are_refused(tmp_path):

@@ -10,7 +10,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from deberta_xl.data.records import TaskDataError
 from deberta_xl.data.task_labels import encode_labels, labels_of
-from deberta_xl.data.tasks import load_task, read_split
+from deberta_xl.data.task_reading import read_split
+from deberta_xl.data.tasks import load_task
 
 TEXT, NUMBER = Value("string"), Value("int32")
 TAGS = ["O", "B-PER", "I-PER"]
@@ -39,8 +40,8 @@ HUB = {
     "boolq": ({"question": TEXT, "passage": TEXT, "label": TRUTH}, ["is it", "It is.", 1], ("It is.", "is it"), 1),
     "cb": ({"premise": TEXT, "hypothesis": TEXT, "label": ClassLabel(names=["entailment", "contradiction", "neutral"])},
            ["a", "b", 2], ("a", "b"), 2),
-    "rte_superglue": ({"premise": TEXT, "hypothesis": TEXT, "label": ENTAILS},
-                      ["a", "b", 1], ("a", "b"), 1),
+    "rte_superglue": ({"premise": TEXT, "hypothesis": TEXT, "idx": NUMBER, "label": ENTAILS},
+                      ["a", "b", 7, 1], ("a", "b"), 1),
     "copa": ({"premise": TEXT, "choice1": TEXT, "choice2": TEXT, "question": TEXT,
               "label": ClassLabel(names=["choice1", "choice2"])},
              ["It rained.", "Sun.", "Mud.", "effect", 1],
@@ -81,7 +82,7 @@ def test_the_columns_of_the_hub_are_those_of_the_task(name, tmp_path):
     assert (encoded.texts, encoded.label) == (texts, label)
 
 
-@pytest.mark.parametrize("name", ["mnli", "copa", "swag"])
+@pytest.mark.parametrize("name", ["mnli", "copa", "swag", "stsb"])
 def test_a_secret_label_is_none(name, tmp_path):
     columns, row, *_ = HUB[name]
     for folder in {"test", "test_matched"}:

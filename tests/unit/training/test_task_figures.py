@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deberta_xl.data.task_predictions import Prediction
-from deberta_xl.data.tasks import Example, Source, Task
+from deberta_xl.data.tasks import METRICS_OF, Example, Source, Task
 from deberta_xl.training.task_figures import calibration_error, task_figures
 
 
@@ -29,7 +29,7 @@ CASES = {
 @pytest.mark.parametrize("head", CASES)
 def test_a_kind_of_task_has_its_figures(head):
     label, prediction, names = CASES[head]
-    task = Task(name="t", head=head, metrics=["accuracy"], sources=[Source(files={"train": "x"})])
+    task = Task(name="t", head=head, metrics=[METRICS_OF[head][0]], sources=[Source(files={"train": "x"})])
     figures = task_figures(task, ["a", "b"], [Example("0", ("x",), label)], [prediction])
     assert set(figures) == names
 
@@ -41,3 +41,16 @@ def test_the_confusion_counts_truth_by_row():
     predictions = [Prediction(value, np.array([0.5, 0.5])) for value in found]
     axes = task_figures(task, ["a", "b"], examples, predictions)["confusion"].axes[0]
     assert [text.get_text() for text in axes.texts] == ["1", "2", "0", "1"]
+
+
+def test_many_classes_with_any_name_make_a_picture_of_bounded_size(tmp_path):
+    task = Task(name="t", head="classification", metrics=["accuracy"], sources=[Source(files={"train": "x"})])
+    labels = ["$$", "_$x$", *(f"class {n}" for n in range(2000))]
+    examples = [Example(str(n), ("x",), n % 60) for n in range(600)]
+    predictions = [Prediction(n % 2, np.array([0.5, 0.5])) for n in range(600)]
+    figure = task_figures(task, labels, examples, predictions)["confusion"]
+    figure.savefig(tmp_path / "confusion.png")
+    assert max(figure.get_size_inches()) <= 13
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == labels[:40]
+    assert "40 most frequent of 2002" in figure.axes[0].get_title()
