@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.timing import StepTimer
 
 
-def start_engine_runtime(launch: Launch, *, deterministic: bool) -> None:
+def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool) -> None:
     """Choose this rank's device and join the process group. Nothing is compiled: no operator is built just in time."""
     export_launch(launch)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -42,6 +43,9 @@ def start_engine_runtime(launch: Launch, *, deterministic: bool) -> None:
         share_cores(launch)
     else:
         accelerator.set_device(device_number(launch.local_rank, accelerator.device_count()))
+    if precision != "fp32" and accelerator.device_name() != "cpu":
+        # For the float32 products of attention scores: TF32 holds every bit of the bf16 or fp16 values they are of.
+        torch.set_float32_matmul_precision("high")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -166,6 +170,13 @@ def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
     """The current loss scale in fp16, None in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def highest_memory_gib(device: torch.device) -> float:
+    """`memory_gib` of the rank that needed most: stages and slices need not be alike. Collective."""
+    peak = torch.tensor(memory_gib(), dtype=torch.float64, device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return peak.item()
 
 
 def memory_gib() -> float:

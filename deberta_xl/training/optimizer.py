@@ -49,7 +49,8 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
     options = {"lr": section.learning_rate, "betas": (section.beta1, section.beta2), "eps": section.epsilon}
     if not section.bias_correction:
         return AdamWithoutBiasCorrection(groups, **options)
-    return torch.optim.AdamW(groups, **options)
+    # Fused, an update needs no tensor as large as the rank's shard beside it.
+    return torch.optim.AdamW(groups, **options, fused=True if torch.cuda.is_available() else None)
 
 
 class AdamWithoutBiasCorrection(torch.optim.Optimizer):

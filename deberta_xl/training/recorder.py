@@ -12,7 +12,8 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.config import RunConfig
 from deberta_xl.model.flops import peak_flops, step_flops
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.training.engine import StepResult, gradient_norm, loss_scale, memory_gib
+from deberta_xl.training.divergence import Divergence
+from deberta_xl.training.engine import StepResult, gradient_norm, highest_memory_gib, loss_scale
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.state import TrainState
 from deberta_xl.training.stragglers import NodeTimes
@@ -41,6 +42,7 @@ class Recorder:
         self.timer = StepTimer(engine.device)
         self.node_times = NodeTimes(engine.device)
         self.peak = self.device_peak()
+        self.divergence = Divergence()
         self.reset()
 
     def device_peak(self) -> float | None:
@@ -81,6 +83,7 @@ class Recorder:
             if self.writer is not None:
                 self.writer.write(state.step, values)
                 self.writer.show_step(state.step, values)
+            self.divergence.check(state.step, values)
             self.reset()
 
     def interval_metrics(self, state: TrainState) -> dict[str, float | None]:
@@ -106,7 +109,7 @@ class Recorder:
             "model_flops_utilization": flops / self.peak if self.peak else None,
             "step_seconds": seconds / self.num_steps,
             **self.timer.split(),
-            "memory_gib": memory_gib(),
+            "memory_gib": highest_memory_gib(self.engine.device),
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_samples * length,
             "epoch": state.consumed_samples / self.num_rows,

@@ -56,7 +56,7 @@ def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any], last_step: int
     `fingerprints` is what a checkpoint must agree with; with `last_step` behind its own it is refused, too.
     """
     config, launch, engine = inputs.config, inputs.launch, inputs.engine
-    start_engine_runtime(launch, deterministic=config.train.deterministic)
+    start_engine_runtime(launch, engine.precision, deterministic=config.train.deterministic)
     check_precision(engine.precision)
     folder = RunFolder(config.run.folder)
     facts = {

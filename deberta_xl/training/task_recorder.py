@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.training.engine import gradient_norm, loss_scale, memory_gib
+from deberta_xl.training.divergence import Divergence
+from deberta_xl.training.engine import gradient_norm, highest_memory_gib, loss_scale
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.task_state import TaskState
 from deberta_xl.training.task_step import TaskLosses
@@ -32,6 +33,7 @@ class TaskRecorder:
         self.engine, self.config, self.groups, self.writer = engine, config, groups, writer
         self.num_features, self.total_steps = num_features, total_steps
         self.timer = StepTimer(engine.device)
+        self.divergence = Divergence()
         self.reset()
 
     def reset(self) -> None:
@@ -62,6 +64,7 @@ class TaskRecorder:
             if self.writer is not None:
                 self.writer.write(state.step, values)
                 self.writer.show_step(state.step, values)
+            self.divergence.check(state.step, values)
             self.reset()
 
     def interval_metrics(self, state: TaskState) -> dict[str, float | None]:
@@ -80,7 +83,7 @@ class TaskRecorder:
             "samples_per_second": self.num_steps * self.config.train.global_batch_size / seconds,
             "step_seconds": seconds / self.num_steps,
             **self.timer.split(),
-            "memory_gib": memory_gib(),
+            "memory_gib": highest_memory_gib(self.engine.device),
             "consumed_samples": state.consumed_samples,
             "epoch": state.consumed_samples / self.num_features,
         }

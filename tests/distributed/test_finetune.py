@@ -178,7 +178,10 @@ def test_a_fine_tuned_model_is_fine_tuned_further_and_other_classes_get_a_new_he
     first, second = read_weights(uninterrupted / "best"), weights(tmp_path / "run")
     assert second["classifier.weight"].shape == (3, 32)
     assert all(torch.equal(second[name], w) for name, w in first.items() if not name.startswith("classifier"))
-    assert "was fine-tuned for 2 outputs (classification ['0', '1']), this task has 3" in (tmp_path / "run/log/rank-00000.log").read_text()
+    assert (
+        "was fine-tuned for 2 outputs (classification ['0', '1']), this task has 3"
+        in (tmp_path / "run/log/rank-00000.log").read_text()
+    )
 
 
 def test_fresh_weights_are_not_the_checkpoints(encoder, sentences, tmp_path):
