@@ -88,7 +88,7 @@ def join_slices(model: MaskedLanguageModel, name: str, groups: Groups) -> torch.
 
 
 def assert_equal_outcome(actual: Outcome, expected: Outcome) -> None:
-    """DESIGN's tolerances in float32: per tensor 1e-5 of its norm, plus 1e-7 of the global norm (zeros exist)."""
+    """Tolerances of float32: per tensor 1e-5 of its norm, plus 1e-7 of the global norm (zeros exist)."""
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=0)
     assert torch.equal(actual.guess_L, expected.guess_L)
     total = torch.stack([g.norm() for g in expected.gradients.values()]).norm()
