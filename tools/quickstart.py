@@ -25,7 +25,7 @@ from typing import Any
 
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.data.corpus import expand_inputs
-from deberta_xl.data.files import partial, publish
+from deberta_xl.durable import replace_file
 from deberta_xl.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,8 +97,7 @@ def claim(folder: Path, corpus: list[str] | None, vocab_size: int) -> None:
             f"--folder OTHER …), or remove this one (rm -r {shlex.quote(str(folder))})"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    partial(note).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-    publish(note)
+    replace_file(note, json.dumps(asked, indent=2) + "\n")
 
 
 def describe(origin: dict[str, Any]) -> str:
