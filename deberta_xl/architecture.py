@@ -16,7 +16,8 @@ EMD_PASSES = 2
 
 @frozen
 class DebertaConfig:
-    """The architecture (SPEC sections 1 to 4 of the original's behaviour; sizes of the papers' tables).
+    """The architecture: arXiv 2006.03654, section 3, as the original release computes it (microsoft/DeBERTa:
+    DeBERTa/deberta/{config,bert,disentangled_attention}.py, DeBERTa/apps/models/masked_language_model.py).
 
     The defaults are DeBERTa-v2's layout: log buckets, position projections shared with the content's,
     a normalised relative table, absolute positions only in the enhanced mask decoder.

@@ -64,7 +64,7 @@ class DataSection:
     attend_across_documents: bool = False
     """Let attention, convolution and positions run across the documents of a packed row, as the original did."""
     masking: Literal["unbiased", "original"] = "unbiased"
-    """`original` reproduces the first release, whose masks thin out at the end of each row (SPEC section 5)."""
+    """`original` masks as microsoft/DeBERTa does (NGramMaskGenerator), ever less towards the end of each row."""
     mask_probability: float = 0.15
     """Share of the tokens to predict."""
     max_ngram: int = 3
@@ -160,7 +160,7 @@ class OptimizerSection:
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     bias_correction: bool = True
-    """False is the original's form (SPEC section 7), to continue released weights as they were trained."""
+    """False is the form of microsoft/DeBERTa (XAdam), to continue released weights as they were trained."""
 
     def __post_init__(self) -> None:
         at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)

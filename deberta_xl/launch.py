@@ -59,6 +59,15 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(rank, world_size, local_rank)
 
 
+def device_number(local_rank: int, num_visible: int) -> int:
+    """Which of the visible devices is this rank's; a launcher may show each rank its own one only."""
+    if num_visible > 1 and local_rank >= num_visible:
+        raise ConfigError(
+            f"rank {local_rank} of this node has no device: only {num_visible} are visible; start fewer ranks"
+        )
+    return local_rank if num_visible > 1 else 0
+
+
 def export_launch(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> None:
     """Fill in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher left them out.
 

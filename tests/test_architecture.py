@@ -51,6 +51,7 @@ FLOORS = {
     "config_file": Floor(0, "0"),
     "deepspeed_config": Floor(0, "0"),
     "deepspeed_schema": Floor(0, "0"),
+    "durable": Floor(0, "0"),
     "errors": Floor(0, "0"),
     "finetune_config": Floor(0, "0"),
     "launch": Floor(0, "0"),

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.data.errors import CorpusError
-from deberta_xl.data.files import partial, publish, remove
 from deberta_xl.data.python_corpus import python_corpus
+from deberta_xl.durable import replace_file
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,11 +40,7 @@ def extract(arguments: argparse.Namespace) -> None:
     documents = list(python_corpus())
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-    try:
-        partial(output).write_text("".join(lines), encoding="utf-8")
-        publish(output)
-    finally:
-        remove(partial(output))
+    replace_file(output, "".join(lines))
     megabytes = output.stat().st_size / 1e6
     print(f"{output}: {len(documents):,} documents, {megabytes:.1f} MB of English from Python {sys.version.split()[0]}")
 

@@ -1,7 +1,8 @@
 """The whole pipeline in minutes on two CPU cores: text, tokenizer, dataset, pretraining on two ranks, fill-mask.
 
 The text is the English that comes with Python (its language reference and docstrings), or your own with --corpus.
-Everything goes to one folder; what is there already is not made again, and an interrupted training resumes.
+Everything goes to one folder; what is there already is not made again, and an interrupted training resumes. A folder
+belongs to one text and one vocabulary size, noted in its made-from.json.
 
 examples:
   python tools/quickstart.py --folder quickstart
@@ -20,13 +21,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.data.corpus import expand_inputs
+from deberta_xl.durable import replace_file
 from deberta_xl.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 VOCAB_SIZE = 4000
+PYTHON_TEXT = "the English that comes with Python"
 STEPS = 700
 TRAINING = [
     f"train.steps={STEPS}",
@@ -41,6 +46,7 @@ PYTHON_SENTENCES = [
     "If the argument is not a string, a TypeError [MASK] raised.",
     "The function returns the number [MASK] bytes.",
 ]
+SHOWN_FILES = 5
 SENTENCES = ["It was one of [MASK] first in the world.", "He went to the house [MASK] his father."]
 
 
@@ -79,6 +85,28 @@ def execute(*command: str | Path) -> None:
         raise UserError(f"the command above failed with status {status}; mend it and start the quickstart again")
 
 
+def claim(folder: Path, corpus: list[str] | None, vocab_size: int) -> None:
+    """Note what the folder is made from; UserError when that was something else, which would be used in its place."""
+    sizes = {str(path): path.stat().st_size for path in expand_inputs(corpus)} if corpus else {}
+    asked, note = {"corpus": sizes, "vocab_size": vocab_size}, folder / "made-from.json"
+    found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+    if found != asked and (folder / "tokenizer").exists():
+        made = f"was made from {describe(found)}" if found else "does not say what it was made from"
+        raise UserError(
+            f"{folder} {made}; asked for is {describe(asked)}: choose another folder (python tools/quickstart.py "
+            f"--folder OTHER …), or remove this one (rm -r {shlex.quote(str(folder))})"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(note, json.dumps(asked, indent=2) + "\n")
+
+
+def describe(origin: dict[str, Any]) -> str:
+    """What a folder is made from, in words."""
+    texts = [f"{name} ({size:,} bytes)" for name, size in origin["corpus"].items()] or [PYTHON_TEXT]
+    more = f" and {len(texts) - SHOWN_FILES} more files" if len(texts) > SHOWN_FILES else ""
+    return f"{', '.join(texts[:SHOWN_FILES])}{more} with a vocabulary of {origin['vocab_size']}"
+
+
 def prepare_data(folder: Path, corpus: list[str] | None, vocab_size: int) -> None:
     """Corpus, tokenizer, training and held-out dataset."""
     if corpus:
@@ -86,7 +114,7 @@ def prepare_data(folder: Path, corpus: list[str] | None, vocab_size: int) -> Non
     else:
         corpus = [str(folder / "corpus.jsonl")]
         if not Path(corpus[0]).exists():
-            announce("1. Text: the English that comes with Python")
+            announce(f"1. Text: {PYTHON_TEXT}")
             execute("python", "tools/extract_corpus.py", "--output", corpus[0])
     if not (folder / "tokenizer").exists():
         announce("2. Tokenizer: SentencePiece with DeBERTa's special ids")
@@ -133,6 +161,8 @@ def report(folder: Path, seconds: float) -> None:
     print(f"loss curve                  {folder / 'run' / 'loss.png'}")
     print(f"TensorBoard                 tensorboard --logdir {folder / 'run'}")
     print(f"Hugging Face model          {folder / 'huggingface'}")
+    if (activate := Path(sys.prefix) / "bin" / "activate").exists():
+        print(f"to type commands yourself   . {shlex.quote(str(from_root(activate)))}")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -141,6 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = from_root(arguments.folder)
     corpus = [str(from_root(Path(path))) for path in arguments.corpus] if arguments.corpus else None
     os.chdir(ROOT)
+    claim(folder, corpus, arguments.vocab_size)
     prepare_data(folder, corpus, arguments.vocab_size)
     train(folder, arguments.overrides)
     use(folder, SENTENCES if corpus else PYTHON_SENTENCES)

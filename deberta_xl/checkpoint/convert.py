@@ -15,7 +15,6 @@ import torch
 
 from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.dialect import Dialect, can_be_fused, write_dialect
-from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.edits import Edits, apply_edits, average_of_newest
 from deberta_xl.checkpoint.foreign import TOKENIZER_FILES, is_foreign_folder, open_foreign, read_config_fields
 from deberta_xl.checkpoint.foreign_config import other_fields, to_huggingface_config, to_microsoft_config
@@ -37,6 +36,7 @@ from deberta_xl.checkpoint.verify import verify
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, open_native, write_native
 from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer
+from deberta_xl.durable import write_files
 from deberta_xl.log import logger
 
 

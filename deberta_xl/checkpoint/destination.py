@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from deberta_xl.checkpoint.durable import sync_folder
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.data.files import one_writer
+from deberta_xl.data.lock import one_writer
+from deberta_xl.durable import sync
 
 
 def refuse_existing(destination: Path) -> None:
@@ -39,11 +39,11 @@ def whole_or_nothing(folder: Path, num_bytes: int) -> Iterator[Path]:
             try:
                 partial.mkdir()
                 yield partial
-                sync_folder(partial)
+                sync(partial)
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-            sync_folder(folder.parent)
+            sync(folder.parent)
     except (SafetensorError, OSError) as error:
         way_out = "; make room and start again" if getattr(error, "errno", None) == errno.ENOSPC else ""
         raise CheckpointError(f"{folder} cannot be written: {error}{way_out}") from error

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from deberta_xl.checkpoint.durable import sync_folder, write_file
+from deberta_xl.durable import sync, write_file
 from deberta_xl.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -62,7 +62,7 @@ def write_manifest(folder: Path, files: Mapping[str, FileFacts]) -> None:
     text = json.dumps({"format": FORMAT_VERSION, "files": listing}, indent=1)
     write_file(folder / MANIFEST_NAME, text.encode())
     for changed in {folder, *(inside(folder, name).parent for name in files)}:
-        sync_folder(changed)
+        sync(changed)
 
 
 def read_manifest(folder: Path) -> dict[str, FileFacts]:

@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deberta_xl.checkpoint.durable import sync_file
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.rectangles import Overlap, Rectangle, overlaps, range_rectangles, shard_area
+from deberta_xl.durable import sync
 from deberta_xl.parallel.shard import Shard
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -111,7 +111,8 @@ def write_rank_file(
         save_file({kind: flat[kind] for kind in KINDS}, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
-    sync_file(path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes its files private, whatever the umask
+    sync(path)
 
 
 def read_index(path: Path) -> list[StoredPiece]:

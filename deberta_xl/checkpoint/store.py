@@ -23,7 +23,6 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from deberta_xl.checkpoint.agreement import gathered, on_rank_zero, rank_and_size, together
-from deberta_xl.checkpoint.durable import sync_folder, write_files
 from deberta_xl.checkpoint.folders import make_partial_folder
 from deberta_xl.checkpoint.fragments import (
     Fragment,
@@ -58,6 +57,7 @@ from deberta_xl.checkpoint.rank_file import (
     read_indices,
     write_rank_file,
 )
+from deberta_xl.durable import sync, write_files
 from deberta_xl.parallel.pipeline import PipelinedModel, is_copy
 from deberta_xl.parallel.shard import shard_of
 
@@ -208,7 +208,7 @@ def _publish(folder: Path, target: Path, files: Mapping[str, FileFacts]) -> Path
     if target.exists():
         target.rename(replaced)
     folder.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return target
 

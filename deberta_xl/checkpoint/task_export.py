@@ -21,7 +21,6 @@ from torch import Tensor
 from deberta_xl.architecture import DebertaConfig, HeadConfig, HeadKind
 from deberta_xl.checkpoint.convert import check_expressible
 from deberta_xl.checkpoint.destination import whole_or_nothing
-from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.foreign import open_foreign, read_config_fields
 from deberta_xl.checkpoint.foreign_config import to_huggingface_config
 from deberta_xl.checkpoint.head_facts import HeadFacts, read_head
@@ -35,6 +34,7 @@ from deberta_xl.checkpoint.tokenizer_export import json_bytes, tokenizer_files
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, open_weights
 from deberta_xl.data.tasks import Metric, Source, Task
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.durable import write_files
 
 POOLED = "DebertaV2ForSequenceClassification"
 CLASSES: dict[HeadKind, str] = {

@@ -17,9 +17,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from deberta_xl.checkpoint.durable import sync_file, write_file
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, read_finite
 from deberta_xl.checkpoint.tensor_files import DTYPES, INDEX_SUFFIX
+from deberta_xl.durable import sync, write_file
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -85,7 +85,7 @@ def write_safetensors(path: Path, tensors: LazyTensors, advance: Advance = no_pr
         for name, tensor in ordered:
             _write_bytes(file, read_finite(name, tensor))
             advance(tensor.nbytes, name)
-    sync_file(path)
+    sync(path)
 
 
 def write_pickle(path: Path, tensors: LazyTensors, advance: Advance = no_progress) -> None:
@@ -109,7 +109,7 @@ def write_pickle(path: Path, tensors: LazyTensors, advance: Advance = no_progres
                 checksums[offset] = _write_bytes(file, read_finite(name, tensor))
             advance(tensor.nbytes, name)
         _write_checksums(file, path, checksums)
-    sync_file(path)
+    sync(path)
 
 
 def _write_bytes(file: BinaryIO, tensor: Tensor) -> int:

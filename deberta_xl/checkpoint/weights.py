@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from deberta_xl.checkpoint.destination import whole_or_nothing
-from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, verify_checkpoint
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, in_memory
 from deberta_xl.checkpoint.manifest import (
@@ -32,6 +31,7 @@ from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin, Pretrai
 from deberta_xl.checkpoint.rank_file import Piece, StoredIndex, fill, is_rank_file, logical_shapes, read_indices
 from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, open_tensors
 from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no_progress, total_bytes, write_shards
+from deberta_xl.durable import write_files
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"

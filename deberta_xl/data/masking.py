@@ -1,6 +1,7 @@
 """Masked language modelling: which tokens of a batch are predicted, and what is shown in their place.
 
-Whole words in n-grams, as in the first release of DeBERTa (SPEC section 5, SpanBERT's idea), vectorised over the batch.
+Whole words in n-grams (SpanBERT's idea), as the original release chooses them (microsoft/DeBERTa: NGramMaskGenerator
+in DeBERTa/apps/tasks/mlm_task.py), vectorised over the batch.
 Two styles share one walk over the row's words:
 
 1. A word is a run of tokens up to the next word start; specials and padding belong to no word.

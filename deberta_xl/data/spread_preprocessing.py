@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from deberta_xl.data.corpus import format_of
 from deberta_xl.data.errors import DataError
 from deberta_xl.data.preprocessing import MAX_REPORTED, Preprocessing, Summary, check, write_batch
 from deberta_xl.data.token_store_format import dataset_paths
@@ -115,7 +114,6 @@ def agree(communicator: Communicator, action: Callable[[], Any]) -> list[Any]:
 def write_part(part: Part, path: Path, plan: Preprocessing) -> Summary:
     """Tokenise one input file into its part; what became of it."""
     summary = Summary()
-    format_of(path)
     with contextlib.ExitStack() as stack:
         ids, lengths, held_out = (stack.enter_context(open(file, "wb")) for file in part)
         batches = plan.token_batches([path], summary, of=f" of {path.name}")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deberta_xl.data.errors import TokenStoreError
-from deberta_xl.data.files import one_writer, partial, publish, remove
+from deberta_xl.data.lock import one_writer
 from deberta_xl.data.token_store_format import (
     MANIFEST_FORMAT,
     MANIFEST_VERSION,
@@ -24,6 +24,7 @@ from deberta_xl.data.token_store_format import (
     smallest_dtype,
 )
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.durable import partial, publish, remove
 
 #: Documents whose index entries are computed at a time.
 INDEX_CHUNK = 2**20

@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 
 from deberta_xl.data.errors import TokenizerError
-from deberta_xl.data.files import partial, publish, remove
+from deberta_xl.durable import partial, publish, remove
 
 #: The specials by id; [MASK] comes after the pieces.
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")

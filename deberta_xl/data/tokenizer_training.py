@@ -16,7 +16,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from deberta_xl.data.errors import TokenizerError
-from deberta_xl.data.files import one_writer
+from deberta_xl.data.lock import one_writer
 from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, SPECIAL_PIECES, Tokenizer
 
 #: Lines that SentencePiece keeps in memory; more are sampled down. Ten million are a few GB, and plenty.

@@ -1,1 +1,1 @@
-"""Ways to compute disentangled attention; all have the signature of `reference.disentangled_attention`."""
+"""How disentangled attention is computed: so far one way, `reference`, whose signature a faster one would have."""

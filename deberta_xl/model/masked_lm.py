@@ -51,7 +51,8 @@ class MaskedLMOutput(NamedTuple):
     loss: Tensor | None
     """Cross-entropy over the labelled positions (a sum divided by their number, or by `label_count`); None without."""
     logits: Tensor
-    """[L, V] at the labelled positions in row-major order; [B, S, V] without labels."""
+    """[L, V] at the labelled positions in row-major order; [B, S, V] without labels. Where the vocabulary is divided
+    over ranks, this rank's columns, and with labels spent: the loss is computed in their place."""
     guess_L: Tensor | None = None
     """The best guess at each labelled position."""
     hidden_states: tuple[Tensor, ...] | None = None

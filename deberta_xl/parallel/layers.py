@@ -138,7 +138,10 @@ class RankDropout(Dropout):
 
 
 class VocabularyLoss:
-    """Cross-entropy and best guesses from logits of which each rank holds some columns (`masked_lm_loss` divided)."""
+    """Cross-entropy and best guesses from logits of which each rank holds some columns (`masked_lm_loss` divided).
+
+    The logits are the largest tensor of a step, so they are not copied: afterwards they are spent.
+    """
 
     def __init__(self, vocab_size: int, groups: Groups):
         self.vocab_size = vocab_size
@@ -147,8 +150,8 @@ class VocabularyLoss:
     def __call__(self, logits_LV: Tensor, label_L: Tensor) -> tuple[Tensor, Tensor]:
         """The summed loss, and the guess at each position, equal on all ranks."""
         first = logits_LV.shape[-1] * self.groups.grid.tensor_parallel_rank
-        column_V = torch.arange(first, first + logits_LV.shape[-1], device=logits_LV.device)
-        logits_LV = logits_LV.masked_fill(column_V >= self.vocab_size, float("-inf"))
+        # Unseen by autograd: the probability of -inf is 0, and so is the gradient of the padding.
+        logits_LV.detach()[:, max(0, self.vocab_size - first) :] = float("-inf")
         guess_L = self.guess(logits_LV.detach(), first)  # before megatron-core overwrites the logits
         return vocab_parallel_cross_entropy(logits_LV, label_L).sum(), guess_L
 

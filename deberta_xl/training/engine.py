@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deberta_xl.config import OptimizerSection
 from deberta_xl.errors import ConfigError
-from deberta_xl.launch import Launch, export_launch
+from deberta_xl.launch import Launch, device_number, export_launch
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.pipeline import PipelinedModel
@@ -50,15 +50,6 @@ def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
-
-
-def device_number(local_rank: int, num_visible: int) -> int:
-    """Which of the visible devices is this rank's; a launcher may show each rank its own one only."""
-    if num_visible > 1 and local_rank >= num_visible:
-        raise ConfigError(
-            f"rank {local_rank} of this node has no device: only {num_visible} are visible; start fewer ranks"
-        )
-    return local_rank if num_visible > 1 else 0
 
 
 def share_cores(launch: Launch) -> None:

@@ -12,22 +12,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deberta_xl.data.loader import PretrainingData
-from deberta_xl.launch import Launch, export_launch
+from deberta_xl.launch import Launch, device_number, export_launch
 from deberta_xl.model.masked_lm import MaskedLMOutput
 from deberta_xl.training.batches import MicroBatch, build_micro_batch
 
 
 def join_ranks(launch: Launch) -> torch.device:
     """This rank's device; with several ranks, after meeting the others. For tools, which have no engine."""
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", launch.local_rank) if has_gpu else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", device_number(launch.local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(device)  # before the ranks meet: nccl takes the current one
     if launch.world_size > 1:
         export_launch(launch)
-        dist.init_process_group("nccl" if has_gpu else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         # Left to the interpreter's end, its threads now and then abort a process that has done its work.
         atexit.register(dist.destroy_process_group)
-    if has_gpu:
-        torch.cuda.set_device(device)
     return device
 
 

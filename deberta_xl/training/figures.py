@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int],
     axes = figure.subplots()
     image = axes.imshow(shares.reshape(len(words), len(words)), vmin=0, vmax=1, cmap="viridis")
     names = [piece_of(int(word)) for word in words]
-    axes.set_xticks(range(len(words)), names, rotation=90)
-    axes.set_yticks(range(len(words)), names)
+    # Pieces are shown as they are: matplotlib takes what stands between two dollars for a formula.
+    axes.set_xticks(range(len(words)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(words)), names, parse_math=False)
     axes.set_xlabel("best guess")
     axes.set_ylabel("masked word")
     figure.colorbar(image, label="share of the row")
@@ -70,7 +72,13 @@ def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int],
 def prediction_table(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> str:
     """The first labelled tokens and the best guesses for them, as a Markdown table."""
     rows: Sequence[str] = [
-        f"| `{piece_of(label)}` | `{piece_of(guess)}` | {'yes' if label == guess else ''} |"
+        f"| {literal(piece_of(label))} | {literal(piece_of(guess))} | {'yes' if label == guess else ''} |"
         for label, guess in zip(label_L[:EXAMPLES].tolist(), guess_L[:EXAMPLES].tolist(), strict=True)
     ]
     return "\n".join(["| masked word | best guess | right |", "|---|---|---|", *rows])
+
+
+def literal(piece: str) -> str:
+    """A piece as code in a Markdown table, whatever it is made of: entities mean nothing to Markdown."""
+    characters = (f"&#{ord(c)};" if c in string.punctuation else c for c in piece)
+    return f"<code>{''.join(characters)}</code>"

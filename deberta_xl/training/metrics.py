@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from deberta_xl.durable import replace_file
 from deberta_xl.log import logger
 from deberta_xl.training.run_folder import writing
 
@@ -114,9 +114,7 @@ def drop_lines_after(metrics_file: Path, step: int) -> None:
         return
     text = metrics_file.read_text(encoding="utf-8", errors="replace")  # a crash may have left any bytes
     kept = [line for line in text.splitlines() if is_up_to(line, step)]
-    partial = metrics_file.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, metrics_file)
+    replace_file(metrics_file, "".join(f"{line}\n" for line in kept))
 
 
 def is_up_to(line: str, step: int) -> bool:

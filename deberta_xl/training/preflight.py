@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from deberta_xl.command_line import build_parser
-from deberta_xl.launch import Launch, export_launch, node_name, read_launch
+from deberta_xl.errors import ConfigError
+from deberta_xl.launch import Launch, device_number, export_launch, node_name, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
 
 PORT_SHIFT = -10000
@@ -49,12 +50,11 @@ def look(launch: Launch, run_folder: Path) -> dict[str, Any]:
     allotted = (os.environ.get("SLURM_STEP_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")).split(",")
     is_cpu_meant = os.environ.get("DS_ACCELERATOR") == "cpu" or allotted == [""]
     if torch.cuda.is_available():
-        visible = torch.cuda.device_count()
-        if visible > 1 and launch.local_rank >= visible:
-            complaints.append(f"rank {launch.local_rank} of the node has no device: {visible} are visible")
-        else:
-            torch.cuda.set_device(launch.local_rank if visible > 1 else 0)
+        try:
+            torch.cuda.set_device(device_number(launch.local_rank, torch.cuda.device_count()))
             uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        except ConfigError as error:
+            complaints.append(str(error))
     elif not is_cpu_meant:
         complaints.append(f"{len(allotted)} GPUs are allotted, but torch {torch.__version__} sees none")
     try:

@@ -18,6 +18,7 @@ import torch
 
 from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_config, to_toml
+from deberta_xl.durable import partial, publish, remove, replace_file
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import logger
@@ -56,11 +57,9 @@ class RunFolder:
         write_text(self.config, to_toml(config))
         write_text(self.environment, json.dumps(environment(facts), indent=2) + "\n")
         # Copied anew each time: a start that never came to a checkpoint may have had another one.
-        partial = self.tokenizer.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(tokenizer, partial)
-        shutil.rmtree(self.tokenizer, ignore_errors=True)
-        os.replace(partial, self.tokenizer)
+        remove(partial(self.tokenizer))
+        shutil.copytree(tokenizer, partial(self.tokenizer))
+        publish(self.tokenizer)
 
     def write_latest(self, checkpoint: Path) -> None:
         """Note which checkpoint was saved last."""
@@ -95,15 +94,8 @@ def make_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with writing(path), partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        replace_file(path, text)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ from ranks import RankError, run_ranks
 from tiny_engine import HIDDEN, VOCABULARY, Layout, TinyModel, build_engine, engine_config, train
 from torch import nn
 
-from deberta_xl.checkpoint import durable, store
+from deberta_xl import durable
+from deberta_xl.checkpoint import store
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, prune_checkpoints
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint

@@ -196,6 +196,18 @@ def test_a_signal_to_one_rank_saves_stops_all_and_resumes_to_identical_weights(
     assert_same_weights(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize("launcher", [deepspeed, pytest.param(torchrun, marks=pytest.mark.full)])
+def test_a_signal_past_the_launcher_to_a_rank_named_in_its_heartbeat_stops_all(small_dataset, tmp_path, launcher):
+    command = [*launcher(2), *arguments(small_dataset, tmp_path, "checkpoint.interval=1000", "train.steps=100000")]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(tmp_path, 2, process)
+    os.kill(json.loads((tmp_path / "heartbeat" / "rank-00001.json").read_text())["pid"], signal.SIGUSR1)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output
+    assert (tmp_path / "STATE").read_text() == "stopped\n"
+    assert final_weights(tmp_path)
+
+
 def test_ranks_started_as_srun_does_train_alike(small_dataset, uninterrupted, tmp_path):
     command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path)]
     step = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(free_port())}

@@ -7,15 +7,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_ranks
 from test_training_equality import architecture
 from vectors import Vector, folders
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.masked_lm import MaskedLanguageModel, masked_lm_loss
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
+from deberta_xl.parallel.layers import VocabularyLoss
 from deberta_xl.parallel.plan import divide
 
 SIZES = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "position_buckets": 8}
@@ -86,7 +88,7 @@ def join_slices(model: MaskedLanguageModel, name: str, groups: Groups) -> torch.
 
 
 def assert_equal_outcome(actual: Outcome, expected: Outcome) -> None:
-    """DESIGN's tolerances in float32: per tensor 1e-5 of its norm, plus 1e-7 of the global norm (zeros exist)."""
+    """Tolerances of float32: per tensor 1e-5 of its norm, plus 1e-7 of the global norm (zeros exist)."""
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=0)
     assert torch.equal(actual.guess_L, expected.guess_L)
     total = torch.stack([g.norm() for g in expected.gradients.values()]).norm()
@@ -120,6 +122,30 @@ def test_a_divided_model_has_the_plain_ones_loss_guesses_and_gradients(tensor_pa
     ):
         for actual, reference in zip(results, expected, strict=True):
             assert_equal_outcome(actual, reference)
+
+
+def loss_in_place() -> tuple[torch.Tensor, ...]:
+    """This rank's loss, guesses, and what they leave of its logits: columns 0 to 49, and 50 to 98 with padding."""
+    groups = join(2)
+    logits_LV = F.pad(some_logits(), (0, 1)).chunk(2, -1)[torch.distributed.get_rank()].contiguous()
+    loss, guess_L = VocabularyLoss(99, groups)(logits_LV, torch.arange(7))
+    return loss, guess_L, logits_LV
+
+
+def some_logits() -> torch.Tensor:
+    """Logits of 7 positions over 99 pieces."""
+    return torch.randn(7, 99, generator=torch.Generator().manual_seed(5))
+
+
+def test_the_loss_of_a_divided_vocabulary_takes_no_memory_but_the_logits():
+    expected, guess_L = masked_lm_loss(some_logits(), torch.arange(7))
+    results = run_ranks(loss_in_place, 2)
+    for loss, guess, _ in results:
+        torch.testing.assert_close(loss, expected)
+        assert torch.equal(guess, guess_L)
+    spent_LV = torch.cat([logits for _, _, logits in results], -1)
+    # The softmax, which the backward pass needs, stands where the logits were: no rank has copied them.
+    torch.testing.assert_close(spent_LV, F.pad(some_logits().softmax(-1), (0, 1)))
 
 
 def vector_outcome(folder) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

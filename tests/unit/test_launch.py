@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from deberta_xl.errors import ConfigError
-from deberta_xl.launch import Launch, address_of_interface, export_launch, interface_towards, read_launch
+from deberta_xl.launch import Launch, address_of_interface, device_number, export_launch, interface_towards, read_launch
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "123"}
 
@@ -32,6 +32,13 @@ def test_a_batch_script_without_srun_is_one_rank_although_slurm_counts_more():
 def test_variables_that_contradict_each_other_are_shown(rank):
     with pytest.raises(ConfigError, match="RANK"):
         read_launch({"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": "0"})
+
+
+def test_a_rank_takes_its_own_device_or_the_only_one_it_sees():
+    assert [device_number(local_rank, 4) for local_rank in range(4)] == [0, 1, 2, 3]
+    assert device_number(3, 1) == 0
+    with pytest.raises(ConfigError, match="rank 2 of this node has no device: only 2 are visible"):
+        device_number(2, 2)
 
 
 def test_what_the_launcher_left_out_is_filled_in():

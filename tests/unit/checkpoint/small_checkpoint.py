@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.manifest import file_facts, step_folder_name, write_manifest
 from deberta_xl.checkpoint.rank_file import KINDS, WHOLE, Piece, rank_file_name, write_rank_file
+from deberta_xl.durable import write_files
 from deberta_xl.parallel.shard import Shard
 
 State = dict[str, dict[str, Tensor]]

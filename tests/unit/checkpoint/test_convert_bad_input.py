@@ -19,7 +19,7 @@ from deberta_xl.checkpoint.edits import Edits
 from deberta_xl.checkpoint.foreign_config import to_huggingface_config
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.errors import DataError
-from deberta_xl.data.files import one_writer
+from deberta_xl.data.lock import one_writer
 from deberta_xl.pretrained import DebertaForMaskedLM
 
 SIZES = {"vocab_size": 40, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 12}

@@ -14,13 +14,13 @@ from small_dataset import documents
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
-from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.edits import Edits, relative_rows, row_of
 from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
 from deberta_xl.checkpoint.native_config import native_config
 from deberta_xl.checkpoint.rank_file import KINDS
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_training import train_tokenizer
+from deberta_xl.durable import write_files
 from deberta_xl.pretrained import DebertaForMaskedLM
 
 SIZES = {"hidden_size": 32, "num_layers": 6, "num_heads": 4, "intermediate_size": 48, "conv_kernel_size": 3}

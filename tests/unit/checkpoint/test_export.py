@@ -18,7 +18,6 @@ from small_checkpoint import no_file_larger_than, write_state
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
-from deberta_xl.checkpoint.durable import write_files
 from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.checkpoint.native_config import native_config
@@ -29,6 +28,7 @@ from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.python_corpus import python_corpus
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
 from deberta_xl.data.tokenizer_training import train_tokenizer
+from deberta_xl.durable import write_files
 from deberta_xl.fill_mask import encode_with_masks
 from deberta_xl.pretrained import DebertaForMaskedLM
 

@@ -12,8 +12,10 @@ from deberta_xl.config import DataSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_writer import TokenStoreWriter
+from deberta_xl.launch import Launch
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.training.evaluate import entropy, evaluate, evaluation_batches, predict_with
+from deberta_xl.training import evaluate as module
+from deberta_xl.training.evaluate import entropy, evaluate, evaluation_batches, join_ranks, predict_with
 
 CPU = torch.device("cpu")
 
@@ -31,6 +33,18 @@ def build_model(vocab_size: int) -> MaskedLanguageModel:
         max_position_embeddings=64,
     )  # fmt: skip
     return MaskedLanguageModel(config).eval()
+
+
+def test_a_rank_that_sees_only_its_own_gpu_takes_it_before_it_meets_the_others(monkeypatch):
+    acts = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", acts.append)
+    monkeypatch.setattr(module, "export_launch", lambda launch: None)
+    monkeypatch.setattr(module.dist, "init_process_group", acts.append)
+    monkeypatch.setattr(module.atexit, "register", lambda action: None)
+    assert join_ranks(Launch(rank=3, world_size=4, local_rank=3)) == torch.device("cuda", 0)
+    assert acts == [torch.device("cuda", 0), "nccl"]
 
 
 @pytest.mark.parametrize(("max_samples", "micro", "size"), [(0, 8, 1), (10, 4, 2), (10, 3, 3), (5, 8, 4)])

@@ -56,6 +56,13 @@ def test_gpus_that_torch_does_not_see_and_too_little_memory_are_complaints(monke
     assert len(look(Launch(), tmp_path)["complaints"]) == 2
 
 
+def test_more_ranks_than_gpus_are_a_complaint(monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 2)
+    (complaint,) = look(Launch(2, 3, 2), tmp_path)["complaints"]
+    assert complaint.startswith("rank 2 of this node has no device: only 2 are visible")
+
+
 def test_a_wrong_product_is_noticed(monkeypatch):
     assert multiply("cpu") > 0
     monkeypatch.setattr(preflight.torch, "ones", lambda *size, device: preflight.torch.torch.full(size, 1.5))

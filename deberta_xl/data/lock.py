@@ -1,4 +1,4 @@
-"""Writing so that a reader never sees a half: beside the target, to the disk, then renamed; one writer at a time."""
+"""One writer at a time: a lock file beside an output."""
 
 from __future__ import annotations
 
@@ -6,45 +6,11 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from deberta_xl.data.errors import DataError
 from deberta_xl.log import logger
-
-
-def partial(path: Path) -> Path:
-    """Where `path` is written until it is whole."""
-    return path.with_name(f"{path.name}.partial")
-
-
-def sync_file(path: Path) -> None:
-    """Make a file's bytes (or a folder's entries) survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(path: Path) -> None:
-    """Put the finished `partial(path)`, a file or a folder of files, in place of `path`."""
-    written = partial(path)
-    for entry in written.iterdir() if written.is_dir() else [written]:
-        sync_file(entry)
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(written, path)
-    sync_file(path.parent)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
