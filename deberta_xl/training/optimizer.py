@@ -54,7 +54,7 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
 
 
 class AdamWithoutBiasCorrection(torch.optim.Optimizer):
-    """The original release's optimizer (SPEC section 7).
+    """The original release's optimizer (microsoft/DeBERTa: XAdam in DeBERTa/optims/xadam.py).
 
     m ← β1 m + (1 − β1) g,  v ← β2 v + (1 − β2) g²,  θ ← θ − lr (m / (√v + ε) + decay θ).
     """
