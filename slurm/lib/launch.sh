@@ -49,6 +49,7 @@ launch() {
   check_tasks
   prepare_run_folder
   check_inputs "$entry_point" "$@"
+  owner_before=$(read_line OWNER) # a start that fails before it claims the folder leaves another job's name there
   replace STATE running # an earlier start's "stopped" must not speak for this one
   [[ -n $asked ]] || preflight || status=$?
   [[ -n $asked ]] || ((status)) || train "$entry_point" "$@" || status=$?
@@ -235,7 +236,7 @@ conclude() { # conclude STATUS: how the job ends
   say "the ranks ended with status $status; STATE: ${state:-none}; asked to stop by: ${asked:-nobody}; LATEST: $(read_line LATEST)"
   if [[ $state == "done" ]]; then exit 0; fi
   if [[ $asked == TERM ]]; then exit $((status ? status : 143)); fi
-  if [[ -n $owner && $owner != "job $SLURM_JOB_ID."* && -n $training_pid ]]; then
+  if [[ -n $owner && $owner != "$owner_before" && $owner != "job $SLURM_JOB_ID."* ]]; then
     say "error: $run_folder belongs to $owner; this job ends" >&2
     exit 1
   fi
