@@ -13,10 +13,13 @@
 #     STATE says done              exit 0, now and at every later start
 #     this shell got TERM          exit: scancel, which means it, or a preemption, after which slurm requeues by itself
 #     another job took the folder  exit: that one goes on
+#     all ranks refuse to start    exit 2: a user's error that only they could find
 #     STATE says stopped           requeue: the time limit (USR1), or a preemption that only the ranks were told of
 #     anything else, a crash       requeue, but at most MAX_CRASHES times in a row without a new checkpoint
 
 set -uo pipefail
+
+readonly REFUSED=4 # deberta_xl/entry_point.py; srun tells it only when no rank was killed or ended with a greater one
 
 say() { printf '[%(%F %T)T] %s%s\n' -1 "${SLURM_JOB_ID:+job ${job:-$SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0}: }" "$*"; }
 
@@ -239,6 +242,9 @@ conclude() { # conclude STATUS: how the job ends
   if [[ -n $owner && $owner != "$owner_before" && $owner != "job $SLURM_JOB_ID."* ]]; then
     say "error: $run_folder belongs to $owner; this job ends" >&2
     exit 1
+  fi
+  if [[ -n $training_pid && $status == "$REFUSED" ]]; then
+    refuse "the ranks cannot start; mend what they said above, then submit the same command"
   fi
   if [[ $state == stopped || ( $asked == USR1 && -z $training_pid ) ]]; then
     requeue

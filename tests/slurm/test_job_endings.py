@@ -51,6 +51,20 @@ def test_a_start_that_crashes_before_it_claims_another_jobs_folder_is_tried_agai
     assert "belongs to" not in job.output
 
 
+def test_a_refusal_of_the_ranks_is_not_tried_again(start, cluster: Cluster):
+    job = start("os._exit(4)")
+    assert job.wait_for_end() == "FAILED", job.output
+    assert job.restarts == 0
+    assert cluster.lab.job(job.number)["ExitCode"] == "2:0"
+    assert "error: the ranks cannot start; mend what they said above" in job.output
+
+
+def test_an_error_that_ends_the_ranks_later_is_a_crash(start):
+    job = start("os._exit(2)")
+    assert job.wait_for_end() == "FAILED", job.output
+    assert job.restarts == 1
+
+
 def test_a_job_whose_folder_another_one_took_ends(start):
     job = start("if rank == 0: (folder / 'OWNER').write_text('job 4000001.0 host n2')\n    os._exit(3 * (rank == 0))")
     assert job.wait_for_end() == "FAILED", job.output
