@@ -17,6 +17,11 @@ from deberta_xl.launch import read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
 from deberta_xl.stop_request import StopRequest
 
+REFUSED = 4
+"""Exit status of ranks that a user's error ends before the first step: another start would end there, too.
+
+Not 2, which Python gives when it cannot open a script; `slurm/lib/launch.sh` knows this number."""
+
 
 def build_parser(description: str, example: str, presets: Sequence[str]) -> argparse.ArgumentParser:
     """The options that every training command has. Overrides may stand anywhere: use `parse_intermixed_args`."""
@@ -72,7 +77,8 @@ def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None
         rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
     except UserError as error:
         logger.error("rank %d, %s: %s", rank, place(run), error)
-        leave(2)
+        # Later ones may pass, as a full disk does: such a run has crashed, and may be started again.
+        leave(REFUSED if run is None else 2)
     except KeyboardInterrupt:
         logger.error("rank %d, %s: interrupted; start the same command again to go on", rank, place(run))
         leave(130)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, parse_config, read_config_fields
+from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign
 from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
-from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name, step_folders
+from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name
 from deberta_xl.checkpoint.names import EXTRA
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
 from deberta_xl.checkpoint.task_export import read_foreign_task
@@ -23,6 +23,7 @@ from deberta_xl.errors import ConfigError
 from deberta_xl.log import rank_zero
 from deberta_xl.model.heads import TaskModel
 from deberta_xl.pretrained import find_pretrained
+from deberta_xl.pretrained import peek as peek_pretrained
 
 BEST_NAME = "best"
 PROJECTION = ("classifier.weight", "classifier.bias")
@@ -33,33 +34,24 @@ def find_finetuned(directory: str | Path) -> Path:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
-    best = directory / BEST_NAME
-    directory = best if best.is_dir() else directory
+    directory = best_or_itself(directory)
     return directory if is_foreign_folder(directory) else find_weights_folder(directory)
 
 
-def peek(directory: Path) -> tuple[Path, DebertaConfig]:
-    """The folder that a start from `directory` will read, as its name says, and the architecture in it.
+def best_or_itself(directory: Path) -> Path:
+    """A fine-tuning run's best weights; what is none, as it is."""
+    return directory / BEST_NAME if (directory / BEST_NAME).is_dir() else directory
 
-    Nothing is verified: `find_init` does that, once for all ranks. Raises ConfigError when it cannot be meant.
-    """
-    folder = directory / BEST_NAME if (directory / BEST_NAME).is_dir() else directory
-    steps = step_folders(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
-    folder = steps[0] if steps else folder
-    try:
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder")
-        if is_foreign_folder(folder):
-            return folder, parse_config(read_config_fields(folder) or {}, folder)
-        return folder, read_native_config(folder / CONFIG_NAME)
-    except CheckpointError as error:
-        raise ConfigError(f"train.init: {error}") from error
+
+def peek(directory: Path) -> tuple[Path, DebertaConfig]:
+    """`pretrained.peek`, of a fine-tuning run into its best weights; `find_init` verifies them."""
+    return peek_pretrained(best_or_itself(directory))
 
 
 def find_init(directory: Path) -> Path:
     """The verified folder to start from: a fine-tuning run's best weights, or what `find_pretrained` finds."""
     try:
-        return find_pretrained(directory / BEST_NAME if (directory / BEST_NAME).is_dir() else directory)
+        return find_pretrained(best_or_itself(directory))
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
 

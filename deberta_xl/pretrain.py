@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -18,11 +19,12 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_run_config, preset_names
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
-from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer import MODEL_FILE, Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.entry_point import build_parser, run_command
 from deberta_xl.errors import ConfigError
@@ -85,10 +87,33 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     check_stages(architecture, grid.num_stages)
     length, share = config.model.sequence_length, config.data.mask_probability
     split = split_model(architecture, grid.num_stages, config.train.micro_batch_size, length, share)
+    if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
+        check_init(config.train.init, architecture, tokenizer, tokenizer_folder)
     options = (tokenizer, config.data, length, config.train.seed)
     data = PretrainingData(store, *options)
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
     return Inputs(config, engine, launch, grid, split, tokenizer, tokenizer_folder, architecture, data, valid)
+
+
+def check_init(init: str, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
+    """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
+    from deberta_xl.fill_mask import tokenizer_folders
+    from deberta_xl.pretrained import check_same_architecture, peek
+
+    folder, there = peek(init)
+    own = next(tokenizer_folders(folder), None)
+    if own is None:
+        rank_zero(
+            "train.init=%s has no tokenizer: nobody can tell whether its ids stand for the pieces of %s",
+            folder, tokenizer_folder, level=logging.WARNING,
+        )  # fmt: skip
+    elif (own / MODEL_FILE).read_bytes() != tokenizer.spm_model:
+        raise ConfigError(
+            f"train.init={folder}: another tokenizer: {tokenizer.difference_from(Tokenizer.load(own))}. Use a dataset "
+            f"made with {own}, or let the weights follow their pieces to the ids of this one: python tools/convert.py "
+            f"--to native --tokenizer {tokenizer_folder} {init} NEW_FOLDER, then train.init=NEW_FOLDER"
+        )
+    check_same_architecture(architecture, there, folder)
 
 
 def print_arithmetic(inputs: Inputs) -> None:

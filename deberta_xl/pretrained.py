@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign
-from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.checkpoint.native_config import native_config
-from deberta_xl.checkpoint.weights import find_weights_folder, open_native, write_weights
+from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, parse_config, read_config_fields
+from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
+from deberta_xl.checkpoint.native_config import native_config, read_native_config
+from deberta_xl.checkpoint.weights import CONFIG_NAME, find_weights_folder, open_native, write_weights
 from deberta_xl.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 
@@ -56,6 +56,24 @@ def find_pretrained(directory: str | Path) -> Path:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
     return directory if is_foreign_folder(directory) else find_weights_folder(directory)
+
+
+def peek(directory: str | Path) -> tuple[Path, DebertaConfig]:
+    """The folder that a start from `directory` will read, as its name says, and the architecture in it.
+
+    Nothing is verified: `find_pretrained` does that, once for all ranks. Raises ConfigError when it cannot be meant.
+    """
+    folder = Path(directory)
+    steps = step_folders(folder / "checkpoints")
+    folder = steps[0] if steps else folder
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder")
+        if is_foreign_folder(folder):
+            return folder, parse_config(read_config_fields(folder) or {}, folder)
+        return folder, read_native_config(folder / CONFIG_NAME)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init: {error}") from error
 
 
 def read_pretrained(folder: Path) -> tuple[DebertaConfig, dict[str, Tensor]]:
@@ -104,9 +122,14 @@ def load_initial_weights(model: MaskedLanguageModel, folder: Path) -> None:
         config, weights = read_pretrained(folder)
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
-    ours, theirs = computed_by(model.config), computed_by(config)
+    check_same_architecture(model.config, config, folder)
+    fill_weights(model, weights, folder, torch.float32)
+
+
+def check_same_architecture(here: DebertaConfig, there: DebertaConfig, folder: Path) -> None:
+    """Raise ConfigError when the model in `folder` differs from the one to be trained in more than dropout."""
+    ours, theirs = computed_by(here), computed_by(there)
     different = [key for key in ours if ours[key] != theirs[key]]
     if different:
         pairs = ", ".join(f"{key} is {theirs[key]} there, {ours[key]} here" for key in different)
         raise ConfigError(f"train.init={folder}: another architecture: {pairs}")
-    fill_weights(model, weights, folder, torch.float32)

@@ -125,6 +125,15 @@ class Tokenizer:
         """Name -> id of the specials."""
         return {piece: number for number, piece in enumerate(SPECIAL_PIECES)} | {MASK_PIECE: self.mask_id}
 
+    def difference_from(self, other: Tokenizer) -> str:
+        """In words: what ids up to [MASK], the last one, stand for in `other` ("there") and in this one ("here")."""
+        theirs, ours = ([t.id_to_piece(i) for i in range(t.mask_id + 1)] for t in (other, self))
+        different = [i for i, (there, here) in enumerate(zip(theirs, ours, strict=False)) if there != here]
+        if different:
+            example = f"{different[0]} for {theirs[different[0]]!r} there, {ours[different[0]]!r} here"
+            return f"{len(different)} ids stand for other pieces, e.g. {example}"
+        return "it has the same pieces, but other scores or another normalisation"
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 `[tokens]`, without [CLS] and [SEP]."""
         return np.array(self.processor.encode(text), np.int32)

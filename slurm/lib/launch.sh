@@ -13,12 +13,15 @@
 #     STATE says done              exit 0, now and at every later start
 #     this shell got TERM          exit: scancel, which means it, or a preemption, after which slurm requeues by itself
 #     another job took the folder  exit: that one goes on
+#     all ranks refuse to start    exit 2: a user's error that only they could find
 #     STATE says stopped           requeue: the time limit (USR1), or a preemption that only the ranks were told of
 #     anything else, a crash       requeue, but at most MAX_CRASHES times in a row without a new checkpoint
 
 set -uo pipefail
 
-say() { printf '[%(%F %T)T] %s%s\n' -1 "${SLURM_JOB_ID:+job $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}: }" "$*"; }
+readonly REFUSED=4 # deberta_xl/entry_point.py; srun tells it only when no rank was killed or ended with a greater one
+
+say() { printf '[%(%F %T)T] %s%s\n' -1 "${SLURM_JOB_ID:+job ${job:-$SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0}: }" "$*"; }
 
 refuse() { # refuse REASON: something that a person has to change; another start would not help
   say "error: $*" >&2
@@ -41,6 +44,7 @@ launch() {
     check_submission "$entry_point" "$@"
     exit 0
   fi
+  name_job
   check_crashes
   trap 'hear USR1' USR1
   trap 'hear TERM' TERM
@@ -48,6 +52,7 @@ launch() {
   check_tasks
   prepare_run_folder
   check_inputs "$entry_point" "$@"
+  owner_before=$(read_line OWNER) # a start that fails before it claims the folder leaves another job's name there
   replace STATE running # an earlier start's "stopped" must not speak for this one
   [[ -n $asked ]] || preflight || status=$?
   [[ -n $asked ]] || ((status)) || train "$entry_point" "$@" || status=$?
@@ -105,6 +110,16 @@ check_submission() { # check_submission ENTRY_POINT ARGUMENT...
   esac
   RANK=0 LOCAL_RANK=0 WORLD_SIZE=$SLURM_NTASKS "${CONTAINER[@]}" python "$1" --check "${@:2}" || exit 2
   printf 'run folder: %s\n' "$run_folder"
+}
+
+# What slurm's commands call this job. In an array, a number alone may mean all of its tasks: the last one has the array's.
+name_job() {
+  local found
+  job=${SLURM_ARRAY_JOB_ID:-}_${SLURM_ARRAY_TASK_ID:-}
+  if [[ $job == _ ]]; then job=$SLURM_JOB_ID; fi
+  found=$(job_field JobId)
+  # A job that was submitted by a task of an array has inherited that task's variables.
+  if [[ -n $found && $found != "$SLURM_JOB_ID" ]]; then job=$SLURM_JOB_ID; fi
 }
 
 check_crashes() {
@@ -209,7 +224,7 @@ train() { # train ENTRY_POINT ARGUMENT...
 
 kill_ranks() {
   local step
-  for step in $(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format=%i | grep '\.[0-9][0-9]*$'); do
+  for step in $(squeue --steps --noheader --jobs="$job" --format=%i | grep '\.[0-9][0-9]*$'); do
     scancel --signal=KILL "$step"
   done
 }
@@ -224,9 +239,12 @@ conclude() { # conclude STATUS: how the job ends
   say "the ranks ended with status $status; STATE: ${state:-none}; asked to stop by: ${asked:-nobody}; LATEST: $(read_line LATEST)"
   if [[ $state == "done" ]]; then exit 0; fi
   if [[ $asked == TERM ]]; then exit $((status ? status : 143)); fi
-  if [[ -n $owner && $owner != "job $SLURM_JOB_ID."* && -n $training_pid ]]; then
+  if [[ -n $owner && $owner != "$owner_before" && $owner != "job $SLURM_JOB_ID."* ]]; then
     say "error: $run_folder belongs to $owner; this job ends" >&2
     exit 1
+  fi
+  if [[ -n $training_pid && $status == "$REFUSED" ]]; then
+    refuse "the ranks cannot start; mend what they said above, then submit the same command"
   fi
   if [[ $state == stopped || ( $asked == USR1 && -z $training_pid ) ]]; then
     requeue
@@ -256,7 +274,7 @@ requeue() { # returns when there will be no other start of this job
   if [[ $state != RUNNING ]]; then say "not requeued: the job is $state"; return; fi
   if [[ $(job_field Requeue) != 1 ]]; then say "not requeued: the job was submitted without --requeue"; return; fi
   trap '' TERM # slurm's way of ending this shell now
-  scontrol requeue "$SLURM_JOB_ID" || { say "not requeued: slurm refuses"; return; }
+  scontrol requeue "$job" || { say "not requeued: slurm refuses"; return; }
   say "requeued"
   if [[ -n $bad_nodes ]]; then exclude; fi
   exit 0
@@ -266,11 +284,11 @@ exclude() {
   local excluded
   excluded=$(job_field ExcNodeList)
   if [[ $excluded == "(null)" ]]; then excluded=''; fi
-  if scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}${bad_nodes// /,}"; then
-    say "from now on without $bad_nodes; to let them in again: scontrol update jobid=$SLURM_JOB_ID ExcNodeList=''"
+  if scontrol update jobid="$job" ExcNodeList="${excluded:+$excluded,}${bad_nodes// /,}"; then
+    say "from now on without $bad_nodes; to let them in again: scontrol update jobid=$job ExcNodeList=''"
   fi
 }
 
 job_field() { # job_field NAME: what slurm says of this job
-  scontrol show job "$SLURM_JOB_ID" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" | head -n 1
+  scontrol show job "$job" | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" | head -n 1
 }

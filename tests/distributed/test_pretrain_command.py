@@ -19,6 +19,7 @@ import torch
 from small_dataset import SmallDataset
 
 from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
+from deberta_xl.entry_point import REFUSED
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "deberta_xl" / "pretrain.py")
@@ -284,7 +285,7 @@ def test_a_rank_that_fails_ends_the_job_and_names_rank_step_and_phase(small_data
 def test_a_run_folder_of_another_model_is_refused_and_left_as_it_was(small_dataset, uninterrupted):
     before = (uninterrupted / "config.toml").read_text()
     result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "model.hidden_size=64")])
-    assert result.returncode == 2
+    assert result.returncode == REFUSED
     assert "another architecture: hidden_size was 32, now 64" in result.stdout
     assert "Traceback" not in result.stdout
     assert (uninterrupted / "config.toml").read_text() == before
@@ -295,7 +296,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(small_dataset, unint
     shutil.copytree(uninterrupted, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path / "run")])
-    assert result.returncode == 2
+    assert result.returncode == REFUSED
     assert "was trained up to step-00000008" in result.stdout
     assert "Traceback" not in result.stdout
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
@@ -303,7 +304,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(small_dataset, unint
 
 def test_fewer_steps_than_the_run_has_made_are_refused(small_dataset, uninterrupted):
     result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "train.steps=5")])
-    assert result.returncode == 2
+    assert result.returncode == REFUSED
     assert "train.steps=5, but the run folder's newest checkpoint is of step 8" in result.stdout
     assert (uninterrupted / "STATE").read_text() == "done\n"
 
@@ -390,7 +391,7 @@ def test_half_precision_is_refused_where_the_device_has_none(small_dataset, tmp_
     if torch.cuda.is_available():
         pytest.skip("this device has fp16")
     result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path / "run", engine="fp16")])
-    assert result.returncode == 2
+    assert result.returncode == REFUSED
     assert "fp16 is not supported on this device" in result.stdout
     assert "Traceback" not in result.stdout
 

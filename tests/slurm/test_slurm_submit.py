@@ -81,6 +81,7 @@ def test_a_chain_is_n_jobs_of_one_name_that_are_not_requeued(submit: Submit, big
 BAD = {
     "a mistyped key": (["train.stepz=3"], "did you mean 'steps'"),
     "no dataset": (["data.train=/nowhere/train"], "/nowhere/train"),
+    "no weights to start from": (["train.init=/nowhere"], "/nowhere is not a folder"),
     "a batch that does not divide": (["train.global_batch_size=1000"], "is not a multiple of"),
     "a layout that does not fit": (["parallel.tensor_parallel_size=5"], "does not divide"),
     "no such preset": (["--config", "xxxlarge"], "did you mean 'xxlarge'"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from jobs import STEPS, Cluster, Job, assert_same_weights
 
-#: Five jobs of four ranks each, on two cores that others may use, too.
+#: Six jobs of four ranks each, on two cores that others may use, too.
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -60,6 +61,16 @@ def test_a_killed_rank_ends_the_step_and_the_job_goes_on_from_its_last_checkpoin
     assert job.restarts == 1
     assert "resumed from" in job.output
     assert_same_weights(job, uninterrupted)
+
+
+def test_what_only_the_ranks_can_find_out_is_refused_once(cluster: Cluster, uninterrupted: Job, tmp_path: Path):
+    shutil.copytree(uninterrupted.folder, tmp_path / "run", ignore=shutil.ignore_patterns("STATE"))
+    job = cluster.submit(tmp_path / "run", "model.num_layers=3")
+    assert job.wait_for_end() == "FAILED", job.output
+    assert "another architecture: num_layers was 2, now 3" in job.output
+    assert "error: the ranks cannot start" in job.output
+    assert cluster.lab.job(job.number)["ExitCode"] == "2:0"
+    assert job.restarts == 0
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path):

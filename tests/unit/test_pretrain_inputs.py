@@ -1,0 +1,131 @@
+"""Which weights a new pretraining run may start from, as far as it is found out before anything is built."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from small_dataset import NAMES, PIECES, SPECIALS, SmallDataset, documents
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.convert import Conversion, convert
+from deberta_xl.checkpoint.edits import Edits
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.errors import UserError
+from deberta_xl.log import logger
+from deberta_xl.pretrain import Inputs, parse_arguments, read_inputs
+from deberta_xl.pretrained import DebertaForMaskedLM
+
+ENGINE = Path(__file__).parent.parent.parent / "deepspeed_configs" / "cpu_debug.json"
+SIZES = {
+    "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "position_buckets": 8,
+    "max_position_embeddings": 48, "conv_kernel_size": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(small_dataset: SmallDataset, tmp_path_factory) -> Path:
+    """A weights folder with the dataset's tokenizer."""
+    return write_weights(tmp_path_factory.mktemp("weights") / "own", small_dataset.tokenizer)
+
+
+def write_weights(folder: Path, tokenizer: Tokenizer) -> Path:
+    """A weights folder for a tokenizer."""
+    tokenizer.save(folder.with_name("tokenizer"))
+    model = DebertaForMaskedLM(DebertaConfig(vocab_size=tokenizer.vocab_size, **SIZES), seed=4)
+    model.save_pretrained(folder, tokenizer=folder.with_name("tokenizer"))
+    return folder
+
+
+def read(dataset: SmallDataset, run_folder: Path, init: Path, *overrides: str) -> Inputs:
+    """What a start with `train.init` finds."""
+    sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
+    files = [f"data.train={dataset.train}", f"run.folder={run_folder}", f"train.init={init}"]
+    options = ["--config", "debug", "--deepspeed_config", str(ENGINE)]
+    return read_inputs(parse_arguments([*options, *sizes, "model.sequence_length=48", *files, *overrides]))
+
+
+def swapped(tokenizer: Tokenizer) -> Tokenizer:
+    """Another tokenizer with as many ids: two pieces have changed places."""
+    model = ModelProto.FromString(tokenizer.spm_model)
+    model.pieces[10].piece, model.pieces[20].piece = model.pieces[20].piece, model.pieces[10].piece
+    return Tokenizer(model.SerializeToString(), tokenizer.vocab_size)
+
+
+def rescored(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer with the same pieces that cuts text otherwise."""
+    model = ModelProto.FromString(tokenizer.spm_model)
+    model.pieces[10].score -= 1.0
+    return Tokenizer(model.SerializeToString(), tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("kind", ["native", "huggingface", "microsoft"])
+def test_weights_of_the_same_model_and_tokenizer_are_taken_in_every_layout(small_dataset, weights, tmp_path, kind):
+    if kind != "native":
+        convert(weights, tmp_path / kind, Conversion(to=kind))
+        weights = tmp_path / kind
+    assert read(small_dataset, tmp_path / "run", weights).config.train.init == str(weights)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_for_other_pieces_are_refused_and_fit_after_the_conversion_that_the_message_names(
+    small_dataset, tmp_path
+):
+    other = write_weights(tmp_path / "other", swapped(small_dataset.tokenizer))
+    with pytest.raises(UserError, match="another tokenizer: 2 ids stand for other pieces") as caught:
+        read(small_dataset, tmp_path / "run", other)
+    folder = read_tokenizer_folder(str(caught.value))
+    convert(other, tmp_path / "fitting", Conversion(to="native", edits=Edits(tokenizer=folder)))
+    read(small_dataset, tmp_path / "run", tmp_path / "fitting")
+
+
+def read_tokenizer_folder(message: str) -> Path:
+    """The folder that a message gives to tools/convert.py."""
+    words = message.split()
+    assert "tools/convert.py --to native --tokenizer" in message
+    return Path(words[words.index("--tokenizer") + 1])
+
+
+def test_a_tokenizer_that_differs_in_size_or_scores_only_is_refused_too(small_dataset, tmp_path):
+    other = write_weights(tmp_path / "scores", rescored(small_dataset.tokenizer))
+    with pytest.raises(UserError, match="the same pieces, but other scores or another normalisation"):
+        read(small_dataset, tmp_path / "run", other)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents()), model_writer=model, vocab_size=PIECES - 100, minloglevel=2,
+        **SPECIALS, **NAMES,
+    )  # fmt: skip
+    other = write_weights(tmp_path / "size", Tokenizer(model.getvalue()))
+    with pytest.raises(UserError, match=r"another tokenizer: \d+ ids stand for other pieces"):
+        read(small_dataset, tmp_path / "run", other)
+
+
+def test_weights_without_tokenizer_are_taken_with_a_warning(small_dataset, weights, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logger, "propagate", True)
+    shutil.copytree(weights, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer"))
+    (tmp_path / "bare" / "manifest.json").unlink()
+    read(small_dataset, tmp_path / "run", tmp_path / "bare")
+    assert "bare has no tokenizer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("train.init=/nowhere",), "train.init: /nowhere is not a folder"),
+        (("model.num_layers=3",), "another architecture: num_layers is 2 there, 3 here"),
+        (("model.vocab_size=600",), "another architecture: vocab_size is 504 there, 600 here"),
+    ],
+)
+def test_other_weights_are_refused_with_a_message(small_dataset, weights, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        read(small_dataset, tmp_path / "run", weights, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_a_checkpoint_no_longer_needs_what_it_began_with(small_dataset, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    read(small_dataset, tmp_path / "run", tmp_path / "gone")
