@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(small_dataset, uninterr
     assert "step-00000003" in result.stdout
 
 
-@pytest.mark.parametrize("engine", ["cpu_debug", "zero3_bf16"])
+@pytest.mark.parametrize("engine", [pytest.param("cpu_debug", marks=pytest.mark.full), "zero3_bf16"])
 def test_a_second_phase_starts_from_the_first_ones_float32_weights(small_dataset, uninterrupted, tmp_path, engine):
     first = final_weights(uninterrupted)
     second_phase = ["model.sequence_length=32", "train.global_batch_size=4", "train.steps=1", "schedule.warmup_steps=0"]

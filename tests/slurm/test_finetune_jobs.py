@@ -38,6 +38,7 @@ def task_of(cluster: Cluster, array: str, folder: Path, number: int) -> Job:
     return Job(cluster.lab, f"{array}_{number}", place, folder.parent / f"{array}_{number}.out")
 
 
+@pytest.mark.full
 def test_an_array_of_seeds_survives_a_signal_and_ends_in_one_table(
     cluster: Cluster, settings: list[str], tmp_path: Path
 ):
