@@ -151,5 +151,6 @@ def find_tokenizer(checkpoint: Path) -> Path:
     for folder in tokenizer_folders(checkpoint):
         return folder
     raise FillMaskError(
-        f"{checkpoint} has no tokenizer ({MODEL_FILE}): copy its base model's there, which transformers does not save"
+        f"{checkpoint} has no tokenizer ({MODEL_FILE}): copy its base model's there, which transformers does not save, "
+        "or give its folder to tools/fill_mask.py with --tokenizer"
     )

@@ -211,6 +211,7 @@ def joined_state(reports: list[Report], tensor_size: int) -> FullState:
     return whole
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("division", DIVISIONS, ids=lambda division: division.label)
 def test_a_checkpoint_holds_the_slices_that_deepspeed_reports_put_together(campaign, division):
     reports = campaign.reports[division]
@@ -223,6 +224,7 @@ def test_a_checkpoint_holds_the_slices_that_deepspeed_reports_put_together(campa
     assert all(torch.equal(weights[name], weight) for name, weight in reported["master"].items())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("resumed_in", DIVISIONS, ids=lambda division: division.label)
 @pytest.mark.parametrize("saved_in", DIVISIONS, ids=lambda division: division.label)
 def test_saved_in_one_division_and_again_in_another_the_state_is_bitwise_equal(campaign, saved_in, resumed_in):
@@ -230,11 +232,13 @@ def test_saved_in_one_division_and_again_in_another_the_state_is_bitwise_equal(c
     assert_bitwise_equal(full_state(folder_of(campaign.root, saved_in, resumed_in)), original)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("division", DIVISIONS, ids=lambda division: division.label)
 def test_resumed_in_its_own_division_a_run_is_bitwise_the_uninterrupted_one(campaign, division):
     assert campaign.losses[division, division] == campaign.reports[division][0].losses
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("resumed_in", FP32, ids=lambda division: division.label)
 @pytest.mark.parametrize("saved_in", FP32, ids=lambda division: division.label)
 def test_resumed_in_another_division_the_losses_are_those_of_the_uninterrupted_run(campaign, saved_in, resumed_in):

@@ -53,7 +53,7 @@ SOURCES = {
 }
 """Target -> what it continues from; the first is itself. 29 pairs of different layouts."""
 
-SLICE = ("DP2-ZeRO3", "TP2xPP2", "PP2")
+SLICE = ("DP2-ZeRO3", "TP2xPP2")
 
 
 def start(dataset: SmallDataset, folder: Path, way: Way, seed: int) -> Run:

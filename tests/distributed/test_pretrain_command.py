@@ -171,7 +171,7 @@ def test_a_killed_run_resumes_to_identical_weights(small_dataset, uninterrupted,
 
 @pytest.mark.parametrize(
     "stop_signal",
-    [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGINT],
+    [signal.SIGUSR1, *(pytest.param(other, marks=pytest.mark.full) for other in (signal.SIGTERM, signal.SIGINT))],
     ids=["USR1", "TERM", "INT"],
 )
 def test_a_signal_to_one_rank_saves_stops_all_and_resumes_to_identical_weights(
@@ -209,6 +209,7 @@ def test_a_signal_past_the_launcher_to_a_rank_named_in_its_heartbeat_stops_all(s
     assert final_weights(tmp_path)
 
 
+@pytest.mark.full
 def test_ranks_started_as_srun_does_train_alike(small_dataset, uninterrupted, tmp_path):
     command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path)]
     step = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(free_port())}
@@ -237,6 +238,7 @@ def test_another_stage_and_number_of_ranks_continues_the_curve(small_dataset, un
         assert metrics(tmp_path, name) == pytest.approx(metrics(whole, name), rel=1e-4), name
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(small_dataset, uninterrupted, tmp_path):
     command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path)]
     assert run([*command, "train.steps=6"]).returncode == 0

@@ -28,7 +28,7 @@ STARTS = {
     "Microsoft v1, two pipeline stages": ("microsoft", "cpu_debug", ["parallel.pipeline_parallel_size=2"]),
 }
 
-MORE = ("Hugging Face v1, ZeRO-3, tensor parallelism 2", "native, ZeRO-1")
+MORE = ("Microsoft v1, ZeRO-3", "Hugging Face v1, ZeRO-3, tensor parallelism 2", "native, ZeRO-1")
 FULL = [pytest.mark.full]
 
 

@@ -67,7 +67,9 @@ def sliced(cases: list[Case]) -> list[Case]:
     return [case._replace(sliced=True) for case in cases]
 
 
-@pytest.mark.parametrize("name", SLICED_CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name == "TP2xDP2" else name for name in SLICED_CASES]
+)
 def test_a_divided_sequence_gives_the_plain_run(small_dataset, plain, tmp_path, name):
     compare(small_dataset, tmp_path, LAYOUTS[name], sliced(SLICED_CASES[name]), plain)
 

@@ -51,6 +51,7 @@ def test_usr1_saves_requeues_and_the_result_is_that_of_an_uninterrupted_run(
     assert_same_weights(job, uninterrupted)
 
 
+@pytest.mark.full
 def test_a_killed_rank_ends_the_step_and_the_job_goes_on_from_its_last_checkpoint(cluster: Cluster, uninterrupted: Job):
     job = cluster.submit(uninterrupted.folder.with_name("killed"))
     job.wait_for_step(7)
