@@ -31,7 +31,7 @@ from transformers import (
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.config_file import load_config
 from deberta_xl.data.task_labels import encode_labels, labels_of
-from deberta_xl.data.task_metrics import evaluate_metrics
+from deberta_xl.data.task_metrics import evaluate_metrics, is_better
 from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.tasks import Example, Task, load_task
 from deberta_xl.errors import UserError
@@ -106,10 +106,14 @@ def repeat(run: Path, encoder: Path) -> tuple[float, float]:
             compute_metrics=lambda seen: metrics_of(task, labels, seen),
         )  # fmt: skip
         trainer.train()
-    history = [line[f"eval_{main}"] for line in trainer.state.log_history if line.get(f"eval_{main}") is not None]
+    theirs = None
+    for value in (line.get(f"eval_{main}") for line in trainer.state.log_history):
+        theirs = value if is_better(main, value, theirs) else theirs
     ours = json.loads((run / "results.json").read_text(encoding="utf-8"))["metrics"][VALID][main]
-    print(described({f"{run}: {main} ours": ours, "transformers": max(history)}), flush=True)
-    return ours, max(history)
+    if ours is None or theirs is None:
+        raise UserError(f"{run}: {main} is undefined (ours {ours}, transformers {theirs}): there is nothing to compare")
+    print(described({f"{run}: {main} ours": ours, "transformers": theirs}), flush=True)
+    return ours, theirs
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -138,11 +138,12 @@ def load_encoder(model: TaskModel, folder: Path, labels: Sequence[str]) -> None:
         weights = read_any_weights(folder)
         check_fits(model, weights, folder, ("embeddings.", "encoder."))
         if PROJECTION[0] in weights:
-            weights = weights | projection_for(model, weights, folder, labels)
+            body = {name: weight for name, weight in weights.items() if name not in PROJECTION}
+            weights = body | projection_for(model, weights, folder, labels)
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
     for name, parameter in model.named_parameters():
-        if name in weights and weights[name].shape == parameter.shape and weights[name].numel():
+        if name in weights and weights[name].shape == parameter.shape:
             parameter.copy_(weights[name])
 
 
@@ -160,7 +161,7 @@ def projection_for(
         "%s was fine-tuned for %d outputs (%s %s), this task has %d (%s %s): its last projection is new", folder,
         len(weights[PROJECTION[0]]), kind, there, model.head.num_labels, model.head.kind, here, level=logging.WARNING,
     )  # fmt: skip
-    return {name: torch.empty(0) for name in PROJECTION}
+    return {}
 
 
 def described_head(folder: Path) -> tuple[str, list[str]]:

@@ -12,11 +12,11 @@ examples:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.durable import partial, publish, remove
 from deberta_xl.launch import read_launch
 from deberta_xl.strict import at_least
 from deberta_xl.task_predict import Predictor
@@ -45,16 +45,15 @@ def run(arguments: argparse.Namespace) -> None:
         for _ in lines:
             pass
         return
-    partial = arguments.output.with_name(arguments.output.name + ".partial")
     count = 0
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial(arguments.output).open("w", encoding="utf-8") as file:
             for line in lines:
                 file.write(line)
                 count += 1
-        os.replace(partial, arguments.output)
+        publish(arguments.output)
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial(arguments.output))
     print(f"{arguments.output}: {count:,} predictions")
 
 
