@@ -199,7 +199,9 @@ class EngineSettings(Section):
     bf16: BFloat16 = BFloat16()
     fp16: Float16 = Float16()
     data_types: DataTypes = DataTypes()
-    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    communication_data_type: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In what gradients are summed over ranks. DeepSpeed's own default is the precision: a running sum in bfloat16
+    stops growing where an addend is below half its last place, and one in float16 overflows."""
     comms_logger: CommsLogger = CommsLogger()
     flops_profiler: FlopsProfiler = FlopsProfiler()
     wall_clock_breakdown: bool = False

@@ -348,6 +348,53 @@ def test_no_key_is_both_accepted_and_refused():
     assert sorted(accepted & set(REFUSED)) == []
 
 
+def sums_over_ranks(paths: dict[str, str]) -> dict[str, tuple[str, float]]:
+    """For each file: the type in which its engine says it sums gradients over the two ranks, and a sum that it made.
+
+    Each element's gradient is 256 on one rank and 1 on the other, so the mean is 128.5; in bfloat16 257 is 256.
+    """
+    import deepspeed
+    import torch
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    run = run_config("train.global_batch_size=2", "train.micro_batch_size=1")
+    found = {}
+    for name, path in paths.items():
+        settings = load_deepspeed_config(path, run).engine_dict(2, run)
+        if "fp16" in settings:
+            settings["fp16"]["initial_scale_power"] = 0  # its first step is not to be skipped
+        model = torch.nn.Linear(4, 4, bias=False)
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        gradient = 256.0 if torch.distributed.get_rank() == 0 else 1.0
+        engine.backward(engine(torch.full((1, 4), gradient, dtype=engine.get_data_types()[0])).float().sum())
+        engine.step()
+        found[name] = str(engine.communication_data_type), engine.get_global_grad_norm() / 4
+    return found
+
+
+def test_gradients_are_summed_over_ranks_in_float32_with_every_shipped_file_and_without_the_key(tmp_path):
+    from ranks import run_ranks
+
+    paths = {name: str(SHIPPED_CONFIGS / f"{name}.json") for name in SHIPPED}
+    paths["a file of one's own"] = str(write(tmp_path, top(bf16={"enabled": True})))
+    found, _ = run_ranks(sums_over_ranks, 2, paths)
+    sums_in_float32 = {name: kind for name, (kind, _) in found.items()}
+    assert sums_in_float32 == dict.fromkeys(paths, "torch.float32")
+    # The file of one's own adds up micro-batches in bfloat16, so it rounds the sum, once, afterwards.
+    assert {name: mean for name, (_, mean) in found.items() if name in SHIPPED} == pytest.approx(
+        dict.fromkeys(SHIPPED, 128.5), rel=1e-6
+    )
+
+
+def test_a_sum_over_ranks_in_less_than_float32_is_taken_with_a_warning(tmp_path, caplog):
+    content = top(bf16={"enabled": True}, communication_data_type="bf16")
+    config = load_deepspeed_config(write(tmp_path, content), run_config())
+    assert config.engine_dict(1, run_config())["communication_data_type"] == "bf16"
+    assert "communication_data_type='bf16': gradients are summed over ranks in that precision" in caplog.text
+
+
 def take_steps(path: str, extensions: str) -> dict:
     """Three steps of a real engine on this rank with the file at `path`; what came of them."""
     import os
