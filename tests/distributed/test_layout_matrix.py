@@ -74,10 +74,13 @@ def pairwise_slice(layout: Layout) -> list[Case]:
 
 
 def all_cases(layout: Layout, stage: int) -> list[Case]:
-    """Every combination, and the offloaded optimizer."""
-    combinations = product((1, 4), (False, True), (False, True) if layout.tensor > 1 else (False,))
-    cases = [Case(stage, accumulation, recompute, sliced=cut) for accumulation, recompute, cut in combinations]
-    return [*cases, Case(stage, 2, offload=True)]
+    """Every combination, with and without a divided sequence, and the offloaded optimizer."""
+    cuts = (False, True) if layout.tensor > 1 else (False,)
+    cases = [
+        Case(stage, accumulation, recompute, sliced=cut)
+        for accumulation, recompute, cut in product((1, 4), (False, True), cuts)
+    ]
+    return [*cases, *(Case(stage, 2, offload=True, sliced=cut) for cut in cuts)]
 
 
 @pytest.fixture(scope="module")

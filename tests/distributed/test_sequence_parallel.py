@@ -11,7 +11,7 @@ from layouts import Case, Curve, architecture, assert_equal_curves, run_cases, t
 from ranks import run_ranks
 from small_dataset import SmallDataset
 from test_checkpoint_layouts import FullState
-from test_layout_matrix import LAYOUTS, LOW_PRECISION, VARIANTS, all_cases, compare
+from test_layout_matrix import LAYOUTS, LOW_PRECISION, VARIANTS, compare
 from test_tensor_parallel import (
     SIZES,
     Collectives,
@@ -53,7 +53,7 @@ SLICED_CASES = {
     "TP2xDP2": [Case(1, 1, recompute=True), Case(2, 4), Case(3, 1)],
     "TP2xPP2": [Case(1, 4)],
 }
-"""Every stage, accumulation and kind of checkpointing somewhere; the full test has all of them everywhere."""
+"""Every stage, accumulation and kind of checkpointing somewhere; test_layout_matrix.py has all of them everywhere."""
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,6 @@ def sliced(cases: list[Case]) -> list[Case]:
 )
 def test_a_divided_sequence_gives_the_plain_run(small_dataset, plain, tmp_path, name):
     compare(small_dataset, tmp_path, LAYOUTS[name], sliced(SLICED_CASES[name]), plain)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["TP2", "TP4", "TP2xDP2", "TP2xPP2", "TP2xPP2xDP2"])
-def test_every_case_of_a_divided_sequence_gives_the_plain_run(small_dataset, plain, tmp_path, name):
-    compare(small_dataset, tmp_path, LAYOUTS[name], sliced(all_cases(LAYOUTS[name])), plain)
 
 
 @pytest.mark.full
