@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from deberta_xl.errors import UserError
-from deberta_xl.launch import read_launch
+from deberta_xl.errors import ConfigError, UserError
+from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
 from deberta_xl.stop_request import StopRequest
 
@@ -30,9 +30,24 @@ def build_parser(description: str, example: str, presets: Sequence[str]) -> argp
     parser.add_argument("--config", required=True, help=f"preset ({', '.join(presets)}) or path of a TOML file")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
     parser.add_argument("--check", action="store_true", help="check everything that can be checked at once, then exit")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --check: describe the run on N ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. train.steps=500")
     return parser
+
+
+def launch_of(arguments: argparse.Namespace) -> Launch:
+    """This process among all; with `--check --ranks N`, the first of N that need not exist. Raises ConfigError."""
+    if arguments.ranks is None:
+        return read_launch()
+    if not arguments.check:
+        raise ConfigError(
+            f"--ranks {arguments.ranks} goes with --check only; to start so many: deepspeed --num_accelerators "
+            f"{arguments.ranks} {sys.argv[0]} … (docs/pretraining.md, or docs/slurm.md for a cluster)"
+        )
+    if arguments.ranks < 1:
+        raise ConfigError(f"--ranks {arguments.ranks}: at least 1")
+    return Launch(world_size=arguments.ranks)
 
 
 def run_command(

@@ -21,9 +21,10 @@ from deberta_xl.data.task_reading import read_split, splits_of
 from deberta_xl.data.tasks import Example, Task, load_task
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
+from deberta_xl.entry_point import launch_of
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.launch import Launch, read_launch
+from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.parallel.grid import Grid, check_divisible
 
@@ -59,7 +60,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     """Read and check configuration, launcher, the checkpoint's description and the task's files. Raises UserError."""
     config = load_config(arguments.config, arguments.overrides, FinetuneConfig)
     engine = load_deepspeed_config(arguments.deepspeed_config, config)
-    launch = read_launch()
+    launch = launch_of(arguments)
     refuse_pipeline(config)
     grid = Grid.for_run(launch.rank, launch.world_size, config.parallel)
     engine.agree(grid.data_parallel_size, config)

@@ -26,11 +26,12 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import MODEL_FILE, Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
-from deberta_xl.entry_point import build_parser, run_command
+from deberta_xl.entry_point import build_parser, launch_of, run_command
 from deberta_xl.errors import ConfigError
-from deberta_xl.launch import Launch, read_launch
+from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.model.parameter_shapes import parameter_shapes
+from deberta_xl.outlook import print_outlook
 from deberta_xl.parallel.grid import Grid, check_divisible, check_stages
 from deberta_xl.parallel.memory import estimate_memory
 from deberta_xl.parallel.stages import Split, split_model
@@ -74,7 +75,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     """Read and check configuration, launcher, tokenizer and datasets. Raises UserError."""
     config = load_run_config(arguments.config, arguments.overrides)
     engine = load_deepspeed_config(arguments.deepspeed_config, config)
-    launch = read_launch()
+    launch = launch_of(arguments)
     grid = Grid.for_run(launch.rank, launch.world_size, config.parallel)
     engine.agree(grid.data_parallel_size, config)
     if config.data.train is None:
@@ -144,6 +145,7 @@ def print_arithmetic(inputs: Inputs) -> None:
         f"{inputs.data.tokens:,}",
     )  # fmt: skip
     rank_zero("run folder: %s (checkpoint every %d steps)", inputs.config.run.folder, inputs.config.checkpoint.interval)
+    print_outlook(inputs)
 
 
 def fingerprints_of(inputs: Inputs) -> dict[str, Any]:

@@ -67,6 +67,7 @@ FLOORS = {
     "__init__": Floor(5, "top"),
     "pretrained": Floor(5, "top"),
     "entry_point": Floor(5, "top"),
+    "outlook": Floor(5, "top"),
     "pretrain": Floor(5, "top"),
     "finetune": Floor(5, "top"),
     "finetune_inputs": Floor(5, "top"),
