@@ -122,8 +122,8 @@ def load_deepspeed_config(path: str | Path, run: RunConfig | FinetuneConfig) -> 
     check_pipeline(path, settings, run)
     if settings.communication_data_type != "fp32":
         rank_zero(
-            "%s: communication_data_type=%r: gradients are summed over ranks in that precision. In bf16 some 1 %% of them "
-            "is lost on 128 ranks, and more beyond; in fp16 they may overflow. The default, fp32, does neither",
+            "%s: communication_data_type=%r: gradients are summed over ranks in that precision. In bf16 some 1 %% of "
+            "them is lost on 128 ranks, and more beyond; in fp16 they may overflow. The default, fp32, does neither",
             path, settings.communication_data_type, level=logging.WARNING,
         )  # fmt: skip
     return DeepSpeedConfig(path, settings)
