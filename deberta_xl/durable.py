@@ -28,14 +28,16 @@ def publish(path: Path) -> None:
     for entry in [*written.iterdir(), written] if written.is_dir() else [written]:
         sync(entry)
     if path.is_dir():
-        shutil.rmtree(path)
+        remove(path)
     os.replace(written, path)
     sync(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
+    """Delete a file or a folder, if it is there; a folder of ours also where it has been made read-only."""
+    if path.is_dir() and not path.is_symlink():
+        for folder in (path, *(entry for entry in path.rglob("*") if entry.is_dir() and not entry.is_symlink())):
+            folder.chmod(0o700)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -57,16 +59,13 @@ def write_file(path: Path, content: bytes) -> None:
     sync(path)
 
 
-def write_files(folder: Path, sources: Mapping[str, Path | bytes]) -> list[str]:
-    """Write each content, or copy each file or folder, to its path inside `folder`; the paths of all files written."""
-    names = []
-    for name, source in sources.items():
-        if isinstance(source, bytes):
-            write_file(folder / name, source)
-            names.append(name)
-        elif source.is_dir():
-            names += write_files(folder, {f"{name}/{child.name}": child for child in sorted(source.iterdir())})
-        else:
-            write_file(folder / name, source.read_bytes())
-            names.append(name)
-    return names
+def write_files(folder: Path, sources: Mapping[str, bytes]) -> list[str]:
+    """Write each content to its path inside `folder`; the paths."""
+    for name, content in sources.items():
+        write_file(folder / name, content)
+    return list(sources)
+
+
+def below(folder: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The same contents, with their paths inside `folder`."""
+    return {f"{folder}/{name}": content for name, content in files.items()}

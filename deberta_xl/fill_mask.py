@@ -16,7 +16,8 @@ import torch
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
 from deberta_xl.checkpoint.weights import TOKENIZER_NAME
-from deberta_xl.data.tokenizer import MASK_PIECE, MODEL_FILE, WORD_MARK, Tokenizer
+from deberta_xl.data.tokenizer import MASK_PIECE, WORD_MARK, Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.errors import UserError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 

@@ -20,6 +20,7 @@ if not __package__:
 
 from deberta_xl.config_file import preset_names
 from deberta_xl.data.tasks import task_names
+from deberta_xl.durable import below
 from deberta_xl.entry_point import build_parser, run_command
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.finetune_inputs import SHORT_FORMS, Inputs, read_inputs
@@ -103,6 +104,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
     import torch
 
     from deberta_xl.checkpoint.native_config import native_config
+    from deberta_xl.checkpoint.weights import TOKENIZER_NAME
     from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.sift import build_sift
     from deberta_xl.training.start import start_engine, start_run
@@ -134,7 +136,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
         checkpoint_files={
             "config.json": json.dumps(native_config(inputs.architecture), indent=2).encode(),
             "head.json": inputs.head.to_json(),
-            "tokenizer": inputs.tokenizer_folder,
+            **below(TOKENIZER_NAME, inputs.tokenizer.files()),
         },
         fingerprints=inputs.fingerprints,
     )

@@ -43,6 +43,7 @@ class Inputs(NamedTuple):
     engine: DeepSpeedConfig
     launch: Launch
     grid: Grid
+    tokenizer: Tokenizer
     tokenizer_folder: Path
     architecture: DebertaConfig
     head: HeadFacts
@@ -83,8 +84,8 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     total_steps = config.train.total_steps(len(data[TRAIN]))
     weights = weights_of_classes(task, head, data[TRAIN], config)
     return Inputs(
-        config, engine, launch, grid, tokenizer_folder, architecture, head, data.pop(TRAIN), data, total_steps,
-        config.schedule.for_steps(total_steps), weights,
+        config, engine, launch, grid, tokenizer, tokenizer_folder, architecture, head, data.pop(TRAIN), data,
+        total_steps, config.schedule.for_steps(total_steps), weights,
         fingerprints_of(architecture, head, examples[TRAIN], tokenizer, config),
     )  # fmt: skip
 

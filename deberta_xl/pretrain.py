@@ -24,8 +24,10 @@ from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_run_config, preset_names
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
-from deberta_xl.data.tokenizer import MODEL_FILE, Tokenizer
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
+from deberta_xl.durable import below
 from deberta_xl.entry_point import build_parser, launch_of, run_command
 from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch
@@ -82,7 +84,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
         raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
     store = TokenStore(config.data.train)
     tokenizer_folder = store.paths.tokenizer
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = store.tokenizer()
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_divisible(architecture, grid.tensor_parallel_size)
     check_stages(architecture, grid.num_stages)
@@ -182,6 +184,7 @@ def build_model(inputs: Inputs, units: range, *, is_new: bool) -> MaskedLanguage
 def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
     """Process group, run folder, engine: everything the loop works with. Collective."""
     from deberta_xl.checkpoint.native_config import native_config
+    from deberta_xl.checkpoint.weights import TOKENIZER_NAME
     from deberta_xl.parallel.pipeline import PipelinedModel
     from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.loop import Pretraining
@@ -210,7 +213,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
         stop=stop,
         checkpoint_files={
             "config.json": json.dumps(native_config(inputs.architecture), indent=2).encode(),
-            "tokenizer": inputs.tokenizer_folder,
+            **below(TOKENIZER_NAME, inputs.tokenizer.files()),
         },
         fingerprints=fingerprints,
     )

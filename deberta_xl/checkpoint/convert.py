@@ -6,7 +6,6 @@ model's. The destination appears whole, verified where asked for, or not at all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.dialect import Dialect, can_be_fused, write_dialect
 from deberta_xl.checkpoint.edits import Edits, apply_edits, average_of_newest
-from deberta_xl.checkpoint.foreign import TOKENIZER_FILES, is_foreign_folder, open_foreign, read_config_fields
+from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, read_config_fields
 from deberta_xl.checkpoint.foreign_config import other_fields, to_huggingface_config, to_microsoft_config
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
 from deberta_xl.checkpoint.manifest import CheckpointError
@@ -35,8 +34,9 @@ from deberta_xl.checkpoint.tokenizer_export import json_bytes, tokenizer_files
 from deberta_xl.checkpoint.verify import verify
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, open_native, write_native
 from deberta_xl.data.progress import progress
-from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer
-from deberta_xl.durable import write_files
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, unread_files
+from deberta_xl.durable import below, write_files
 from deberta_xl.log import logger
 
 
@@ -146,10 +146,8 @@ def write_native_layout(partial: Path, model: Pretrained, conversion: Conversion
     if model.origin is not None:
         files[ORIGIN_NAME] = model.origin.to_json()
     tokenizer = load_tokenizer(model)
-    if tokenizer is not None:
-        files |= {f"{TOKENIZER_NAME}/{name}": content for name, content in own_files(tokenizer).items()}
-    else:
-        files |= {f"{TOKENIZER_NAME}/{name}": content for name, content in plain_files(model).items()}
+    contents = tokenizer.files() if tokenizer is not None else plain_files(model)
+    files |= below(TOKENIZER_NAME, contents)
     shard_bytes = conversion.shard_bytes or DEFAULT_SHARD_BYTES
     # A release gets what it lacks, so that pretraining can go on from it; a task's model of ours stays what it is.
     tensors = not_fresh(model) if model.kind == "native" and model.origin is None else model.tensors
@@ -243,15 +241,6 @@ def load_tokenizer(model: Pretrained) -> Tokenizer | None:
     return tokenizer
 
 
-def own_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer's folder in our layout."""
-    settings = json.dumps(tokenizer.settings(), indent=2) + "\n"
-    return {MODEL_FILE: tokenizer.spm_model, SETTINGS_FILE: settings.encode()}
-
-
 def plain_files(model: Pretrained) -> dict[str, bytes]:
     """The files of a tokenizer that is not SentencePiece's (v1's), unread."""
-    if model.tokenizer is None:
-        return {}
-    paths = [model.tokenizer / name for name in TOKENIZER_FILES]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    return unread_files(model.tokenizer) if model.tokenizer is not None else {}

@@ -24,7 +24,8 @@ from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
 from deberta_xl.checkpoint.names import DELTA
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.checkpoint.weights import open_native
-from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
 from deberta_xl.log import logger
 from deberta_xl.model.relative_position import log_bucket
 

@@ -14,23 +14,13 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.native_config import MODEL_TYPE, explain
 from deberta_xl.checkpoint.pretrained_folder import Origin, Pretrained, complete
 from deberta_xl.checkpoint.tensor_files import find_weight_file, open_tensors
+from deberta_xl.data.tokenizer_files import TOKENIZER_FILES
 
 CONFIG_NAMES = ("config.json", "model_config.json")
 GENERATOR_CONFIG_NAMES = ("generator_config.json", *CONFIG_NAMES)
 GENERATOR_NAME = "pytorch_model.generator.bin"
 """Where the released v3 folders keep the generator, with `generator_config.json`."""
 FOREIGN_TYPES = (None, "deberta", "deberta-v2")
-TOKENIZER_FILES = (
-    "spm.model",
-    "tokenizer_settings.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-"""All that travels of a tokenizer; v1's `bpe_encoder.bin` is a pickle and stays behind."""
 
 
 def read_config_fields(folder: Path, names: tuple[str, ...] = CONFIG_NAMES) -> dict[str, Any] | None:

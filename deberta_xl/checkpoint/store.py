@@ -69,13 +69,13 @@ def save_checkpoint(
     checkpoints: Path,
     state: Mapping[str, Any],
     *,
-    extra_files: Mapping[str, Path | bytes],
+    extra_files: Mapping[str, bytes],
     tensor_parallel: tuple[int, int] = WHOLE,
 ) -> Path:
     """Write the checkpoint of step `state["step"]`; its folder. Collective, between two optimizer steps.
 
     `state` is the caller's own, JSON values only; `load_checkpoint` gives it back. `extra_files` maps paths inside the
-    checkpoint to contents, or to files or folders to copy (read on rank 0). `tensor_parallel` is (size, rank) of this
+    checkpoint to contents (rank 0's are written). `tensor_parallel` is (size, rank) of this
     process; a parameter that is a shard carries a `Shard`, all others are alike on the tensor-parallel ranks, of which
     the first writes them; of a parameter that two stages of a pipeline share the first stage writes its own. Everything
     is written to a hidden folder beside, forced to the disk and renamed, so there is never half a checkpoint under its
@@ -137,7 +137,7 @@ def _write_files(
     engine: DeepSpeedEngine,
     folder: Path,
     state: Mapping[str, Any],
-    extra_files: Mapping[str, Path | bytes],
+    extra_files: Mapping[str, bytes],
     tensor_parallel: tuple[int, int],
 ) -> dict[str, FileFacts]:
     """Write this rank's files; their facts, as they can be read back, by name."""

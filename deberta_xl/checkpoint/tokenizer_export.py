@@ -28,7 +28,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, Tr
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from deberta_xl.data.errors import TokenizerError
-from deberta_xl.data.tokenizer import MASK_PIECE, MODEL_FILE, SETTINGS_FILE, SPECIAL_PIECES, WORD_MARK, Tokenizer
+from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
 
 #: How a piece takes part in SentencePiece's search: always where it occurs, unlike ordinary pieces.
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED

@@ -19,7 +19,8 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.names import EXTRA, is_beside_the_model
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.data.progress import progress
-from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, Tokenizer
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel, read_mask
 
 TEXT = (

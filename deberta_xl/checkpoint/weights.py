@@ -31,7 +31,8 @@ from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin, Pretrai
 from deberta_xl.checkpoint.rank_file import Piece, StoredIndex, fill, is_rank_file, logical_shapes, read_indices
 from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, open_tensors
 from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no_progress, total_bytes, write_shards
-from deberta_xl.durable import write_files
+from deberta_xl.data.tokenizer import tokenizer_contents
+from deberta_xl.durable import below, write_files
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -125,7 +126,7 @@ def write_weights(
     weights: Mapping[str, Tensor],
     config: Mapping[str, Any],
     tokenizer_folder: Path | None,
-    extra_files: Mapping[str, Path | bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a weights folder: all of it, or nothing. `extra_files` go along, by their names in it.
 
@@ -133,10 +134,10 @@ def write_weights(
     when `folder` exists and is not empty, or cannot be written, or a weight is NaN or infinite.
     """
     tensors = in_memory({name: weight.detach().cpu() for name, weight in weights.items()}, "the model")
-    sources: dict[str, Path | bytes] = {CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()}
+    sources = {CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode()}
     sources |= extra_files or {}
     if tokenizer_folder is not None:
-        sources[TOKENIZER_NAME] = tokenizer_folder
+        sources |= below(TOKENIZER_NAME, tokenizer_contents(tokenizer_folder))
     with whole_or_nothing(folder, total_bytes(tensors)) as partial:
         write_native(partial, tensors, sources)
 
@@ -144,7 +145,7 @@ def write_weights(
 def write_native(
     partial: Path,
     tensors: LazyTensors,
-    sources: Mapping[str, Path | bytes],
+    sources: Mapping[str, bytes],
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     advance: Advance = no_progress,

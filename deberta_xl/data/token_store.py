@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deberta_xl.data.errors import TokenStoreError
+from deberta_xl.data.errors import TokenizerError, TokenStoreError
 from deberta_xl.data.token_store_format import (
     BLOCK_SIZE,
     HEADER,
@@ -22,6 +22,7 @@ from deberta_xl.data.token_store_format import (
     read_manifest,
 )
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.log import logger
 
 
@@ -170,8 +171,15 @@ class TokenStore:
         return np.array(self.stream[start * itemsize : stop * itemsize]).view(self.header.dtype)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that travels with the data."""
-        return Tokenizer.load(self.paths.tokenizer)
+        """The tokenizer that travels with the data. Raises TokenizerError when there is none."""
+        folder = self.paths.tokenizer
+        if not (folder / MODEL_FILE).is_file():
+            raise TokenizerError(
+                f"dataset {self.prefix} is without its tokenizer: copy the tokenizer that made this dataset (a folder "
+                f"with {MODEL_FILE}) to {folder}. The ids stand for that one's pieces; with any other, a newly trained "
+                "one too, they would stand for other text, and nothing could notice"
+            )
+        return Tokenizer.load(folder)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Refuse a tokenizer other than the one the dataset was made with."""

@@ -20,15 +20,14 @@ import numpy as np
 import sentencepiece
 
 from deberta_xl.data.errors import TokenizerError
-from deberta_xl.durable import partial, publish, remove
+from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, unread_files
+from deberta_xl.durable import partial, publish, remove, write_files
 
 #: The specials by id; [MASK] comes after the pieces.
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"
 WORD_MARK = "\u2581"
 
-MODEL_FILE = "spm.model"
-SETTINGS_FILE = "tokenizer_settings.json"
 SETTINGS_VERSION = 1
 
 
@@ -98,12 +97,15 @@ class Tokenizer:
         written = partial(folder)
         remove(written)
         try:
-            written.mkdir(parents=True)
-            (written / MODEL_FILE).write_bytes(self.spm_model)
-            (written / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
+            write_files(written, self.files())
             publish(folder)
         finally:
             remove(written)
+
+    def files(self) -> dict[str, bytes]:
+        """Name → content of the folder's files."""
+        settings = json.dumps(self.settings(), indent=2) + "\n"
+        return {MODEL_FILE: self.spm_model, SETTINGS_FILE: settings.encode()}
 
     def settings(self) -> dict[str, Any]:
         """What `tokenizer_settings.json` holds."""
@@ -180,6 +182,14 @@ class Tokenizer:
     def piece_to_id(self, piece: str) -> int:
         """The id of a piece, [UNK]'s when it is not in the vocabulary."""
         return self.mask_id if piece == MASK_PIECE else self.processor.piece_to_id(piece)
+
+
+def tokenizer_contents(folder: Path) -> dict[str, bytes]:
+    """Name → content of the files that a copy of a tokenizer's folder has: those of `Tokenizer`, or v1's unread.
+
+    Raises TokenizerError as `Tokenizer.load` does.
+    """
+    return Tokenizer.load(folder).files() if (folder / MODEL_FILE).is_file() else unread_files(folder)
 
 
 def begins_word(piece: str) -> bool:

@@ -17,7 +17,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.lock import one_writer
-from deberta_xl.data.tokenizer import MODEL_FILE, SETTINGS_FILE, SPECIAL_PIECES, Tokenizer
+from deberta_xl.data.tokenizer import SPECIAL_PIECES, Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
 
 #: Lines that SentencePiece keeps in memory; more are sampled down. Ten million are a few GB, and plenty.
 MAX_LINES = 10_000_000

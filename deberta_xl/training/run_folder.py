@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -18,7 +17,8 @@ import torch
 
 from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_config, to_toml
-from deberta_xl.durable import partial, publish, remove, replace_file
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.durable import replace_file
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import logger
@@ -57,9 +57,9 @@ class RunFolder:
         write_text(self.config, to_toml(config))
         write_text(self.environment, json.dumps(environment(facts), indent=2) + "\n")
         # Copied anew each time: a start that never came to a checkpoint may have had another one.
-        remove(partial(self.tokenizer))
-        shutil.copytree(tokenizer, partial(self.tokenizer))
-        publish(self.tokenizer)
+        copy = Tokenizer.load(tokenizer)
+        with writing(self.tokenizer):
+            copy.save(self.tokenizer)
 
     def write_latest(self, checkpoint: Path) -> None:
         """Note which checkpoint was saved last."""

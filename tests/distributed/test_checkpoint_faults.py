@@ -211,9 +211,9 @@ def test_engines_whose_state_would_be_misread_are_refused(tmp_path):
     assert visible(tmp_path) == []
 
 
-def save_before_the_first_step(checkpoints: Path, source: Path) -> None:
-    """Save a fresh engine with every kind of extra file, and train it and its copy."""
-    extra_files = {"config.json": b"{}", "tokenizer": source, "notes/spm.model": source / "spm.model"}
+def save_before_the_first_step(checkpoints: Path) -> None:
+    """Save a fresh engine with extra files at several depths, and train it and its copy."""
+    extra_files = {"config.json": b"{}", "tokenizer/spm.model": b"\0model", "tokenizer/inner/more.txt": b"more"}
     state = {"step": 0, "consumed_samples": 12, "fingerprints": {"data": "abc"}}
     for stage in (1, 3):
         engine = build_engine(Layout(2, stage))
@@ -224,16 +224,11 @@ def save_before_the_first_step(checkpoints: Path, source: Path) -> None:
 
 
 def test_a_checkpoint_of_step_0_and_its_extra_files_are_complete(tmp_path):
-    source = tmp_path / "source"
-    (source / "inner").mkdir(parents=True)
-    (source / "spm.model").write_bytes(b"\0model")
-    (source / "inner" / "more.txt").write_bytes(b"more")
-    run_ranks(save_before_the_first_step, 2, tmp_path / "checkpoints", source)
+    run_ranks(save_before_the_first_step, 2, tmp_path / "checkpoints")
     folder = tmp_path / "checkpoints" / "step-00000000"
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(files) == [
         "config.json",
-        "notes/spm.model",
         "rank-00000.safetensors",
         "rank-00001.safetensors",
         "state.json",
@@ -244,17 +239,16 @@ def test_a_checkpoint_of_step_0_and_its_extra_files_are_complete(tmp_path):
     assert sorted(read_weights(folder)) == sorted(name for name, _ in TinyModel().named_parameters())
 
 
-def save_with_missing_source(checkpoints: Path) -> str:
-    """Name a file that only rank 0 notices to be missing."""
+def save_a_file_as_a_folder(checkpoints: Path) -> str:
+    """Give names that cannot both be written, which only rank 0 notices."""
     engine = build_engine(TWO_RANKS)
-    return reason(
-        save_checkpoint, engine, checkpoints, {"step": 1}, extra_files={"config.json": checkpoints / "nowhere.json"}
-    )
+    extra_files = {"notes": b"", "notes/a.txt": b""}
+    return reason(save_checkpoint, engine, checkpoints, {"step": 1}, extra_files=extra_files)
 
 
 def test_an_error_that_only_rank_0_can_have_reaches_all_ranks(tmp_path):
-    for told in run_ranks(save_with_missing_source, 2, tmp_path):
-        assert "nowhere.json" in told
+    for told in run_ranks(save_a_file_as_a_folder, 2, tmp_path):
+        assert "notes" in told
 
 
 def save_and_prune(checkpoints: Path) -> None:

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from deberta_xl.durable import partial, publish, replace_file, write_files
+from deberta_xl.durable import below, partial, publish, remove, replace_file, write_files
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -42,9 +42,18 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_pat
     assert (folder / "model").read_text() == "m"
 
 
-def test_contents_files_and_folders_are_written_below_a_folder(tmp_path):
-    (tmp_path / "from" / "deep").mkdir(parents=True)
-    (tmp_path / "from" / "deep" / "b").write_text("b")
-    sources = {"a/x": b"x", "whole": tmp_path / "from", "b": tmp_path / "from" / "deep" / "b"}
-    assert write_files(tmp_path / "to", sources) == ["a/x", "whole/deep/b", "b"]
-    assert (tmp_path / "to" / "whole" / "deep" / "b").read_bytes() == b"b"
+def test_contents_are_written_below_a_folder(tmp_path):
+    sources = {"a/x": b"x", "b": b"b"} | below("whole/deep", {"b": b"deep"})
+    assert write_files(tmp_path / "to", sources) == ["a/x", "b", "whole/deep/b"]
+    assert (tmp_path / "to" / "whole" / "deep" / "b").read_bytes() == b"deep"
+
+
+def test_a_folder_that_was_made_read_only_is_removed(tmp_path):
+    folder = tmp_path / "folder" / "deep"
+    write_files(folder, {"a/x": b"x"})
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder / "a", folder, tmp_path / "folder"):
+        path.chmod(0o500)
+    remove(tmp_path / "folder")
+    remove(tmp_path / "link")
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from small_dataset import NAMES, PIECES, SPECIALS, SmallDataset, documents
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
+from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import UserError
 from deberta_xl.log import logger
@@ -129,3 +130,14 @@ def test_other_weights_are_refused_with_a_message(small_dataset, weights, tmp_pa
 def test_a_run_that_has_a_checkpoint_no_longer_needs_what_it_began_with(small_dataset, tmp_path):
     (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
     read(small_dataset, tmp_path / "run", tmp_path / "gone")
+
+
+def test_a_dataset_without_its_tokenizer_asks_for_that_one_and_never_for_a_new_one(small_dataset, weights, tmp_path):
+    for path in small_dataset.train.parent.glob("train.[bi]*"):  # as Megatron's own tool leaves a dataset
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    dataset = small_dataset._replace(train=tmp_path / "train")
+    with pytest.raises(TokenizerError, match=r"copy the tokenizer that made this dataset .*train\.tokenizer") as caught:
+        read(dataset, tmp_path / "run", weights)
+    assert "train_tokenizer" not in str(caught.value)
+    small_dataset.tokenizer.save(tmp_path / "train.tokenizer")
+    assert read(dataset, tmp_path / "run", weights).tokenizer.fingerprint == small_dataset.tokenizer.fingerprint

@@ -28,7 +28,7 @@ from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.python_corpus import python_corpus
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
 from deberta_xl.data.tokenizer_training import train_tokenizer
-from deberta_xl.durable import write_files
+from deberta_xl.durable import below, write_files
 from deberta_xl.fill_mask import encode_with_masks
 from deberta_xl.pretrained import DebertaForMaskedLM
 
@@ -226,7 +226,9 @@ def test_a_run_folder_stands_for_its_newest_checkpoint_of_any_layout(native, tmp
         state = {kind: {name: factor * weight for name, weight in weights.items()} for kind in KINDS}
         names = [path.name for path in write_state(checkpoint, state, cuts=[1000, 77777])]
         config = json.dumps(native_config(model.config)).encode()
-        names += write_files(checkpoint, {"config.json": config, "tokenizer": folder / "tokenizer"})
+        names += write_files(
+            checkpoint, {"config.json": config} | below("tokenizer", Tokenizer.load(folder / "tokenizer").files())
+        )
         write_manifest(checkpoint, {name: file_facts(checkpoint / name) for name in names})
     convert(tmp_path / "run", tmp_path / "out", Conversion(to="huggingface"))
     back = DebertaForMaskedLM.from_pretrained(tmp_path / "out")

@@ -19,7 +19,7 @@ WEIGHTS = {"embedding.weight": torch.arange(6.0).view(2, 3), "norm.bias": torch.
 def write_example(tmp_path, name="weights"):
     """A weights folder with a tokenizer."""
     (tmp_path / "tokenizer").mkdir(exist_ok=True)
-    (tmp_path / "tokenizer" / "spm.model").write_bytes(b"pieces")
+    (tmp_path / "tokenizer" / "vocab.json").write_bytes(b"pieces")
     write_weights(tmp_path / name, WEIGHTS, {"model_type": "deberta_xl"}, tmp_path / "tokenizer")
     return tmp_path / name
 
@@ -43,7 +43,7 @@ def test_a_weights_folder_gives_back_what_was_written(tmp_path):
     folder = write_example(tmp_path)
     assert_same(read_weights(find_weights_folder(folder)), WEIGHTS)
     assert json.loads((folder / "config.json").read_text()) == {"model_type": "deberta_xl"}
-    assert (folder / "tokenizer" / "spm.model").read_bytes() == b"pieces"
+    assert (folder / "tokenizer" / "vocab.json").read_bytes() == b"pieces"
 
 
 def test_master_weights_are_put_together_from_a_checkpoint(tmp_path):

@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_no_part_of_a_tokenizer(tokenizer, tmp_path, monkeypa
     def refuse(self, *_arguments, **_options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(OSError, match="No space"):
         tokenizer.save(tmp_path / "tokenizer")
     assert not list(tmp_path.iterdir())

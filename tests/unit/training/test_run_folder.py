@@ -12,6 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deberta_xl.config_file import load_run_config
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.durable import write_files
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import logger
 from deberta_xl.training.figures import save_loss_curve
@@ -30,33 +32,62 @@ def warnings(monkeypatch, caplog):
     return caplog
 
 
-def tokenizer_folder(tmp_path):
-    """Some folder to copy."""
-    folder = tmp_path / "source.tokenizer"
+@pytest.fixture
+def source(small_dataset, tmp_path):
+    """A tokenizer's folder among a release's other files, read-only, with links and a pipe."""
+    folder = tmp_path / "release"
+    small_dataset.tokenizer.save(tmp_path / "elsewhere")
     folder.mkdir()
-    (folder / "spm.model").write_bytes(b"model")
+    (folder / "spm.model").symlink_to(tmp_path / "elsewhere" / "spm.model")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": small_dataset.tokenizer.vocab_size + 100}))
+    (folder / ".env").write_text("TOKEN=1")
+    write_files(folder / ".git", {"config": b"[remote]"})
+    os.mkfifo(folder / "training_args.bin")
+    os.mkfifo(folder / "vocab.json")
+    for path in (tmp_path / "elsewhere" / "spm.model", folder):
+        path.chmod(0o500)
     return folder
 
 
-def test_a_folder_is_prepared_and_taken_over(tmp_path, warnings):
-    folder, source = RunFolder(tmp_path / "run"), tokenizer_folder(tmp_path)
+def test_a_folder_is_prepared_and_taken_over(source, tmp_path, warnings):
+    folder = RunFolder(tmp_path / "run")
     config = load_run_config("debug", ["train.steps=50"])
     folder.prepare(config, source, {"world_size": 2})
     assert load_run_config(folder.config) == config
     assert json.loads(folder.environment.read_text())["world_size"] == 2
-    assert (folder.tokenizer / "spm.model").read_bytes() == b"model"
+    assert Tokenizer.load(folder.tokenizer).fingerprint == Tokenizer.load(source).fingerprint
     assert not folder.state_file.exists()
     folder.write_state("running")
     assert folder.state_file.read_text() == "running\n"
     folder.prepare(config, source, {})
     assert "changed configuration" not in warnings.text
-    (source / "spm.model").write_bytes(b"another")
     changes = ["train.steps=60", "checkpoint.interval=256", "data.valid=held/out"]
     folder.prepare(load_run_config("debug", changes), source, {})
-    assert (folder.tokenizer / "spm.model").read_bytes() == b"another"
     # 256 is what another section's key has, too: a change is told by its key, not by its text.
     for change in ("train.steps = 60 (was 50)", "checkpoint.interval = 256 (was 100)", "data.valid = 'held/out'"):
         assert change in warnings.text
+
+
+def test_of_a_folder_only_the_tokenizers_own_contents_are_copied_and_can_be_replaced(source, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for _ in range(2):  # a read-only copy is replaced, too
+        folder.prepare(load_run_config("debug"), source, {})
+        copies = list(folder.tokenizer.iterdir())
+        assert sorted(path.name for path in copies) == ["spm.model", "tokenizer_settings.json"]
+        assert all(path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o200 for path in copies)
+        folder.tokenizer.chmod(0o500)
+    assert Tokenizer.load(folder.tokenizer).fingerprint == Tokenizer.load(source).fingerprint
+
+
+def test_a_full_disk_at_the_tokenizers_copy_is_told_in_words(source, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+
+    def refuse(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("deberta_xl.data.tokenizer.write_files", refuse)
+    with pytest.raises(ConfigError, match=r"tokenizer cannot be written: No space left on device; mend that"):
+        folder.prepare(load_run_config("debug"), source, {})
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_for_people(tmp_path):
@@ -125,11 +156,11 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path, warnings
         folder.check_latest(None)
 
 
-def test_a_configuration_that_cannot_be_read_is_replaced_with_a_warning(tmp_path, warnings):
+def test_a_configuration_that_cannot_be_read_is_replaced_with_a_warning(source, tmp_path, warnings):
     folder, config = RunFolder(tmp_path / "run"), load_run_config("debug")
     folder.path.mkdir()
     folder.config.write_text("[train]\nanother_versions_key = 3\n")
-    folder.prepare(config, tokenizer_folder(tmp_path), {})
+    folder.prepare(config, source, {})
     assert "another_versions_key" in warnings.text
     assert load_run_config(folder.config) == config
 

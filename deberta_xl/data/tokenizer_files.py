@@ -1,0 +1,50 @@
+"""The files of a tokenizer's folder: which they are, and their contents for a copy.
+
+A folder that people name may be a whole release: weights, a `.git`, credentials, links to other disks. Of it only these
+files are ever read, and they are copied as contents: no links, no modes, nothing else. A pipe or a device under one of
+their names is no file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deberta_xl.data.errors import TokenizerError
+
+MODEL_FILE = "spm.model"
+SETTINGS_FILE = "tokenizer_settings.json"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+SPECIALS_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
+TOKENIZER_FILES = (
+    MODEL_FILE,
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    CONFIG_FILE,
+    SPECIALS_FILE,
+    ADDED_FILE,
+    "vocab.json",
+    "merges.txt",
+)
+"""All that travels of a tokenizer; v1's `bpe_encoder.bin` is a pickle and stays behind."""
+
+
+def unread_files(folder: Path) -> dict[str, bytes]:
+    """Name → content of a tokenizer's files as they are: for those that are not SentencePiece's (v1's)."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no such file. Raises TokenizerError for anything else in it."""
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is damaged: {error!r}; restore it, or delete it if it does not matter") from None
+    if not isinstance(fields, dict):
+        raise TokenizerError(f"{path} holds no JSON object; restore it, or delete it if it does not matter")
+    return fields
