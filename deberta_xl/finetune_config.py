@@ -109,6 +109,11 @@ class FinetuneTrainSection(TrainSection):
         """Optimizer updates of the run."""
         return self.steps or max(1, math.ceil(self.epochs * num_examples / self.global_batch_size))
 
+    def ends_epoch(self, step: int, num_examples: int) -> bool:
+        """Whether the last example of a pass is read in this step; so the last step of whole epochs is one of them."""
+        consumed = step * self.global_batch_size
+        return consumed // num_examples > (consumed - self.global_batch_size) // num_examples
+
 
 @frozen
 class FinetuneOptimizerSection(OptimizerSection):

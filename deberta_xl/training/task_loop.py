@@ -118,7 +118,7 @@ class Finetuning:
             state.advance(config.train.global_batch_size)
             recorder.record(state, losses, sum(batch.input_ids_BS.numel() for batch in micro_batches), rate)
             aside = time.perf_counter()
-            is_best = self.is_due(self.evaluation_interval) and self.evaluate(writer)
+            is_best = self.is_evaluated and self.evaluate(writer)
             if is_best or self.is_due(config.checkpoint.interval) or self.is_finished:
                 self.save()
                 saved_step = state.step
@@ -145,10 +145,12 @@ class Finetuning:
         return learning_rate(step, peak=peak, total_steps=self.total_steps, schedule=self.schedule)
 
     @property
-    def evaluation_interval(self) -> int:
-        """Steps between two evaluations."""
-        per_epoch = round(len(self.train_data) / self.config.train.global_batch_size)
-        return self.config.evaluation.interval or max(1, per_epoch)
+    def is_evaluated(self) -> bool:
+        """Whether this step's weights are measured: every `evaluation.interval` steps, else once an epoch; the last."""
+        if self.config.evaluation.interval:
+            return self.is_due(self.config.evaluation.interval)
+        step = self.state.step
+        return step == self.total_steps or self.config.train.ends_epoch(step, len(self.train_data))
 
     def is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens now."""

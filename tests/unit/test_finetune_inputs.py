@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,15 @@ def test_the_first_evaluation_is_the_best_until_another_beats_it_and_waiting_is_
     assert state.has_waited(2)
     assert not state.has_waited(3)
     assert not state.has_waited(0)
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch", "epochs"), [(4076, 32, 2), (2000, 32, 3), (250, 32, 3), (5, 8, 2), (64, 32, 3)]
+)
+def test_an_epoch_is_measured_once_and_never_a_step_before_the_end(examples, batch, epochs):
+    train = FinetuneConfig().train
+    train = replace(train, global_batch_size=batch, micro_batch_size=1, epochs=float(epochs))
+    total = train.total_steps(examples)
+    ends = [step for step in range(1, total + 1) if train.ends_epoch(step, examples)]
+    assert ends == sorted({-(-examples * epoch // batch) for epoch in range(1, epochs + 1)})
+    assert ends[-1] == total
