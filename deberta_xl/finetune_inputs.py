@@ -13,6 +13,7 @@ import numpy as np
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.config import ScheduleSection
 from deberta_xl.config_file import load_config
+from deberta_xl.data.entity_tags import scheme_of
 from deberta_xl.data.preprocessing import is_held_out
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_labels import class_weights, labels_of
@@ -75,11 +76,13 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(f"{tokenizer_folder} has {tokenizer.vocab_size} ids, the model {architecture.vocab_size}")
-    labels = labels_of(task, examples[TRAIN])
+    labels = labels_of(task, examples[TRAIN], {split: found for split, found in examples.items() if split != TRAIN})
     data = {split: tokenize(task, labels, split, found, tokenizer, config) for split, found in examples.items()}
     for split, of_split in data.items():
         if split == VALID or (split != TRAIN and of_split.is_labelled):
             check_defined(task, labels, of_split.examples, where=f"{config.task.data}, {split}")
+    if "span_f1" in task.metrics:
+        rank_zero("entities are read from tags of the scheme %s", scheme_of(labels).name)
     head = describe_head(task, labels, architecture, config)
     total_steps = config.train.total_steps(len(data[TRAIN]))
     weights = weights_of_classes(task, head, data[TRAIN], config)

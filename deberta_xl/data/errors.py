@@ -19,3 +19,7 @@ class TokenizerError(DataError):
 
 class TokenStoreError(DataError):
     """A dataset on disk cannot be written, or is missing, damaged or not what it claims to be."""
+
+
+class TaskDataError(DataError):
+    """A task's files, or its description, cannot be used."""

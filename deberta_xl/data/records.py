@@ -6,22 +6,18 @@ Understood are .jsonl, .json (a list, or an object whose `data` is one), .tsv (a
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
-from deberta_xl.data.errors import DataError
+from deberta_xl.data.errors import TaskDataError
+from deberta_xl.data.text_files import open_text, read_text
 from deberta_xl.log import rank_zero
 
 csv.field_size_limit(2**27)
-
-
-class TaskDataError(DataError):
-    """A task's files, or its description, cannot be used."""
 
 
 class Record(NamedTuple):
@@ -30,22 +26,6 @@ class Record(NamedTuple):
     place: str
     """File and line (or number), for messages."""
     fields: dict[str, Any]
-
-
-@contextlib.contextmanager
-def open_utf8(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """A text file, without a byte order mark. Raises TaskDataError where it is read and is not UTF-8."""
-    try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise TaskDataError(f"{path} is not UTF-8 text: {error}; convert it") from error
-
-
-def read_utf8(path: Path) -> str:
-    """A whole text file."""
-    with open_utf8(path) as file:
-        return file.read()
 
 
 def read_records(path: Path, columns: Sequence[str] | None = None, *, skips_broken: bool = False) -> Iterator[Record]:
@@ -67,7 +47,7 @@ def read_records(path: Path, columns: Sequence[str] | None = None, *, skips_brok
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """An object per line; empty lines are passed over."""
-    with open_utf8(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 place = f"{path}:{number}"
@@ -91,7 +71,7 @@ def as_object(value: Any, place: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> Iterator[Record]:
     """The objects of a list."""
-    content = parse_json(read_utf8(path), str(path))
+    content = parse_json(read_text(path), str(path))
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise TaskDataError(f"{path}: a list of objects is expected, or an object whose `data` is one")
@@ -108,7 +88,7 @@ def read_table(path: Path, columns: Sequence[str] | None, skips_broken: bool) ->
     is_csv = path.suffix == ".csv"
     dialect = {"delimiter": ",", "strict": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     broken = []
-    with open_utf8(path, newline="") as file:
+    with open_text(path, newline="") as file:
         rows = csv.reader(file, **dialect)
         names = list(columns) if columns else next(rows, [])
         for row in filter(None, whole_rows(rows, path)):

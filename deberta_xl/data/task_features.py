@@ -9,6 +9,7 @@ span          [CLS] question [SEP] window of the context [SEP]    as many overla
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from deberta_xl.data.task_labels import encode_labels
 from deberta_xl.data.tasks import Example, Task
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.finetune_config import PAD_MULTIPLE
+from deberta_xl.log import rank_zero
 
 IGNORED = -100
 
@@ -99,8 +101,12 @@ class TaskData:
         self.lengths = np.array([feature.length for feature in self.features])
         self.check_options(where)
         self.cuts = Cuts(framer.truncated, framer.mismatched, len(self.examples))
+        missing = sum(example.label is None for example in self.examples)
         if is_training:
             self.check_training(where)
+        elif 0 < missing < len(self.examples):
+            text = "%s: %d of %d examples have no label, so that nothing is measured on it"
+            rank_zero(text, where, missing, len(self.examples), level=logging.WARNING)
 
     def check_training(self, where: str) -> None:
         """Refuse a training split that cannot be learned from."""

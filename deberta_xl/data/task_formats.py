@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deberta_xl.data.records import Record, TaskDataError, parse_json, read_jsonl, read_records, read_utf8
+from deberta_xl.data.records import Record, TaskDataError, parse_json, read_jsonl, read_records
+from deberta_xl.data.text_files import lines_of, read_text
 
 CAUSE_OR_EFFECT = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
 
@@ -22,23 +22,9 @@ def label_first(path: Path) -> Iterator[Record]:
             yield Record(f"{path}:{number}", {"label": label, "coarse": label.partition(":")[0], "text": text.strip()})
 
 
-def lines_of(path: Path) -> list[str]:
-    """Lines of a text file; only newlines end one, whatever else Unicode knows."""
-    return read_text(path).replace("\r\n", "\n").split("\n")
-
-
-def read_text(path: Path) -> str:
-    """A text file; old benchmarks come in Latin-1, which is read where a file is not UTF-8."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
-
-
 def squad(path: Path) -> Iterator[Record]:
     """SQuAD's JSON, 1.1 or 2.0: columns id, context, question, answers (of text and start)."""
-    for article in parse_json(read_utf8(path), str(path))["data"]:
+    for article in parse_json(read_text(path), str(path))["data"]:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
                 yield Record(f"{path}, question {question['id']}", squad_fields(paragraph["context"], question))
@@ -56,26 +42,10 @@ def squad_fields(context: str, question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def conll(path: Path) -> Iterator[Record]:
-    """Blank lines between sentences, a word a line, its tag last: columns words, tags."""
-    words: list[str] = []
-    tags: list[str] = []
-    start = 1
-    for number, line in enumerate([*lines_of(path), ""], 1):
-        fields = re.findall(r"[^ \t]+", line)
-        if fields and fields[0] != "-DOCSTART-":
-            words.append(fields[0])
-            tags.append(fields[-1] if len(fields) > 1 else "")
-            continue
-        if words:
-            yield Record(f"{path}:{start}", {"words": words, "tags": tags if all(tags) else None})
-        words, tags, start = [], [], number + 1
-
-
 def copa_xml(path: Path) -> Iterator[Record]:
     """COPA's first release: columns id, context, options, label."""
     try:
-        items = ElementTree.fromstring(read_utf8(path)).findall("item")
+        items = ElementTree.fromstring(read_text(path)).findall("item")
     except ElementTree.ParseError as error:
         raise TaskDataError(f"{path} is not valid XML: {error}") from error
     for item in items:
@@ -167,7 +137,7 @@ def record(path: Path) -> Iterator[Record]:
 
 def race(path: Path) -> Iterator[Record]:
     """RACE's files of one article: columns id, context, question, options, label."""
-    article = parse_json(read_utf8(path), str(path))
+    article = parse_json(read_text(path), str(path))
     need(article, str(path), "article", "questions", "options")
     letters = article.get("answers") or [None] * len(article["questions"])
     for number, (question, options, letter) in enumerate(
@@ -189,7 +159,6 @@ def need(row: dict[str, Any], place: str, *names: str) -> None:
 FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
     "label_first": label_first,
     "squad": squad,
-    "conll": conll,
     "copa_xml": copa_xml,
     "copa": copa,
     "wic": wic,
@@ -204,4 +173,5 @@ def as_text(value: Any) -> str:
     """A value of a record as text: labels of all formats are compared as such."""
     if isinstance(value, bool):
         return str(value).lower()
-    return value if isinstance(value, str) else json.dumps(value)
+    is_json = value is None or isinstance(value, (int, float, list, tuple, dict))
+    return json.dumps(value, default=str) if is_json else str(value)

@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from deberta_xl.data.records import TaskDataError
+from deberta_xl.data.errors import TaskDataError
+from deberta_xl.data.label_names import check_distinct, check_no_missing_words, twins_of
 from deberta_xl.data.tasks import Example, Task
+from deberta_xl.log import rank_zero
 
 SHOWN = 5
 UNKNOWN_LABELS = ("-1", "")
 """What benchmarks write where the label is kept secret."""
 
 
-def labels_of(task: Task, examples: Sequence[Example]) -> list[str]:
-    """The classes in the order of the model's outputs: the task's own, or those of the training examples, sorted."""
+def labels_of(
+    task: Task, examples: Sequence[Example], held_out: Mapping[str, Sequence[Example]] | None = None
+) -> list[str]:
+    """The classes in the order of the model's outputs: the task's own, or those of the training examples, sorted.
+
+    Behind them come tags of words that only `held_out` splits have, with a warning: rare ones, which a model gets wrong
+    but which must count. Raises TaskDataError for labels that are none, or are one written in two ways.
+    """
     if not task.has_classes:
         return []
     if task.labels is not None:
         return list(task.labels)
-    found = Counter(name for example in examples for name in names_in(task, example.label))
-    if len(found) < 2:
-        raise TaskDataError(f"task {task.name}: the training examples have the labels {sorted(found)}; two are needed")
-    return sorted(found)
+    counts = count_names(task, examples)
+    if len(counts) < 2:
+        raise TaskDataError(f"task {task.name}: the training examples have the labels {sorted(counts)}; two are needed")
+    extra = {split: count_names(task, of_split) for split, of_split in (held_out or {}).items()}
+    named = [name for source in task.sources for name in source.label_names.values()]
+    total = sum(extra.values(), counts)
+    check_no_missing_words(total, named, where=f"task {task.name}")
+    check_distinct(total, where=f"task {task.name}")
+    return [*sorted(counts), *unseen(task, counts, extra)]
+
+
+def count_names(task: Task, examples: Sequence[Example]) -> Counter[str]:
+    """How often each label comes."""
+    return Counter(name for example in examples for name in names_in(task, example.label))
+
+
+def unseen(task: Task, counts: Mapping[str, int], extra: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Tags of words that only held-out splits have, with a warning; none for other heads, whose splits are refused."""
+    found: dict[str, str] = {}
+    for split, of_split in extra.items() if task.head == "token" else ():
+        for name in sorted(set(of_split) - set(counts)):
+            found.setdefault(name, f"{name!r} ({of_split[name]:,} words of {split})")
+    if found:
+        text = "task %s: no training example has the tags %s; they count, and the model cannot know them"
+        rank_zero(text, task.name, ", ".join(found.values()), level=logging.WARNING)
+    return list(found)
 
 
 def names_in(task: Task, label: Any) -> tuple[str, ...]:
@@ -48,15 +79,17 @@ def encode_labels(task: Task, labels: Sequence[str], examples: Sequence[Example]
 
 def check_known(task: Task, number: dict[str, int], examples: Sequence[Example], where: str) -> None:
     """Refuse labels that the task does not have, all of them at once."""
-    counts = Counter(name for example in examples for name in names_in(task, example.label))
+    counts = count_names(task, examples)
     secret = UNKNOWN_LABELS if task.head == "classification" else ()
     unknown = {name: count for name, count in counts.items() if name not in number and name not in secret}
     if unknown:
         listed = ", ".join(f"{name!r} ({count} times)" for name, count in list(unknown.items())[:SHOWN])
         more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        alike = [twins for twins in twins_of([*number, *unknown]) if twins.second in unknown]
+        hint = f" ({alike[0]})" if alike else ""
         raise TaskDataError(
-            f"{where}: unknown labels {listed}{more}; task {task.name} has: {', '.join(number)}. Mend the file, or the "
-            "task's labels (label_names maps what a file writes to them)"
+            f"{where}: unknown labels {listed}{more}{hint}; task {task.name} has: {', '.join(number)}. Mend the file, "
+            "or the task's labels (label_names maps what a file writes to them)"
         )
 
 
@@ -84,7 +117,8 @@ def encode_label(task: Task, number: dict[str, int], example: Example, where: st
 def class_weights(task: Task, num_labels: int, examples: Sequence[Example]) -> np.ndarray:
     """examples / (classes · examples of the class), float32 [classes]: their mean over the examples is 1.
 
-    For multi_label the weight of a label's ones: its zeros / its ones. Raises TaskDataError for an unused class.
+    For multi_label the weight of a label's ones: its zeros / its ones. Raises TaskDataError for an unused class; of
+    tags of words, which only held-out splits may have, the used ones are weighed.
     """
     if task.head == "multi_label":
         ones = np.sum([example.label for example in examples], axis=0)
@@ -92,8 +126,9 @@ def class_weights(task: Task, num_labels: int, examples: Sequence[Example]) -> n
     else:
         classes = [c for e in examples for c in (e.label if task.head == "token" else (e.label,))]
         ones = np.bincount(classes, minlength=num_labels)
-        weights = len(classes) / (num_labels * np.maximum(ones, 1))
-    if not np.all(ones):
+        num_used = np.count_nonzero(ones) if task.head == "token" else num_labels
+        weights = np.where(ones, len(classes) / (num_used * np.maximum(ones, 1)), 1.0)
+    if not np.all(ones) and task.head != "token":
         raise TaskDataError(
             f"task {task.name}: no training example has class {int(np.argmin(ones))}; train.class_weights=none"
         )

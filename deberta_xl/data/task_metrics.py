@@ -16,7 +16,8 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
-from deberta_xl.data.records import TaskDataError
+from deberta_xl.data.entity_tags import scheme_of
+from deberta_xl.data.errors import TaskDataError
 from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.tasks import Example, Metric, Task
 
@@ -66,8 +67,10 @@ def check_defined(task: Task, labels: Sequence[str], examples: Sequence[Example]
             )
         if name == "f1" and 1 not in kinds:
             raise TaskDataError(f"{where}: f1 is not defined, since no example has the label {labels[1]!r}")
-        if name == "span_f1" and not any(entities([labels[t] for t in tags]) for tags in gold):
+        if name == "span_f1" and not any(map(scheme_of(labels).entities, ([labels[t] for t in tags] for tags in gold))):
             raise TaskDataError(f"{where}: span_f1 is not defined, since no word is part of an entity")
+        if name in ("micro_f1", "macro_f1") and task.head == "multi_label" and not any(map(any, gold)):
+            raise TaskDataError(f"{where}: {name} is not defined, since no example has a label")
 
 
 def is_better(metric: Metric, value: float | None, best: float | None) -> bool:
@@ -82,9 +85,11 @@ def correlation(function: Callable[..., tuple[float, float]]) -> Callable[[Score
 
     def metric(scored: Scored) -> float | None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", stats.ConstantInputWarning)
-            warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-            value = float(function(scored.gold, scored.values)[0])
+            warnings.simplefilter("error", stats.DegenerateDataWarning)
+            try:
+                value = float(function(scored.gold, scored.values)[0])
+            except stats.DegenerateDataWarning:  # equal, or equal but for rounding: what is left is noise
+                return None
         return value if np.isfinite(value) else None
 
     return metric
@@ -162,24 +167,12 @@ def answer_f1(found: str, gold: str) -> float:
     return 2 * shared / (len(found_words) + len(gold_words))
 
 
-def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Type, first and behind-last word of the entities in IOB2 (or IOB1) tags, as conlleval reads them, or in IOBES."""
-    found, start, kind = set(), 0, ""
-    for number, tag in enumerate([*tags, "O"]):
-        prefix, _, this = tag.partition("-")
-        if kind and (prefix not in ("I", "E") or this != kind):
-            found.add((kind, start, number))
-            kind = ""
-        if prefix in ("B", "I", "E", "S") and not kind:
-            start, kind = number, this
-    return found
-
-
 def span_f1(scored: Scored) -> float:
     """F1 over whole entities (CoNLL)."""
+    scheme = scheme_of(scored.labels)
     counts = np.zeros(3)
     for gold, found in zip(scored.gold, scored.values, strict=True):
-        right, given = (entities([scored.labels[t] for t in tags]) for tags in (gold, found))
+        right, given = (scheme.entities([scored.labels[t] for t in tags]) for tags in (gold, found))
         counts += len(right & given), len(right), len(given)
     return float(2 * counts[0] / max(1, counts[1] + counts[2]))
 

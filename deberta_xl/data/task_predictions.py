@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deberta_xl.data.entity_tags import outside_of
 from deberta_xl.data.task_features import Feature, TaskData
 from deberta_xl.errors import UserError
 
@@ -71,10 +72,11 @@ def decode_labels(_data: TaskData, _example: int, windows: Windows) -> Predictio
 
 
 def decode_tags(data: TaskData, example: int, windows: Windows) -> Prediction:
-    """A tag per word; words that were cut off get `O`, or the first tag where there is no `O`."""
+    """A tag per word; words that were cut off are outside entities, or get the first tag where none says so."""
     ((feature, logits),) = windows
     tags = np.argmax(logits[feature.places], -1).tolist()
-    outside = data.labels.index("O") if "O" in data.labels else 0
+    name = outside_of(data.labels)
+    outside = 0 if name is None else data.labels.index(name)
     missing = len(data.examples[example].texts) - len(tags)
     return Prediction(tuple([*tags, *[outside] * missing]), None)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from deberta_xl.data.label_names import is_missing
 from deberta_xl.data.records import Record, TaskDataError, read_records
 from deberta_xl.data.task_formats import FORMATS, as_text
 from deberta_xl.data.tasks import PAIR_FORMATS, Example, Source, Task
+from deberta_xl.data.word_lines import read_words
 from deberta_xl.log import rank_zero
 
 LABELLED = ("train", "valid")
@@ -60,7 +63,7 @@ def records_of(source: Source, path: Path) -> Iterator[Record]:
         yield from read_records(path, source.header, skips_broken=source.skips_broken_rows)
         return
     try:
-        yield from FORMATS[source.format](path)
+        yield from read_words(path, source) if source.format == "conll" else FORMATS[source.format](path)
     except TaskDataError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -135,34 +138,55 @@ class ExampleReader:
         name = self.source.label or {"token": "tags", "span": "answers"}.get(head, "label")
         is_required = self.needs_label and self.source.label is not None
         value = self.column(record, name) if is_required else record.fields.get(name)
-        if value is None or (value == "" and head != "multi_label") or as_text(value) in self.source.secret_labels:
+        if value is None or as_text(value) in self.source.secret_labels:
             return None
         if head == "span":
             return self.answers(record, value)
         if head == "token":
-            if isinstance(value, list) and None in value:
-                return None
-            tags = tuple(map(self.name_of, value if isinstance(value, (list, tuple)) else str(value).split()))
-            words = len(self.texts(record))
-            if len(tags) != words:
-                raise TaskDataError(f"{record.place}: {words} words, but {len(tags)} tags")
-            return tags
+            return self.tags(record, value)
         if head == "multi_label":
-            parts = value if isinstance(value, (list, tuple)) else str(value).split(self.source.separator)
-            return tuple(self.name_of(part) for part in parts if as_text(part).strip())
-        if head in ("regression", "choice"):
-            return self.number(record, name, value)
-        return self.name_of(value)
+            return self.topics(record, value)
+        if is_missing(value) and not (head == "regression" and isinstance(value, float)):
+            return None
+        return self.number(record, name, value) if head in ("regression", "choice") else self.name_of(record, value)
 
-    def name_of(self, value: Any) -> str:
-        """The task's name of a label."""
+    def tags(self, record: Record, value: Any) -> tuple[str, ...] | None:
+        """A tag for each word; None where one is not told."""
+        parts = value if isinstance(value, (list, tuple)) else () if is_missing(value) else str(value).split()
+        if any(map(is_missing, parts)) or (not parts and is_missing(value)):
+            return None
+        tags = tuple(self.name_of(record, part) for part in parts)
+        words = len(self.texts(record))
+        if len(tags) != words:
+            raise TaskDataError(f"{record.place}: {words} words, but {len(tags)} tags")
+        return tags
+
+    def topics(self, record: Record, value: Any) -> tuple[str, ...] | None:
+        """Several labels, or none: an empty list or text; None where they are not told (NaN)."""
+        if isinstance(value, (list, tuple)):
+            if missing := [part for part in value if is_missing(part)]:
+                raise TaskDataError(f"{record.place}: {missing[0]!r} among the labels {value!r} is none; leave it out")
+            return tuple(self.name_of(record, part) for part in value)
+        if isinstance(value, float) and is_missing(value):
+            return None
+        parts = value.split(self.source.separator) if isinstance(value, str) else [value]
+        return tuple(self.name_of(record, part) for part in parts if not is_missing(part))
+
+    def name_of(self, record: Record, value: Any) -> str:
+        """The task's name of a label. Raises TaskDataError for a list, an object, bytes, …"""
+        if not isinstance(value, (str, bool, int, float, Decimal)):
+            raise TaskDataError(
+                f"{record.place}: the label {value!r} is a {type(value).__name__}; a text, a number or a truth value "
+                "is expected (several labels of an example are for the head multi_label)"
+            )
         text = as_text(value).strip()
         return self.source.label_names.get(text, text)
 
     def number(self, record: Record, name: str, value: Any) -> float:
         """A label that is a number."""
+        text = self.name_of(record, value)
         try:
-            number = float(self.name_of(value))
+            number = float(text if "_" not in text else "no number")  # Python's 1_000 is nobody's
         except ValueError:
             raise TaskDataError(f"{record.place}: column {name!r} holds {value!r}, a number is expected") from None
         if number != number or abs(number) == float("inf"):

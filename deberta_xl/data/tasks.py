@@ -16,6 +16,7 @@ from pydantic import Field
 
 from deberta_xl.architecture import HeadKind
 from deberta_xl.config_file import nearest
+from deberta_xl.data.label_names import in_plain_sight
 from deberta_xl.errors import ConfigError
 from deberta_xl.strict import frozen
 
@@ -123,8 +124,12 @@ class Task:
         for metric in self.metrics:
             if metric not in METRICS_OF[self.head]:
                 raise ConfigError(f"metric {metric} is not for head {self.head}; choose of {METRICS_OF[self.head]}")
-        if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            raise ConfigError(f"labels={self.labels} names a label twice")
+        plain = [in_plain_sight(label) for label in self.labels or ()]
+        for number, label in enumerate(plain):
+            if label in plain[:number] or not label:
+                first, second = self.labels[plain.index(label)], self.labels[number]
+                what = f"names a label twice: {first!a} and {second!a}" if label else f"has the empty label {second!a}"
+                raise ConfigError(f"labels={self.labels} {what}")
 
     @property
     def takes_pairs(self) -> bool:

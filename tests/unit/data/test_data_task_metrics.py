@@ -11,7 +11,7 @@ from task_files import write_task
 from deberta_xl.data.records import TaskDataError
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_labels import encode_labels, labels_of
-from deberta_xl.data.task_metrics import answer_f1, check_defined, entities, evaluate_metrics, is_better
+from deberta_xl.data.task_metrics import answer_f1, check_defined, evaluate_metrics, is_better
 from deberta_xl.data.task_predictions import Prediction, PredictionError, predictions_of
 from deberta_xl.data.task_reading import read_split
 from deberta_xl.data.task_submission import submission
@@ -59,10 +59,15 @@ def test_f1_of_three_labels_is_refused():
         check_defined(task_of("classification", "f1"), list("abc"), examples, where="here")
 
 
-def test_entities_are_read_in_either_alphabet():
-    expected = {("X", 0, 2), ("Y", 3, 4)}
-    assert entities(["B-X", "I-X", "O", "B-Y"]) == expected
-    assert entities(["B-X", "E-X", "O", "S-Y"]) == expected
+def test_predictions_that_differ_by_rounding_alone_are_as_good_as_equal():
+    found = [1.0, 1.0 + 1e-15, 1.0]
+    assert score(task_of("regression", "pearson"), [], [1.0, 2.0, 4.0], found) == {"pearson": None}
+
+
+def test_several_labels_of_which_none_comes_leave_f1_undefined():
+    examples = [Example(str(n), ("x",), (0.0, 0.0)) for n in range(2)]
+    with pytest.raises(TaskDataError, match="micro_f1 is not defined, since no example has a label"):
+        check_defined(task_of("multi_label", "micro_f1"), ["a", "b"], examples, where="here")
 
 
 def test_outputs_that_are_no_numbers_are_no_prediction(small_dataset):
@@ -89,10 +94,7 @@ def test_data_on_which_a_metric_has_no_meaning_are_refused(metric, gold, message
         check_defined(task_of("classification", metric), ["no", "yes"], examples, where="here")
 
 
-def test_entities_are_read_as_conlleval_does():
-    assert entities(["B-PER", "I-PER", "O", "B-LOC", "B-LOC"]) == {("PER", 0, 2), ("LOC", 3, 4), ("LOC", 4, 5)}
-    # IOB1: an entity may begin with I; another type ends it.
-    assert entities(["I-PER", "I-LOC", "I-LOC", "O"]) == {("PER", 0, 1), ("LOC", 1, 3)}
+def test_whole_entities_are_scored():
     labels = ["O", "B-PER", "I-PER"]
     scores = score(task_of("token", "span_f1", "accuracy"), labels, [(1, 2, 0), (1, 0)], [(1, 2, 0), (1, 2)])
     # One of two entities is found; the other one is too long.
