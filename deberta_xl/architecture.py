@@ -7,7 +7,8 @@ from typing import Literal
 from deberta_xl.errors import ConfigError
 from deberta_xl.strict import at_least, divisors, frozen, positive, probability
 
-Activation = Literal["gelu", "relu", "tanh"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "tanh", "silu"]
+"""`gelu` is the exact, erf form; `gelu_tanh` its approximation, `gelu_new` and `gelu_fast` of transformers."""
 HeadKind = Literal["classification", "regression", "multi_label", "token", "span", "choice"]
 
 EMD_PASSES = 2
@@ -43,6 +44,9 @@ class DebertaConfig:
     """Farthest distance told apart; max_position_embeddings when unset."""
     position_buckets: int = 256
     """Logarithmic buckets on each side of the relative table (k); 0 gives every distance its own row (v1)."""
+    bucket_rule: Literal["original", "transformers"] = "original"
+    """How distances fall into buckets. In sequences longer than max_relative_positions, `original` puts those beyond it
+    into the last bucket; `transformers` reads row 0 of the table for them, which shorter sequences never train."""
     pos_att_type: Literal["c2p", "c2p|p2c"] = "c2p|p2c"
     """Position terms of eq. (4): content-to-position, and position-to-content."""
     share_att_key: bool = True
@@ -60,7 +64,7 @@ class DebertaConfig:
     conv_act: Activation = "gelu"
     """Activation after the n-gram convolution."""
     hidden_act: Activation = "gelu"
-    """Activation of the feed-forward block and of the head; gelu is the exact, erf form."""
+    """Activation of the feed-forward block and of the head."""
     hidden_dropout: float = 0.1
     """Dropout on embeddings, the relative table and every sublayer's output."""
     attention_dropout: float = 0.1
@@ -147,10 +151,15 @@ class HeadConfig:
     """Classes; 1 for regression and choice, 2 (first and last) for spans."""
     dropout: float = 0.1
     """Before the last projection."""
+    pooler_act: Activation = "gelu"
+    """Behind the projection of [CLS], where the head reads that."""
+    pooler_dropout: float = 0.0
+    """Before the projection of [CLS]."""
 
     def __post_init__(self) -> None:
         at_least(1, num_labels=self.num_labels)
         probability("dropout", self.dropout)
+        probability("pooler_dropout", self.pooler_dropout)
         fixed = {"regression": 1, "choice": 1, "span": 2}.get(self.kind, self.num_labels)
         if self.num_labels != fixed:
             raise ConfigError(f"num_labels={self.num_labels}: a head of kind {self.kind!r} has {fixed}")

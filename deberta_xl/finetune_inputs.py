@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from deberta_xl.log import rank_zero
 from deberta_xl.parallel.grid import Grid, check_divisible
 
 if TYPE_CHECKING:
+    from deberta_xl.checkpoint.foreign_heads import Pooling
     from deberta_xl.checkpoint.head_facts import HeadFacts
 
 TRAIN, VALID = "train", "valid"
@@ -71,7 +73,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     if config.train.class_weights != "none" and not task.has_classes:
         raise ConfigError(f"train.class_weights=balanced: a {task.head} has no classes to weigh; leave it at none")
     examples = read_examples(task, config)
-    architecture, tokenizer_folder = describe_init(config)
+    architecture, pooling, tokenizer_folder = describe_init(config)
     check_divisible(architecture, grid.tensor_parallel_size)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > architecture.vocab_size:
@@ -83,7 +85,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
             check_defined(task, labels, of_split.examples, where=f"{config.task.data}, {split}")
     if "span_f1" in task.metrics:
         rank_zero("entities are read from tags of the scheme %s", scheme_of(labels).name)
-    head = describe_head(task, labels, architecture, config)
+    head = describe_head(task, labels, architecture, pooling, config)
     total_steps = config.train.total_steps(len(data[TRAIN]))
     weights = weights_of_classes(task, head, data[TRAIN], config)
     return Inputs(
@@ -142,13 +144,13 @@ def hold_out(task: Task, examples: Sequence[Example], share: float) -> tuple[lis
     return parts
 
 
-def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Path]:
-    """Architecture and tokenizer folder of the checkpoint to start from; its weights are read and verified later."""
+def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Pooling, Path]:
+    """Architecture, pooler and tokenizer folder of the checkpoint to start from; its weights are read later."""
     from deberta_xl.fill_mask import find_tokenizer
-    from deberta_xl.finetuned import peek
+    from deberta_xl.finetuned import peek, peek_pooling
 
     folder, architecture = peek(Path(config.train.init))
-    return config.model.applied_to(architecture), find_tokenizer(folder)
+    return config.model.applied_to(architecture), peek_pooling(folder, architecture), find_tokenizer(folder)
 
 
 def tokenize(
@@ -179,7 +181,9 @@ def tokenize(
     return data
 
 
-def describe_head(task: Task, labels: Sequence[str], architecture: DebertaConfig, config: FinetuneConfig) -> HeadFacts:
+def describe_head(
+    task: Task, labels: Sequence[str], architecture: DebertaConfig, pooling: Pooling, config: FinetuneConfig
+) -> HeadFacts:
     """The head that the task needs, and what has to be known to use it."""
     from deberta_xl.checkpoint.head_facts import HeadFacts
 
@@ -187,6 +191,8 @@ def describe_head(task: Task, labels: Sequence[str], architecture: DebertaConfig
     num_labels = len(labels) if task.has_classes else 2 if task.head == "span" else 1
     dropout = architecture.hidden_dropout if chosen is None else chosen
     head = HeadConfig(kind=task.head, num_labels=num_labels, dropout=dropout)
+    if head.is_pooled:
+        head = dataclasses.replace(head, **pooling._asdict())
     normalized_twice = bool(config.sift.weight) and config.sift.resolved().entry == "normalized_twice"
     lengths = config.model.sequence_length, config.model.document_stride
     return HeadFacts(head, list(labels), task, *lengths, normalized_twice)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign
+from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, read_config_fields
+from deberta_xl.checkpoint.foreign_config import activation_there
+from deberta_xl.checkpoint.foreign_heads import Pooling, read_foreign_task, read_pooling
 from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name
 from deberta_xl.checkpoint.names import EXTRA
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
-from deberta_xl.checkpoint.task_export import read_foreign_task
+from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, read_weights, write_weights
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import rank_zero
@@ -46,6 +48,28 @@ def best_or_itself(directory: Path) -> Path:
 def peek(directory: Path) -> tuple[Path, DebertaConfig]:
     """`pretrained.peek`, of a fine-tuning run into its best weights; `find_init` verifies them."""
     return peek_pretrained(best_or_itself(directory))
+
+
+def peek_pooling(folder: Path, architecture: DebertaConfig) -> Pooling:
+    """What stands behind [CLS] in a folder given by `peek`: a head that starts from its weights computes the same.
+
+    Raises ConfigError when its configuration asks for what we do not compute.
+    """
+    try:
+        if is_foreign_folder(folder):
+            return read_pooling(read_config_fields(folder) or {})
+        if (folder / HEAD_NAME).is_file():
+            head = read_head(folder).head
+            return Pooling(head.pooler_act, head.pooler_dropout)
+        origin = Origin.read(folder / ORIGIN_NAME)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init: {error}") from error
+    if origin is None:
+        return Pooling()
+    model_type = "deberta-v2" if origin.kind == "huggingface" else None
+    return read_pooling(
+        origin.fields | {"model_type": model_type, "hidden_act": activation_there(architecture.hidden_act)}
+    )
 
 
 def find_init(directory: Path) -> Path:
@@ -166,9 +190,11 @@ def projection_for(
 
 def described_head(folder: Path) -> tuple[str, list[str]]:
     """What a fine-tuned folder says of its head: its kind and its classes."""
-    if not is_foreign_folder(folder):
+    if (folder / HEAD_NAME).is_file():
         facts = read_head(folder)
         return facts.head.kind, facts.labels
+    if not is_foreign_folder(folder):  # converted from a model for a task
+        return "unknown", []
     try:
         _, facts, _ = read_foreign_task(folder)
     except CheckpointError:  # a class of transformers' that is not ours

@@ -101,10 +101,13 @@ def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], sour
 def computed_by(config: DebertaConfig) -> dict[str, object]:
     """What a model computes without dropout, as far as its configuration decides it: equal for equal functions.
 
-    Unset sizes count as what they stand for; the convolution's activation counts only where there is a convolution.
+    Unset sizes count as what they stand for; the convolution's activation counts only where there is a convolution,
+    and another rule than the original's for buckets only where a sequence can be longer than the reach.
     """
     idle = {"model_type", "hidden_dropout", "attention_dropout", "initializer_range"}
     idle |= set() if config.conv_kernel_size else {"conv_act", "conv_groups"}
+    is_within_reach = config.relative_reach >= config.max_position_embeddings or not config.position_buckets
+    idle |= {"bucket_rule"} if is_within_reach or config.bucket_rule == "original" else set()
     sizes = {
         "head_dim": config.head_size,
         "embedding_size": config.embedding_width,
@@ -129,7 +132,12 @@ def load_initial_weights(model: MaskedLanguageModel, folder: Path) -> None:
 def check_same_architecture(here: DebertaConfig, there: DebertaConfig, folder: Path) -> None:
     """Raise ConfigError when the model in `folder` differs from the one to be trained in more than dropout."""
     ours, theirs = computed_by(here), computed_by(there)
-    different = [key for key in ours if ours[key] != theirs[key]]
+    # What only one of them has to say (of a convolution, say) is the other's configuration, if of no effect there.
+    values = {key: (getattr(there, key), getattr(here, key)) for key in ours.keys() ^ theirs.keys()}
+    values |= {key: (theirs[key], ours[key]) for key in ours.keys() & theirs.keys()}
+    different = {key: values[key] for key in {**ours, **theirs} if values[key][0] != values[key][1]}
     if different:
-        pairs = ", ".join(f"{key} is {theirs[key]} there, {ours[key]} here" for key in different)
+        pairs = ", ".join(
+            f"{key} is {of_theirs} there, {of_ours} here" for key, (of_theirs, of_ours) in different.items()
+        )
         raise ConfigError(f"train.init={folder}: another architecture: {pairs}")

@@ -6,20 +6,23 @@ model's. The destination appears whole, verified where asked for, or not at all.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.dialect import Dialect, can_be_fused, write_dialect
 from deberta_xl.checkpoint.edits import Edits, apply_edits, average_of_newest
 from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, read_config_fields
-from deberta_xl.checkpoint.foreign_config import other_fields, to_huggingface_config, to_microsoft_config
+from deberta_xl.checkpoint.foreign_config import to_huggingface_config, to_microsoft_config
+from deberta_xl.checkpoint.foreign_fields import other_fields
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.checkpoint.model_card import model_card
+from deberta_xl.checkpoint.model_card import STATE_NAME, model_card
 from deberta_xl.checkpoint.native_config import native_config
 from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Kind, Pretrained, describe_fresh
 from deberta_xl.checkpoint.tensor_writer import (
@@ -165,7 +168,7 @@ def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, 
     files = {CONFIG_NAME: json_bytes(fields)}
     tokenizer = load_tokenizer(model)
     if tokenizer is not None:
-        files |= tokenizer_files(tokenizer, max_length=model.config.max_position_embeddings)
+        files |= tokenizer_files(tokenizer, max_length=trained_length(model))
     else:
         files |= plain_files(model)
     if conversion.with_card:
@@ -176,7 +179,10 @@ def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, 
 
 def write_microsoft(partial: Path, model: Pretrained, _conversion: Conversion, advance: Advance) -> None:
     """A folder for the original code: `model_config.json`, `pytorch_model.bin`, `spm.model`."""
+    check_expressible_in_the_original(model.config)
     dialect = choose_dialect(model)._replace(prefix="deberta.", is_legacy=False)
+    # The original takes v1's fused projections apart only together with those of position-to-content.
+    dialect = dialect._replace(is_fused=dialect.is_fused and model.config.has_position_to_content)
     fields = to_microsoft_config(model.config) | (other_fields(model.origin.fields) if model.origin else {})
     tokenizer = load_tokenizer(model)
     files = {MODEL_FILE: tokenizer.spm_model} if tokenizer is not None else plain_files(model)
@@ -200,11 +206,7 @@ def choose_dialect(model: Pretrained) -> Dialect:
 def check_expressible(model: Pretrained) -> None:
     """Refuse what transformers' DeBERTa cannot hold; warn of what it computes differently."""
     config = model.config
-    if config.attention_size != config.hidden_size:
-        raise CheckpointError(
-            f"{config.num_heads} heads of {config.head_size} make {config.attention_size}, not hidden_size="
-            f"{config.hidden_size}: transformers' DeBERTa-v2 has no such attention"
-        )
+    refuse_other_width(config, "transformers' DeBERTa-v2 has no such attention")
     if config.embedding_width != config.hidden_size:
         logger.warning(
             "embedding_size=%d differs from hidden_size=%d: AutoModel loads the export, but transformers has no such "
@@ -212,12 +214,47 @@ def check_expressible(model: Pretrained) -> None:
             config.embedding_width,
             config.hidden_size,
         )
-    if config.relative_reach < config.max_position_embeddings:
-        logger.warning(
-            "transformers gives other values for sequences longer than max_relative_positions=%d (it reads a row of "
-            "the relative table that is never trained)",
-            config.relative_reach,
+    warn_of_other_buckets(config, "transformers", "it reads a row of the relative table that is never trained")
+
+
+def check_expressible_in_the_original(config: DebertaConfig) -> None:
+    """Refuse what the original code cannot hold; warn of what it computes differently."""
+    refuse_other_width(config, "the original has a square output projection")
+    if "gelu_tanh" in (config.hidden_act, config.conv_act if config.conv_kernel_size else None):
+        raise CheckpointError(
+            "an activation is gelu_tanh, which the original does not have; it has gelu, relu, tanh, silu"
         )
+    warn_of_other_buckets(config, "original", "those beyond it share the last bucket there")
+
+
+def refuse_other_width(config: DebertaConfig, why: str) -> None:
+    """Refuse heads that together are not as wide as the states."""
+    if config.attention_size != config.hidden_size:
+        raise CheckpointError(
+            f"{config.num_heads} heads of {config.head_size} make {config.attention_size}, not hidden_size="
+            f"{config.hidden_size}: {why}"
+        )
+
+
+def warn_of_other_buckets(config: DebertaConfig, rule_there: str, why: str) -> None:
+    """Say from which length on the destination computes something else: where distances fall into other buckets."""
+    reach = config.relative_reach
+    if config.position_buckets and config.bucket_rule != rule_there and reach < config.max_position_embeddings:
+        logger.warning(
+            "the export gives other values for sequences of more than max_relative_positions=%d tokens, from %d on: %s",
+            reach,
+            reach + 1,
+            why,
+        )
+
+
+def trained_length(model: Pretrained) -> int:
+    """The longest sequence that a model was trained on, as far as is recorded; the longest it takes otherwise."""
+    path = model.folder / STATE_NAME
+    prints = json.loads(path.read_bytes()).get("fingerprints", {}) if path.is_file() else {}
+    return min(
+        prints.get("sequence_length") or model.config.max_position_embeddings, model.config.max_position_embeddings
+    )
 
 
 # The tokenizer

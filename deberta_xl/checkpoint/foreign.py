@@ -8,7 +8,8 @@ from typing import Any
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.dialect import needs_generator, read_dialect
-from deberta_xl.checkpoint.foreign_config import from_foreign_config, other_fields
+from deberta_xl.checkpoint.foreign_config import from_foreign_config
+from deberta_xl.checkpoint.foreign_fields import other_fields
 from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.native_config import MODEL_TYPE, explain

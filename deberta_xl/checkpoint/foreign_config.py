@@ -5,32 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.architecture import Activation, DebertaConfig
+from deberta_xl.checkpoint.foreign_fields import RENAMED, refuse_unknown
 from deberta_xl.errors import ConfigError
 
-#: Fields that differ in name only.
-RENAMED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "head_dim": "attention_head_size",
-    "intermediate_size": "intermediate_size",
-    "embedding_size": "embedding_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "max_relative_positions": "max_relative_positions",
-    "position_buckets": "position_buckets",
-    "share_att_key": "share_att_key",
-    "position_biased_input": "position_biased_input",
-    "type_vocab_size": "type_vocab_size",
-    "conv_kernel_size": "conv_kernel_size",
-    "conv_groups": "conv_groups",
-    "conv_act": "conv_act",
-    "hidden_act": "hidden_act",
-    "hidden_dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "layer_norm_eps": "layer_norm_eps",
-    "initializer_range": "initializer_range",
+#: Names of activations there, and ours; of those of one function, the first is the one written.
+ACTIVATION_NAMES: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+    "tanh": "tanh",
+    "swish": "silu",
+    "silu": "silu",
 }
 
 #: What the original release assumes where a field is absent, and we assume differently.
@@ -40,46 +31,106 @@ ABSENT = {"conv_act": "tanh", "position_buckets": 0, "position_biased_input": Tr
 UNSET_BELOW_ONE = ("max_relative_positions", "embedding_size", "head_dim")
 
 
+#: What transformers assumes where its configuration of v2 and v3 says nothing, and the original and we do otherwise.
+ABSENT_IN_V2 = {
+    "vocab_size": 128100,
+    "hidden_size": 1536,
+    "num_layers": 24,
+    "num_heads": 24,
+    "intermediate_size": 6144,
+}
+
+#: What v1 does not have. transformers' class for it ignores these fields, the original does not.
+NOT_IN_V1 = {
+    "position_buckets": lambda value: value > 0,
+    "share_att_key": bool,
+    "conv_kernel_size": lambda value: value > 0,
+    "norm_rel_ebd": lambda value: str(value).strip().lower() != "none",
+}
+
+
 def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
     """The architecture described by a released `config.json` or `model_config.json`.
 
-    Raises ConfigError for what cannot be a DeBERTa of ours: no relative attention, or unknown position terms.
+    Raises ConfigError for what cannot be a DeBERTa of ours: no relative attention, or unknown position terms, and for
+    every field that says what we do not compute.
     """
     if not fields.get("relative_attention", False):
         raise ConfigError("config.json says relative_attention=false: that is a BERT, not a DeBERTa")
-    values = dict(ABSENT)
+    refuse_unknown(fields)
+    refuse_v1_with_parts_of_v2(fields)
+    values = ABSENT | (ABSENT_IN_V2 if fields.get("model_type") == "deberta-v2" else {})
     values |= {ours: fields[theirs] for ours, theirs in RENAMED.items() if fields.get(theirs) is not None}
     for name in UNSET_BELOW_ONE:
         if isinstance(values.get(name), int) and values[name] < 1:
             del values[name]
     if isinstance(values["position_buckets"], int) and values["position_buckets"] < 0:
         values["position_buckets"] = 0
+    for name in ("hidden_act", "conv_act"):
+        if name in values:
+            values[name] = activation(name, values[name])
     values["pos_att_type"] = position_terms(fields.get("pos_att_type", "none"))
-    values["normalize_relative_table"] = "layer_norm" in str(fields.get("norm_rel_ebd", "none")).lower()
+    values["normalize_relative_table"] = has_normalized_table(fields.get("norm_rel_ebd"))
+    values["bucket_rule"] = bucket_rule(fields)
     return DebertaConfig(**values)
+
+
+def refuse_v1_with_parts_of_v2(fields: Mapping[str, Any]) -> None:
+    """Raise ConfigError when a configuration of v1 asks for what only v2 has: its two readers disagree."""
+    if fields.get("model_type") != "deberta":
+        return
+    for name, is_asked_for in NOT_IN_V1.items():
+        if fields.get(name) is not None and is_asked_for(fields[name]):
+            raise ConfigError(
+                f"{name}={fields[name]!r}, but model_type='deberta' (v1) has no such thing: transformers would leave "
+                "it out; say model_type='deberta-v2', or delete the field"
+            )
+
+
+def activation(name: str, value: Any) -> Activation:
+    """Ours for the activation that the field `name` asks for."""
+    if value not in ACTIVATION_NAMES:
+        raise ConfigError(f"{name}={value!r} is not supported; known: {', '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[value]
+
+
+def activation_there(ours: Activation) -> str:
+    """The name of an activation that transformers reads; the original reads it, too, save for `gelu_new`."""
+    return next(theirs for theirs, name in ACTIVATION_NAMES.items() if name == ours)
+
+
+def has_normalized_table(value: Any) -> bool:
+    """What `norm_rel_ebd` says."""
+    terms = {term.strip() for term in str("none" if value is None else value).lower().split("|")}
+    if terms - {"none", "layer_norm", ""}:
+        raise ConfigError(f"norm_rel_ebd={value!r} is not supported; known: 'none' and 'layer_norm'")
+    return "layer_norm" in terms
+
+
+def bucket_rule(fields: Mapping[str, Any]) -> str:
+    """How distances fall into buckets.
+
+    What transformers has saved was trained, or last checked, with its rule, whatever it had been read from. Microsoft's
+    releases, on the Hub too, were trained by the original code, never beyond their reach, and say no version of
+    transformers: they keep the original's rule, which stays at trained rows.
+    """
+    is_saved_by_transformers = bool(fields.get("model_type") and fields.get("transformers_version"))
+    has_buckets = isinstance(buckets := fields.get("position_buckets"), int) and buckets > 0
+    if is_saved_by_transformers and has_buckets:
+        return "transformers"
+    return fields.get("bucket_rule") or "original"
 
 
 def position_terms(value: str | list[str]) -> str:
     """`pos_att_type` in our spelling, from "p2c|c2p" or ["p2c", "c2p"]."""
-    listed = value.lower().split("|") if isinstance(value, str) else value
-    terms = set(map(str, listed)) if isinstance(listed, list) else set()
-    if terms == {"c2p"}:
+    listed = [term.strip() for term in value.lower().split("|")] if isinstance(value, str) else value
+    # A term named twice would count twice in transformers' scale of v1, and once in that of v2.
+    terms = sorted(map(str, listed)) if isinstance(listed, list) else []
+    if terms == ["c2p"]:
         return "c2p"
-    if terms == {"c2p", "p2c"}:
+    if terms == ["c2p", "p2c"]:
         return "c2p|p2c"
     raise ConfigError(f"pos_att_type={value!r} is not supported; known: 'c2p' and 'c2p|p2c'")
-
-
-#: Fields that the functions below compute from the architecture, besides RENAMED.
-COMPUTED = ("relative_attention", "pos_att_type", "norm_rel_ebd", "padding_idx", "pad_token_id", "model_type", "legacy")
-#: Fields that describe a file, not a model, and are written anew; or that point to programs, and are never passed on.
-OF_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map")
-
-
-def other_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a released configuration says beyond the architecture (pooling, labels, …): kept for the way back."""
-    known = {*RENAMED.values(), *COMPUTED, *OF_THE_FILE}
-    return {name: value for name, value in fields.items() if name not in known}
 
 
 def to_microsoft_config(config: DebertaConfig) -> dict[str, Any]:
@@ -92,6 +143,9 @@ def to_microsoft_config(config: DebertaConfig) -> dict[str, Any]:
         "position_buckets": config.position_buckets or -1,
         "pos_att_type": config.pos_att_type,
         "norm_rel_ebd": "layer_norm" if config.normalize_relative_table else "none",
+        "hidden_act": activation_there(config.hidden_act),
+        "conv_act": activation_there(config.conv_act),
+        "bucket_rule": config.bucket_rule,
         "padding_idx": 0,
     }
 

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.architecture import DebertaConfig, HeadConfig
@@ -20,6 +19,7 @@ from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings
 from deberta_xl.model.encoder import Encoder, recompute
 from deberta_xl.model.initialization import initialize_weights
+from deberta_xl.model.layer import ACTIVATIONS
 from deberta_xl.model.masked_lm import read_mask
 
 Perturb = Callable[[Tensor], Tensor]
@@ -34,15 +34,17 @@ class Predict(Protocol):
 
 
 class Pooler(nn.Module):
-    """The state of [CLS], projected, with the activation of the original (gelu in every released model)."""
+    """The state of [CLS], projected, behind an activation."""
 
-    def __init__(self, config: DebertaConfig):
+    def __init__(self, config: DebertaConfig, head: HeadConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(head.pooler_dropout)
+        self.activation = ACTIVATIONS[head.pooler_act]
 
-    def forward(self, hidden_BSD: Tensor) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, key: DropoutKey | None = None) -> Tensor:
         """[B, S, D] -> [B, D]."""
-        return F.gelu(self.dense(hidden_BSD[:, 0]))
+        return self.activation(self.dense(self.dropout(hidden_BSD[:, 0], key)))
 
 
 class TaskModel(nn.Module):
@@ -59,7 +61,7 @@ class TaskModel(nn.Module):
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             self.embeddings = Embeddings(config)
             self.encoder = Encoder(config)
-            self.pooler = Pooler(config) if head.is_pooled else None
+            self.pooler = Pooler(config, head) if head.is_pooled else None
             self.classifier = nn.Linear(config.hidden_size, head.num_labels)
         self.dropout = Dropout(head.dropout)
         self.prediction_entry = nn.Identity()
@@ -133,7 +135,7 @@ class TaskModel(nn.Module):
             key=dropout_key,
         )
         hidden_BSD = self.prediction_entry(hidden_BSD)
-        features = hidden_BSD if self.pooler is None else self.pooler(hidden_BSD)
+        features = hidden_BSD if self.pooler is None else self.pooler(hidden_BSD, fold_key(dropout_key, "pooler"))
         logits = self.classifier(self.dropout(features, fold_key(dropout_key, "head")))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.head.kind == "regression":

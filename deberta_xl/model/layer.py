@@ -7,6 +7,7 @@ Shape suffixes of this file:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,13 @@ from deberta_xl.architecture import Activation, DebertaConfig
 from deberta_xl.model.disentangled_attention import DisentangledAttention, Memory, Pairs
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+}
 
 
 class FeedForward(nn.Module):

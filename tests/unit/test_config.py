@@ -142,7 +142,7 @@ BAD_OVERRIDES = {
     "data.train=": ["data.train=''", "at least 1 character"],
     "data.masking=Original": ["data.masking='Original'", "'unbiased' or 'original'"],
     "schedule.decay=exponential": ["schedule.decay='exponential'", "'linear', 'cosine' or 'constant'"],
-    "model.hidden_act=swish": ["model.hidden_act='swish'", "'gelu', 'relu' or 'tanh'"],
+    "model.hidden_act=swish": ["model.hidden_act='swish'", "'tanh' or 'silu'"],
     "model.pos_att_type=p2c": ["model.pos_att_type='p2c'", "'c2p|p2c'"],
     # Ranges.
     "train.steps=0": ["train.steps=0", "at least 1"],

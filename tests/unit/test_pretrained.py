@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 import torch
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.errors import ConfigError
-from deberta_xl.pretrained import DebertaForMaskedLM, load_initial_weights
+from deberta_xl.pretrained import DebertaForMaskedLM, check_same_architecture, load_initial_weights
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
 SIZES = {"position_buckets": 4, "max_position_embeddings": 16}
@@ -50,3 +54,32 @@ def test_weights_of_a_model_that_computes_something_else_are_refused_in_words(tm
     build(1, **options).save_pretrained(tmp_path / "source")
     with pytest.raises(ConfigError, match=words):
         load_initial_weights(build(2), tmp_path / "source")
+
+
+# Values of the optional parts of an architecture, other than those of `build`.
+OTHER = {
+    "conv_kernel_size": 3, "position_biased_input": True, "type_vocab_size": 2, "normalize_relative_table": False,
+    "share_att_key": False, "pos_att_type": "c2p", "position_buckets": 0, "layer_norm_eps": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("is_here", [True, False], ids=["here", "there"])
+def test_any_difference_of_architecture_is_named_whichever_side_has_the_part(name, is_here):
+    plain, other = build(1).config, build(1, **{name: OTHER[name]}).config
+    here, there = (other, plain) if is_here else (plain, other)
+    words = f"another architecture: .*{name} is {getattr(there, name)} there, {getattr(here, name)} here"
+    with pytest.raises(ConfigError, match=words.replace("|", r"\|")):
+        check_same_architecture(here, there, Path("start"))
+
+
+@pytest.mark.parametrize(("reach", "is_refused"), [(8, True), (16, False)])
+def test_another_rule_for_buckets_matters_only_where_sequences_are_longer_than_the_reach(reach, is_refused):
+    here, there = build(1, max_relative_positions=reach), build(1, max_relative_positions=reach)
+    there = dataclasses.replace(there.config, bucket_rule="transformers")
+    with (
+        pytest.raises(ConfigError, match="bucket_rule is transformers there, original here")
+        if is_refused
+        else nullcontext()
+    ):
+        check_same_architecture(here.config, there, Path("start"))

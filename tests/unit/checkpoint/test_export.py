@@ -226,13 +226,17 @@ def test_a_run_folder_stands_for_its_newest_checkpoint_of_any_layout(native, tmp
         state = {kind: {name: factor * weight for name, weight in weights.items()} for kind in KINDS}
         names = [path.name for path in write_state(checkpoint, state, cuts=[1000, 77777])]
         config = json.dumps(native_config(model.config)).encode()
+        trained = {"state.json": json.dumps({"step": step, "fingerprints": {"sequence_length": 12}}).encode()}
         names += write_files(
-            checkpoint, {"config.json": config} | below("tokenizer", Tokenizer.load(folder / "tokenizer").files())
+            checkpoint,
+            {"config.json": config} | trained | below("tokenizer", Tokenizer.load(folder / "tokenizer").files()),
         )
         write_manifest(checkpoint, {name: file_facts(checkpoint / name) for name in names})
     convert(tmp_path / "run", tmp_path / "out", Conversion(to="huggingface"))
     back = DebertaForMaskedLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in back.named_parameters())
+    # The length that was trained, not the longest that the tables hold.
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 12
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "microsoft"])

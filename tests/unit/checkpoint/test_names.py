@@ -32,6 +32,7 @@ OTHER_VALUES = {
     "max_position_embeddings": 600,
     "max_relative_positions": 400,
     "position_buckets": 0,
+    "bucket_rule": "transformers",
     "pos_att_type": "c2p",
     "share_att_key": False,
     "normalize_relative_table": False,
