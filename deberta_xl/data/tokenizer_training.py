@@ -7,18 +7,22 @@ give a meaning without changing the table's shape. From 10,000 on, 100 ids are s
 
 from __future__ import annotations
 
-import io
+import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from deberta_xl.data.characters import CharacterCounts, unknown_to
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.lock import one_writer
+from deberta_xl.data.piece_training import PieceTraining
 from deberta_xl.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
+from deberta_xl.data.tokenizer_rules import TokenizerRules, character_map
 
 #: Lines that SentencePiece keeps in memory; more are sampled down. Ten million are a few GB, and plenty.
 MAX_LINES = 10_000_000
@@ -27,6 +31,8 @@ MAX_LINE = 1000
 #: The result depends on the number of threads (sums in another order), so it is fixed, whatever the machine.
 NUM_THREADS = 8
 SEED = 1
+MAX_VOCAB_SIZE = 2**24
+"""A thousand times what any released model has, and still a number that SentencePiece can count to."""
 SCORE_STEP = 2.0**-8
 """Pieces' scores (log-probabilities, down to about -20) are multiples of this. Sums up to 2^16, some 5,000 pieces, are
 then exact in SentencePiece's float32 and in float64 alike: of two splits with the same pieces in another order ("..."
@@ -44,21 +50,61 @@ def largest_vocab_size(num_pieces: int) -> int:
     return with_many if with_many >= 10_000 else min(9_999, num_pieces + reserved_ids(0))
 
 
+Show = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+"""`show(description, total)` shows progress, and gives `advance(amount, note)`: `deberta_xl.data.progress.progress`."""
+
+
+def show_nothing(description: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+    """No progress."""
+    return contextlib.nullcontext(lambda amount, note="": None)
+
+
+class TrainedTokenizer(NamedTuple):
+    """A new tokenizer, and what it made of the characters of its text."""
+
+    tokenizer: Tokenizer
+    coverage: float
+    """Share of the text's characters that was to be kept."""
+    characters: dict[str, int]
+    """Each character of the text with its count, most frequent first."""
+    lost: dict[str, int]
+    """Those among them that become [UNK]."""
+
+    @property
+    def single_characters(self) -> int:
+        """Pieces that are one character, or one byte."""
+        pieces = (self.tokenizer.id_to_piece(i) for i in range(len(SPECIAL_PIECES), self.tokenizer.num_pieces))
+        return sum(len(piece) == 1 or self.tokenizer.processor.is_byte(i) for i, piece in enumerate(pieces, 4))
+
+
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, output: str | Path, *, max_lines: int = MAX_LINES, overwrite: bool = False
-) -> Tokenizer:
+    texts: Iterable[str],
+    vocab_size: int,
+    output: str | Path,
+    *,
+    rules: TokenizerRules | None = None,
+    max_lines: int = MAX_LINES,
+    allow_smaller: bool = False,
+    overwrite: bool = False,
+    show: Show = show_nothing,
+) -> TrainedTokenizer:
     """Train on `texts` and save the tokenizer in the folder `output`; the same texts give the same tokenizer.
 
     Raises TokenizerError, and writes nothing, when the folder holds files already (with `overwrite`: other files than a
     tokenizer's), or when the text does not hold enough different words for the vocabulary; the message then names the
-    largest that works.
+    largest that works, which is taken instead where `allow_smaller`.
     """
-    output = Path(output).resolve()
+    output, rules = Path(output).resolve(), rules or TokenizerRules()
     with one_writer(output.with_name(f"{output.name}.lock")):
         check_output(output, overwrite)
-        tokenizer = Tokenizer(train_pieces(texts, vocab_size, max_lines), vocab_size)
+        spm_model, counts = train_pieces(texts, vocab_size, rules, max_lines, allow_smaller, show)
+        tokenizer = Tokenizer(spm_model, vocab_size)
+        if tokenizer.num_pieces < vocab_size - reserved_ids(vocab_size):
+            tokenizer = Tokenizer(spm_model, largest_vocab_size(tokenizer.num_pieces))
         tokenizer.save(output)
-    return tokenizer
+    characters = counts.found()
+    lost = {character: characters[character] for character in unknown_to(tokenizer, characters)}
+    return TrainedTokenizer(tokenizer, rules.coverage_for(len(characters)), characters, lost)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -75,71 +121,66 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-class KeptFailure:
-    """Keeps what iterating raised: SentencePiece turns every exception into a RuntimeError of its own."""
-
-    error: BaseException | None = None
-
-    def watch(self, lines: Iterable[str]) -> Iterator[str]:
-        """The same lines."""
-        try:
-            yield from lines
-        except (Exception, KeyboardInterrupt) as error:
-            self.error = error
-            raise
-
-
-def train_pieces(texts: Iterable[str], vocab_size: int, max_lines: int) -> bytes:
-    """The serialised SentencePiece model."""
+def train_pieces(
+    texts: Iterable[str], vocab_size: int, rules: TokenizerRules, max_lines: int, smaller: bool, show: Show
+) -> tuple[bytes, CharacterCounts]:
+    """The serialised SentencePiece model, and the characters of the text."""
     num_pieces = vocab_size - reserved_ids(vocab_size)
     if num_pieces <= len(SPECIAL_PIECES):
         raise TokenizerError(f"vocab_size={vocab_size} is too small for a vocabulary; choose some thousands")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise TokenizerError(f"vocab_size={vocab_size} is no vocabulary; choose some thousands")
     if max_lines <= 100:
         raise TokenizerError(f"max_lines={max_lines} is too few to learn from; SentencePiece needs more than 100")
+    characters = CharacterCounts(composes=rules.composes)
+    with PieceTraining(max_lines=max_lines, seed=SEED) as training:
+        training.read(training_lines(characters.watch(texts)))
+        options = fixed_options(num_pieces, max_lines, smaller) | rules.options(len(characters.found()))
+        try:
+            with show("training the tokenizer", 100) as advance:
+                model = training.train(options, advance, num_pieces)
+        except TokenizerError as error:
+            raise TokenizerError(explain(str(error), vocab_size)) from error
+    return finished(model, rules), characters
+
+
+def fixed_options(num_pieces: int, max_lines: int, smaller: bool) -> dict[str, Any]:
+    """SentencePiece's options that are no rules of the user's."""
     pad, cls, sep, unk = SPECIAL_PIECES
-    model, failure = io.BytesIO(), KeptFailure()
-    sentencepiece.set_random_generator_seed(SEED)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=failure.watch(training_lines(texts)),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=num_pieces,
-            normalization_rule_name="nmt_nfkc",
-            character_coverage=0.9995,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            pad_piece=pad,
-            bos_piece=cls,
-            eos_piece=sep,
-            unk_piece=unk,
-            input_sentence_size=max_lines,
-            shuffle_input_sentence=True,
-            max_sentence_length=8 * MAX_LINE,
-            num_threads=NUM_THREADS,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if failure.error is not None:
-            raise failure.error from None
-        raise TokenizerError(explain(str(error), vocab_size)) from error
-    return with_exact_sums(model.getvalue())
+    return {
+        "model_type": "unigram",
+        "vocab_size": num_pieces,
+        "hard_vocab_limit": not smaller,
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "pad_piece": pad,
+        "bos_piece": cls,
+        "eos_piece": sep,
+        "unk_piece": unk,
+        "input_sentence_size": max_lines,
+        "shuffle_input_sentence": True,
+        "max_sentence_length": 8 * MAX_LINE,
+        "num_threads": NUM_THREADS,
+        "minloglevel": 0,
+    }
 
 
-def with_exact_sums(spm_model: bytes) -> bytes:
-    """The same model with scores rounded to SCORE_STEP."""
+def finished(spm_model: bytes, rules: TokenizerRules) -> bytes:
+    """The same model with scores rounded to SCORE_STEP, and a character map that leaves no line end unknown."""
     model = ModelProto.FromString(spm_model)
     for piece in model.pieces:
         piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
+    if (changed := character_map(rules.normalization)) is not None:
+        model.normalizer_spec.precompiled_charsmap = changed
     return model.SerializeToString()
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
     """The lines of the texts, none longer than MAX_LINE characters."""
     for text in texts:
-        for line in text.splitlines():
+        for line in text.replace("\t", " ").split("\n"):
             while len(line) > MAX_LINE:
                 cut = line.rfind(" ", 1, MAX_LINE)
                 cut = cut if cut > 0 else MAX_LINE
@@ -158,7 +199,10 @@ def explain(message: str, vocab_size: int) -> str:
         )
     if found := re.search(r"smaller than required_chars\D*(\d+) vs (\d+)", message):
         needed = int(found[2]) + reserved_ids(vocab_size)
-        return f"vocab_size={vocab_size} does not even hold the characters of this text; choose at least {needed}"
+        return (
+            f"vocab_size={vocab_size} does not even hold the characters of this text; choose at least {needed}, "
+            "or a smaller --character_coverage"
+        )
     if "!sentences_.empty()" in message:
         return "the text holds no line to learn from; is the input empty, or is --json_key wrong?"
     return f"SentencePiece could not train vocab_size={vocab_size} on this text: {message}"

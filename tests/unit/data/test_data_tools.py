@@ -1,8 +1,10 @@
 """The command-line tools of the data path, started as a user starts them."""
 
 import errno
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from deberta_xl.command_line import run_tool
 from deberta_xl.data import progress as progress_module
 from deberta_xl.data.python_corpus import DOCUMENT_LENGTH, cut, docstrings, python_corpus
 from deberta_xl.data.token_store import TokenStore
+from deberta_xl.data.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -38,6 +41,7 @@ def test_text_becomes_a_tokenizer_and_a_dataset(tmp_path, texts):
     trained = run("train_tokenizer", *inputs, "--vocab_size", 208, "--output", "tokenizer", folder=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "208 ids = 200 pieces + [MASK] (id 200) + 7 spare ids" in trained.stdout
+    assert "different ones, none of them lost (--character_coverage 1, the default up to 3,000" in trained.stdout
     assert "b.jsonl:51: invalid JSON" in trained.stderr
     made = run(
         "preprocess", *inputs, "--tokenizer", "tokenizer", "--output", "data/train", "--valid-output", "data/valid",
@@ -94,6 +98,42 @@ def test_bad_records_are_shown_when_training_a_tokenizer_fails_for_their_sake(tm
     assert result.returncode == 2
     assert "bad.jsonl:1: no key 'text' (keys: 'body')" in result.stderr
     assert "bad.jsonl:2: invalid JSON" in result.stderr
+
+
+def load_tool(name: str):
+    """A tool as a module."""
+    specification = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_lost_characters_are_listed_with_what_keeps_them(tmp_path, texts, capsys):
+    (tmp_path / "a.txt").write_text("\n".join([*texts, "é 7 \u200b", "Щé " * 3, *"bcwyz" * 3]))
+    (tmp_path / "symbols.txt").write_text("\ufeff<url>\n\n@@\n", encoding="utf-8")
+    train_tokenizer = load_tool("train_tokenizer")
+    command = ["--input", str(tmp_path / "a.txt"), "--vocab_size", "9000", "--allow_smaller", "--overwrite"]
+    command += ["--output", str(tmp_path / "t"), "--user_symbols", "<user>"]
+    command += ["--user_symbols_file", str(tmp_path / "symbols.txt"), "--character_coverage", "0.999"]
+    train_tokenizer.train(train_tokenizer.parse_arguments(command))
+    said = capsys.readouterr().out
+    assert "--vocab_size 9000 is more than this text can fill; " in said
+    assert "are lost: they become [UNK] (--character_coverage 0.999)\n" in said
+    assert re.search(r"\n  .*é ×4.*, Щ ×3", said)
+    assert "to keep them: --character_coverage 1 (" in said
+    assert "or --byte_fallback (256 pieces" in said
+    pieces = Tokenizer.load(tmp_path / "t")
+    assert [pieces.id_to_piece(n) for n in range(4, 7)] == ["<user>", "<url>", "@@"]
+
+
+def test_a_vocabulary_of_hardly_more_than_characters_is_warned_about(tmp_path, capsys):
+    characters = [chr(0x4E00 + n) for n in range(150)]
+    (tmp_path / "a.txt").write_text("\n".join(["".join(characters[n:] + characters[:n]) for n in range(150)]))
+    train_tokenizer = load_tool("train_tokenizer")
+    command = ["--input", str(tmp_path / "a.txt"), "--vocab_size", "180", "--output", str(tmp_path / "t")]
+    train_tokenizer.train(train_tokenizer.parse_arguments(command))
+    assert "warning: 15" in (warned := capsys.readouterr().err)
+    assert "pieces are single characters or bytes" in warned
 
 
 @pytest.mark.parametrize(
