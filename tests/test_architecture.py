@@ -56,6 +56,7 @@ FLOORS = {
     "finetune_config": Floor(0, "0"),
     "launch": Floor(0, "0"),
     "log": Floor(0, "0"),
+    "output_file": Floor(0, "0"),
     "stop_request": Floor(0, "0"),
     "strict": Floor(0, "0"),
     "kernels": Floor(1, "1a"),

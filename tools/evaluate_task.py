@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from deberta_xl.command_line import build_parser, run_tool
@@ -25,6 +26,7 @@ from deberta_xl.data.task_submission import jsonl, submission
 from deberta_xl.data.tasks import Task, load_task
 from deberta_xl.errors import ConfigError
 from deberta_xl.launch import read_launch
+from deberta_xl.output_file import check_output, check_output_folder, write_output
 from deberta_xl.strict import at_least
 from deberta_xl.task_predict import Predictor
 from deberta_xl.training.evaluate import join_ranks
@@ -62,8 +64,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print, and write what was asked for."""
     at_least(1, micro_batch_size=arguments.micro_batch_size)
     launch = read_launch()
+    if arguments.output is not None:
+        check_output_folder(arguments.output)
     predictor = Predictor(arguments.checkpoints, launch, join_ranks(launch), arguments.micro_batch_size)
     task = choose_task(arguments.task, predictor)
+    inputs = [path for source in task.sources for path in source.paths(arguments.data, arguments.split)]
+    for name in files_of(task, arguments.split) if arguments.output is not None else ():
+        if arguments.output.is_dir():
+            check_output(arguments.output / name, inputs)
     examples = read_split(task, arguments.data, arguments.split)
     data = predictor.tokenize(examples, f"{arguments.data}, {arguments.split}")
     if data.is_labelled:
@@ -73,14 +81,19 @@ def run(arguments: argparse.Namespace) -> None:
         report(arguments, task, data, found)
 
 
+def files_of(task: Task, split: str) -> dict[str, Callable[..., str]]:
+    """Name of each file of predictions -> what writes its text."""
+    return {f"{task.name}-{split}.jsonl": jsonl, task.submission.file_of(split): submission}
+
+
 def report(arguments: argparse.Namespace, task: Task, data: TaskData, found: list[Prediction]) -> None:
     """Print metrics, as text and as one line of JSON; write predictions."""
     metrics = evaluate_metrics(task, data.labels, data.examples, found) if data.is_labelled else {}
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        files = {f"{task.name}-{arguments.split}.jsonl": jsonl, task.submission.file_of(arguments.split): submission}
+        files = files_of(task, arguments.split)
         for name, write in files.items():
-            (arguments.output / name).write_text(write(task, data.labels, data.examples, found), encoding="utf-8")
+            write_output(arguments.output / name, write(task, data.labels, data.examples, found))
         print(f"{arguments.output}: {', '.join(files)}")
     print(f"{task.name}, {arguments.split}: {len(data.examples):,} examples, {data.cuts.truncated:,} of them cut")
     for name, value in metrics.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.data.errors import CorpusError
 from deberta_xl.data.python_corpus import python_corpus
-from deberta_xl.durable import replace_file
+from deberta_xl.output_file import check_output, is_stream, report_stream, write_output
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,18 +31,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def extract(arguments: argparse.Namespace) -> None:
     """Collect the documents and write them."""
     output = Path(arguments.output)
-    if output.suffix != ".jsonl":
-        raise CorpusError(f"--output {output}: the name must end with .jsonl")
-    if output.is_dir():
-        raise CorpusError(f"--output {output} is a folder; choose the name of a file")
-    if output.exists() and not arguments.overwrite:
-        raise CorpusError(f"{output} exists; choose another output, or --overwrite to replace it")
+    if not is_stream(output):
+        if output.suffix != ".jsonl":
+            raise CorpusError(f"--output {output}: the name must end with .jsonl")
+        if output.is_file() and not arguments.overwrite:
+            raise CorpusError(f"{output} exists; choose another output, or --overwrite to replace it")
+        output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(output)
     documents = list(python_corpus())
-    output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-    replace_file(output, "".join(lines))
-    megabytes = output.stat().st_size / 1e6
-    print(f"{output}: {len(documents):,} documents, {megabytes:.1f} MB of English from Python {sys.version.split()[0]}")
+    write_output(output, "".join(lines))
+    megabytes = sum(len(line.encode()) for line in lines) / 1e6
+    print(
+        f"{output}: {len(documents):,} documents, {megabytes:.1f} MB of English from Python {sys.version.split()[0]}",
+        file=report_stream(output),
+    )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.durable import partial, publish, remove
+from deberta_xl.errors import ConfigError
 from deberta_xl.launch import read_launch
+from deberta_xl.output_file import check_output, is_stream, open_output, report_stream
 from deberta_xl.strict import at_least
 from deberta_xl.task_predict import Predictor
 from deberta_xl.training.evaluate import join_ranks
@@ -28,7 +29,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", type=Path, help="fine-tuned models")
     parser.add_argument("--input", required=True, type=Path, help=".jsonl file")
-    parser.add_argument("--output", required=True, type=Path, help=".jsonl file to write")
+    parser.add_argument(
+        "--output", required=True, type=Path, help=".jsonl file to write; a pipe or a device is written to, too"
+    )
     parser.add_argument("--micro_batch_size", type=int, default=16, help="examples in one forward (default: 16)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
@@ -38,7 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Predict, and write the output in one piece."""
     at_least(1, micro_batch_size=arguments.micro_batch_size)
     launch = read_launch()
-    arguments.input.open("rb").close()  # a missing file is noticed before the models are read
+    if not is_stream(arguments.input):  # what cannot be read or written is noticed before the models are read
+        arguments.input.open("rb").close()
+    elif launch.world_size > 1:
+        raise ConfigError(f"--input {arguments.input}: {launch.world_size} ranks cannot share a pipe; write a file")
+    check_output(arguments.output, [arguments.input])
     predictor = Predictor(arguments.checkpoints, launch, join_ranks(launch), arguments.micro_batch_size)
     lines = predictor.predict_file(arguments.input)
     if launch.rank:
@@ -46,15 +53,11 @@ def run(arguments: argparse.Namespace) -> None:
             pass
         return
     count = 0
-    try:
-        with partial(arguments.output).open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line)
-                count += 1
-        publish(arguments.output)
-    finally:
-        remove(partial(arguments.output))
-    print(f"{arguments.output}: {count:,} predictions")
+    with open_output(arguments.output) as file:
+        for line in lines:
+            file.write(line)
+            count += 1
+    print(f"{arguments.output}: {count:,} predictions", file=report_stream(arguments.output))
 
 
 if __name__ == "__main__":

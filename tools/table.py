@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from deberta_xl.command_line import build_parser, complain, run_tool
 from deberta_xl.errors import UserError
+from deberta_xl.output_file import check_output, write_output
 
 IGNORED = {("run", "folder"), ("train", "seed")}
 
@@ -113,6 +114,9 @@ def metric_rows(task: str, name: str, runs: Sequence[Run], split: str) -> list[l
 def run(arguments: argparse.Namespace) -> None:
     """Print the table."""
     runs = read_runs(arguments.runs)
+    if arguments.output is not None:
+        read = [run.folder / name for run in runs for name in ("results.json", "config.toml")]
+        check_output(arguments.output, read)
     splits = sorted({split for run in runs for split in run.results["metrics"]})
     if arguments.split not in splits:
         raise UserError(f"--split {arguments.split}: the runs have measured {', '.join(splits)}")
@@ -121,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     print(text, end="")
     if arguments.output is not None:
-        arguments.output.write_text(text, encoding="utf-8")
+        write_output(arguments.output, text)
 
 
 if __name__ == "__main__":

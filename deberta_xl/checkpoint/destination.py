@@ -17,7 +17,9 @@ from deberta_xl.durable import sync
 
 def refuse_existing(destination: Path) -> None:
     """Raise CheckpointError when something is there already; an empty folder is nothing."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is no folder; choose the name of a new one")
+    if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} exists already; choose another folder, or delete it")
 
 
