@@ -64,7 +64,8 @@ class DataSection:
     attend_across_documents: bool = False
     """Let attention, convolution and positions run across the documents of a packed row, as the original did."""
     masking: Literal["unbiased", "original"] = "unbiased"
-    """`original` masks as microsoft/DeBERTa does (NGramMaskGenerator), ever less towards the end of each row."""
+    """`original` masks as microsoft/DeBERTa does (NGramMaskGenerator): ever less towards the end of each row, and whole
+    clauses of scripts without spaces."""
     mask_probability: float = 0.15
     """Share of the tokens to predict."""
     max_ngram: int = 3

@@ -53,8 +53,10 @@ class PretrainingData:
         self.packed_rows = PackedRows(
             store, sequence_length, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id, pad_id=tokenizer.pad_id
         )
+        is_original = data_section.masking == "original"
+        word_starts = tokenizer.original_word_starts if is_original else tokenizer.word_flags
         self.masker = Masker(
-            data_section, word_starts=tokenizer.word_starts, special=tokenizer.special, mask_id=tokenizer.mask_id
+            data_section, word_starts=word_starts, special=tokenizer.special, mask_id=tokenizer.mask_id
         )
 
     @property

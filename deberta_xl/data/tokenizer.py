@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ import sentencepiece
 
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, unread_files
+from deberta_xl.data.words import BEGINS, WORD_MARK, begins_word, word_flags
 from deberta_xl.durable import partial, publish, remove, write_files
 
 #: The specials by id; [MASK] comes after the pieces.
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"
-WORD_MARK = "\u2581"
 
 SETTINGS_VERSION = 1
 
@@ -34,8 +33,9 @@ SETTINGS_VERSION = 1
 class Tokenizer:
     """Text to ids and back. `spm_model` is the serialised SentencePiece model; `vocab_size` counts the whole table.
 
-    `word_starts` and `special` are bool `[vocab_size]`: ids that begin a word when whole words are masked; ids that are
-    never predicted (the specials and the spare ids).
+    Tables by id, `[vocab_size]`: `word_flags`, uint8, says which begin a word when whole words are masked
+    (`data/words.py`), `original_word_starts`, bool, which do so for the original; `special`, bool, which are never
+    predicted (the specials and the spare ids).
     """
 
     pad_id, cls_id, sep_id, unk_id = range(4)
@@ -53,8 +53,17 @@ class Tokenizer:
         ordinary = range(len(SPECIAL_PIECES), self.num_pieces)
         self.special = np.ones(self.vocab_size, bool)
         self.special[ordinary] = False
-        self.word_starts = np.ones(self.vocab_size, bool)
-        self.word_starts[ordinary] = [begins_word(self.processor.id_to_piece(i)) for i in ordinary]
+        pieces = [self.processor.id_to_piece(i) for i in ordinary]
+        self.original_word_starts = np.ones(self.vocab_size, bool)
+        self.original_word_starts[ordinary] = list(map(begins_word, pieces))
+        bytes_ = (int(piece[1:-1], 16) if self.processor.is_byte(i) else None for i, piece in enumerate(pieces, 4))
+        self.word_flags = np.full(self.vocab_size, BEGINS, np.uint8)
+        self.word_flags[ordinary] = list(map(word_flags, pieces, bytes_))
+
+    @property
+    def word_starts(self) -> np.ndarray:
+        """Ids that begin a word wherever they stand, bool `[vocab_size]`."""
+        return self.word_flags & BEGINS > 0
 
     def check(self, source: str) -> None:
         """Refuse a model without DeBERTa's special ids, or a table too small for its pieces."""
@@ -190,19 +199,6 @@ def tokenizer_contents(folder: Path) -> dict[str, bytes]:
     Raises TokenizerError as `Tokenizer.load` does.
     """
     return Tokenizer.load(folder).files() if (folder / MODEL_FILE).is_file() else unread_files(folder)
-
-
-def begins_word(piece: str) -> bool:
-    """Whether a piece starts a word: it carries the word mark, or is a lone space, control or punctuation character.
-
-    ASCII symbols such as `$` and `^` count as punctuation, as they did in BERT and the first release.
-    """
-    if piece.startswith(WORD_MARK):
-        return True
-    if len(piece) != 1:
-        return False
-    is_ascii_symbol = piece.isascii() and not piece.isalnum()
-    return is_ascii_symbol or unicodedata.category(piece)[0] in "PC" or unicodedata.category(piece) == "Zs"
 
 
 def read_settings(path: Path) -> dict[str, Any]:
