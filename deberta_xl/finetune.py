@@ -105,7 +105,6 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
 
     from deberta_xl.checkpoint.native_config import native_config
     from deberta_xl.checkpoint.weights import TOKENIZER_NAME
-    from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.sift import build_sift
     from deberta_xl.training.start import start_engine, start_run
     from deberta_xl.training.task_loop import Finetuning
@@ -130,7 +129,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
         class_weights=weights,
         folder=start.folder,
         state=state,
-        heartbeat=Heartbeat(start.folder.heartbeat, inputs.launch.rank, start.ownership),
+        heartbeat=start.heartbeat,
         ownership=start.ownership,
         stop=stop,
         checkpoint_files={

@@ -16,6 +16,7 @@ from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, read_
 from deberta_xl.checkpoint.foreign_config import activation_there
 from deberta_xl.checkpoint.foreign_heads import Pooling, read_foreign_task, read_pooling
 from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
+from deberta_xl.checkpoint.lazy import read_all
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name
 from deberta_xl.checkpoint.names import EXTRA
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
@@ -148,7 +149,7 @@ def read_any_weights(folder: Path) -> dict[str, Tensor]:
         return read_weights(folder)
     model = open_foreign(folder, may_be_fresh=True)
     fresh = model.origin.fresh if model.origin else ()
-    weights = {n.removeprefix(EXTRA): tensor.read() for n, tensor in model.tensors.items() if n not in fresh}
+    weights = read_all({n.removeprefix(EXTRA): tensor for n, tensor in model.tensors.items() if n not in fresh})
     return {n.replace("qa_outputs.", "classifier."): tensor for n, tensor in weights.items()}
 
 

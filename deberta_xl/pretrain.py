@@ -186,7 +186,6 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
     from deberta_xl.checkpoint.native_config import native_config
     from deberta_xl.checkpoint.weights import TOKENIZER_NAME
     from deberta_xl.parallel.pipeline import PipelinedModel
-    from deberta_xl.training.heartbeat import Heartbeat
     from deberta_xl.training.loop import Pretraining
     from deberta_xl.training.start import start_engine, start_run
     from deberta_xl.training.state import TrainState
@@ -208,7 +207,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
         tokenizer=inputs.tokenizer,
         folder=start.folder,
         state=state,
-        heartbeat=Heartbeat(start.folder.heartbeat, inputs.launch.rank, start.ownership),
+        heartbeat=start.heartbeat,
         ownership=start.ownership,
         stop=stop,
         checkpoint_files={

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, parse_config, read_config_fields
+from deberta_xl.checkpoint.lazy import read_all
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
 from deberta_xl.checkpoint.weights import CONFIG_NAME, find_weights_folder, open_native, write_weights
@@ -79,7 +80,7 @@ def peek(directory: str | Path) -> tuple[Path, DebertaConfig]:
 def read_pretrained(folder: Path) -> tuple[DebertaConfig, dict[str, Tensor]]:
     """Architecture, and weights under our names, of a folder given by `find_pretrained`."""
     model = open_foreign(folder) if is_foreign_folder(folder) else open_native(folder)
-    return model.config, {name: tensor.read() for name, tensor in model.tensors.items()}
+    return model.config, read_all(model.tensors)
 
 
 def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], source: Path, dtype: torch.dtype) -> None:

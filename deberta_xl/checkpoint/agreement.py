@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as distributed
 
+from deberta_xl import signs
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.errors import UserError
 
@@ -72,7 +73,9 @@ def _gather(outcome: Outcome) -> list[Outcome]:
     _, world_size = rank_and_size()
     outcomes = [outcome] * world_size
     if world_size > 1:
+        signs.waits()
         distributed.all_gather_object(outcomes, outcome)
+        signs.moved()
     return outcomes
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deberta_xl import signs
 from deberta_xl.checkpoint.manifest import CheckpointError
 
 
@@ -54,6 +55,15 @@ def constant(value: float, shape: Iterable[int], dtype: torch.dtype, place: str)
     """A tensor filled with one value."""
     shape = tuple(shape)
     return LazyTensor(shape, dtype, lambda: torch.full(shape, value, dtype=dtype), place)
+
+
+def read_all(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
+    """The tensors themselves; the memory needed is that of all of them."""
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.read()
+        signs.moved()
+    return found
 
 
 def in_type(tensors: LazyTensors, dtype: torch.dtype | None) -> LazyTensors:

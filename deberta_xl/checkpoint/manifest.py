@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from deberta_xl import signs
 from deberta_xl.durable import sync, write_file
 from deberta_xl.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+HASHED_AT_ONCE = 4 * 2**20
+"""Bytes."""
 STEP_NAME = re.compile(r"step-(\d{8})")
 
 
@@ -49,10 +52,13 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return sorted((path for path in checkpoints.iterdir() if STEP_NAME.fullmatch(path.name)), reverse=True)
 
 
-def file_facts(path: Path) -> FileFacts:
-    """Size and hash of a file as it can be read back."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+def file_facts(path: Path, advance: Callable[[int], None] = signs.moved) -> FileFacts:
+    """Size and hash of a file as it can be read back; `advance` is told of every few bytes that are read."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            advance(count)
         return FileFacts(file.tell(), digest.hexdigest())
 
 

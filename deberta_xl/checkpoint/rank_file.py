@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from deberta_xl import signs
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.rectangles import Overlap, Rectangle, overlaps, range_rectangles, shard_area
-from deberta_xl.durable import sync
+from deberta_xl.checkpoint.tensor_writer import Advance, write_flat
 from deberta_xl.parallel.shard import Shard
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -93,11 +93,16 @@ def is_rank_file(name: str) -> bool:
 
 
 def write_rank_file(
-    path: Path, pieces: Sequence[Piece], flat: Mapping[str, Tensor], tensor_parallel: tuple[int, int] = WHOLE
+    path: Path,
+    pieces: Sequence[Piece],
+    flat: Mapping[str, Tensor],
+    tensor_parallel: tuple[int, int] = WHOLE,
+    advance: Advance = signs.moved,
 ) -> None:
     """Write the flat tensors of KINDS (float32, on the CPU, in the order of `pieces`) and force them to the disk.
 
-    `tensor_parallel` is (size, rank) of this process in its tensor-parallel group.
+    `tensor_parallel` is (size, rank) of this process in its tensor-parallel group; `advance` is told of the bytes that
+    are on the disk.
     """
     total = sum(piece.numel for piece in pieces)
     assert all(flat[kind].shape == (total,) and flat[kind].dtype == torch.float32 for kind in KINDS)
@@ -107,12 +112,7 @@ def write_rank_file(
     if tensor_parallel != WHOLE:
         sharded = {p.name: (p.shard.dim, p.shard.logical_shape) for p in pieces if p.shard is not None}
         metadata["sharded"] = json.dumps(sharded)
-    try:
-        save_file({kind: flat[kind] for kind in KINDS}, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes its files private, whatever the umask
-    sync(path)
+    write_flat(path, {kind: flat[kind] for kind in KINDS}, metadata, advance)
 
 
 def read_index(path: Path) -> list[StoredPiece]:
@@ -154,6 +154,7 @@ def read_indices(paths: Iterable[Path]) -> StoredIndex:
     """
     by_name: StoredIndex = {}
     for path in paths:
+        signs.moved()
         for stored in read_index(path):
             by_name.setdefault(stored.piece.name, []).append(stored)
     for name, pieces in by_name.items():
@@ -214,6 +215,7 @@ def fill(wanted: Iterable[tuple[Piece, Tensor]], stored: StoredIndex, kind: str)
             for position, overlap, target in found:
                 source = flat[position + overlap.source_start : position + overlap.source_end]
                 overlap.copy(source, target)
+                signs.moved()
 
 
 def logical_shapes(stored: StoredIndex) -> dict[str, tuple[int, ...]]:

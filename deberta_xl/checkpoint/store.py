@@ -22,6 +22,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
+from deberta_xl import signs
 from deberta_xl.checkpoint.agreement import gathered, on_rank_zero, rank_and_size, together
 from deberta_xl.checkpoint.folders import make_partial_folder
 from deberta_xl.checkpoint.fragments import (
@@ -179,6 +180,7 @@ def _snapshot(engine: DeepSpeedEngine, fragments: Sequence[Fragment]) -> dict[st
         position = 0
         for piece, values in fragment_values(engine, fragments, kind):
             copy[position : position + piece.numel].copy_(values)
+            signs.moved()
             position += piece.numel
     return copies
 

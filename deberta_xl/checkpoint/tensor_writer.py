@@ -7,10 +7,11 @@ Hugging Face's index, and `pytorch_model.bin` as torch.save writes it.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,8 @@ from deberta_xl.durable import sync, write_file
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DEFAULT_SHARD_BYTES = 5 * 10**9
+WRITTEN_AT_ONCE = 128 * 2**20
+"""Bytes between two signs that writing gets on; each has forced those before it to the disk."""
 
 Advance = Callable[..., None]
 """Told how many bytes have just been written, and of what."""
@@ -78,14 +81,44 @@ def write_safetensors(path: Path, tensors: LazyTensors, advance: Advance = no_pr
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(safetensors_header(header))
         for name, tensor in ordered:
             _write_bytes(file, read_finite(name, tensor))
             advance(tensor.nbytes, name)
     sync(path)
+
+
+def safetensors_header(header: Mapping[str, object]) -> bytes:
+    """The beginning of a safetensors file, before the tensors' bytes."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_flat(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], advance: Advance) -> None:
+    """Write a safetensors file of long tensors of one type, piece by piece: `advance` is told of each when it is there.
+
+    Raises OSError that names the file.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    try:
+        with path.open("wb") as file:
+            file.write(safetensors_header(header))
+            for tensor in tensors.values():
+                content = tensor.reshape(-1).view(torch.uint8).numpy().data
+                for start in range(0, len(content), WRITTEN_AT_ONCE):
+                    count = file.write(content[start : start + WRITTEN_AT_ONCE])
+                    file.flush()
+                    os.fdatasync(file.fileno())
+                    advance(count)
+        sync(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}", str(path)) from error
 
 
 def write_pickle(path: Path, tensors: LazyTensors, advance: Advance = no_progress) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deberta_xl.checkpoint.destination import whole_or_nothing
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, verify_checkpoint
-from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, in_memory
+from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, in_memory, read_all
 from deberta_xl.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -99,7 +99,7 @@ def _stored_weight(name: str, shape: tuple[int, ...], stored: StoredIndex, folde
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All of `open_weights`; the memory needed is that of the model."""
-    return {name: tensor.read() for name, tensor in open_weights(folder).items()}
+    return read_all(open_weights(folder))
 
 
 def open_native(folder: Path, *, may_be_fresh: bool = False) -> Pretrained:

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from deberta_xl import signs
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.ngram_convolution import NgramConvolution
 
@@ -21,6 +22,7 @@ def initialize_weights(model: nn.Module, initializer_range: float, seed: int) ->
     key = DropoutKey(seed)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            signs.moved()
             generator = key.fold("initialization", module_name, name).generator(parameter.device)
             if isinstance(module, NgramConvolution):
                 bound = 1 / math.sqrt(module.weight[0].numel())

@@ -21,6 +21,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from deberta_xl import signs
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.initialization import initialize_weights
@@ -167,6 +168,7 @@ class PipelinedModel(PipelineModule):
         The first stage does not look at `received`.
         """
         given = next(self.inputs)
+        signs.moved()
         model = self.stage_model
         segments_BS, mask_BST = read_mask(given.input_ids_BS, given.segments_BS)
         pairs = model.pairs(mask_BST)

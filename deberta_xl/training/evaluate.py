@@ -106,16 +106,18 @@ def evaluate(
     rank: int = 0,
     size: int = 1,
     group: dist.ProcessGroup | None = None,
+    guard: Callable[[Iterator[MicroBatch]], Iterator[MicroBatch]] = iter,
 ) -> Evaluation:
     """Evaluate what `predict` says of rows in their order, under fixed masks.
 
-    Collective over the `size` ranks of `group` (all ranks by default) when there are several.
+    `guard` is what the batches go through on their way, and may end the evaluation. Collective over the `size` ranks of
+    `group` (all ranks by default) when there are several.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     label_counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
     labels, guesses = [], []
     options = {"max_samples": max_samples, "micro_batch_size": micro_batch_size, "rank": rank, "size": size}
-    for label_L, loss_sum, guess_L in predict(evaluation_batches(data, **options)):
+    for label_L, loss_sum, guess_L in predict(guard(evaluation_batches(data, **options))):
         sums += torch.stack([loss_sum.double(), (guess_L == label_L).sum().double()])
         label_counts += torch.bincount(label_L, minlength=vocab_size)
         labels.append(label_L.cpu())

@@ -1,21 +1,26 @@
 """A heartbeat file per rank: which step and phase it is in, and since when. Watchdogs and people read it.
 
-The content changes with the work, the file's time every few seconds as long as the process runs at all: so a rank
-that is stopped or gone can be told from one that waits for it.
+The content changes with the work: at every mark, and at every batch, file or piece of a large file within a phase
+(signs.py). The file's time changes every few seconds as long as the process runs at all: so a rank that is stopped or
+gone can be told from one that waits for it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from deberta_xl import signs
 from deberta_xl.launch import node_name
 from deberta_xl.log import logger
-from deberta_xl.training.ownership import Ownership
+
+if TYPE_CHECKING:
+    from deberta_xl.training.ownership import Ownership
 
 INTERVAL_SECONDS = 1.0
 ALIVE_INTERVALS = 5
@@ -32,12 +37,13 @@ class Heartbeat:
 
     def __init__(self, folder: Path, rank: int, ownership: Ownership):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"rank-{rank:05d}.json"
+        self.path = beat_file(folder, rank)
         self.ownership = ownership
-        self.beat = {"rank": rank, "host": node_name(), "pid": os.getpid(), "step": 0, "phase": "start"}
+        self.beat = first_beat(rank)
+        self.marked = time.monotonic()
         self.stopped = threading.Event()
-        self.mark(0, "start")
         self.write()
+        signs.listen(self)
         self.thread = threading.Thread(target=self.keep_writing, name="heartbeat", daemon=True)
         self.thread.start()
 
@@ -53,38 +59,72 @@ class Heartbeat:
 
     def mark(self, step: int, phase: str) -> None:
         """This rank enters `phase` of `step` now."""
-        self.beat = {**self.beat, "step": step, "phase": phase, "time": time.time()}
+        turn = self.beat["turn"] + 1 if step == self.beat["step"] else 0
+        self.renew(step=step, phase=phase, turn=turn, units=0, waits=False)
+
+    def moved(self) -> None:
+        """A unit of the phase's work is done."""
+        self.renew(units=self.beat["units"] + 1, waits=False)
+
+    def waits(self) -> None:
+        """This rank's part of the phase's work is done."""
+        self.renew(waits=True)
+
+    def renew(self, **changes: Any) -> None:
+        """Something has changed now."""
+        self.beat, self.marked = {**self.beat, **changes, "time": time.time()}, time.monotonic()
 
     def keep_writing(self) -> None:
         """Write the last mark whenever it changed, and a sign of life now and then, until closed."""
         written, intervals = self.beat, 0
         while not self.stopped.wait(INTERVAL_SECONDS):
             intervals += 1
-            if self.beat is not written:
+            is_sign_due = intervals % ALIVE_INTERVALS == 0
+            if is_sign_due:
+                self.leave_if_taken_over()
+            if is_sign_due or self.beat is not written:
                 written = self.beat
                 self.write()
-            if intervals % ALIVE_INTERVALS == 0:
-                self.leave_if_taken_over()
-                with contextlib.suppress(OSError):
-                    os.utime(self.path)
 
     def leave_if_taken_over(self) -> None:
         """End this process at once, without another word to the folder, when it is another start's."""
         if self.ownership.is_lost():
-            logger.error("%s names another start of this run: this one ends", self.ownership.file)
+            owner = self.ownership.describe_owner()
+            logger.error("%s names another start of this run (%s): this one ends", self.ownership.file, owner)
             os._exit(TAKEN_OVER)
 
     def write(self) -> None:
-        """Write the file in one piece. A full disk must not end a run for the sake of its heartbeat."""
-        partial = self.path.with_suffix(".partial")
-        try:
-            partial.write_text(json.dumps(self.beat))
-            os.replace(partial, self.path)
-        except OSError:
-            return
+        """Write the last mark, and how old it is: with the file's own time that tells when it was, by one clock."""
+        write_beat(self.path, {**self.beat, "age": round(time.monotonic() - self.marked, 3)})
 
     def close(self) -> None:
         """Write the last mark and stop."""
+        signs.listen(None)
         self.stopped.set()
         self.thread.join()
         self.write()
+
+
+def beat_file(folder: Path, rank: int) -> Path:
+    """Where a rank's heartbeat stands."""
+    return folder / f"rank-{rank:05d}.json"
+
+
+def first_beat(rank: int) -> dict[str, Any]:
+    """What a heartbeat says in the first moment.
+
+    `turn` counts the phases of the step, `units` what was done in this one; `waits` is true once a rank has done its
+    part of something collective.
+    """
+    process = {"rank": rank, "host": node_name(), "pid": os.getpid()}
+    return {**process, "step": 0, "phase": "start", "turn": 0, "units": 0, "waits": False, "time": time.time()}
+
+
+def write_beat(file: Path, beat: Mapping[str, Any]) -> None:
+    """Write a heartbeat in one piece. A full disk must not end a run for the sake of its heartbeat."""
+    partial = file.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(beat))
+        os.replace(partial, file)
+    except OSError:
+        return

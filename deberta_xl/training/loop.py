@@ -27,14 +27,14 @@ from deberta_xl.training.engine import StepResult, run_step, set_learning_rate
 from deberta_xl.training.evaluate import Evaluation, Predict, evaluate, predict_with
 from deberta_xl.training.figures import confusion_figure, prediction_table, save_loss_curve
 from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.metrics import MetricsWriter, has_metric
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.pipelined import predict_in_pipeline, run_pipeline_step
 from deberta_xl.training.profiling import StepProfiler
 from deberta_xl.training.recorder import Recorder
 from deberta_xl.training.run_folder import RunFolder, State
 from deberta_xl.training.schedule import learning_rate
-from deberta_xl.training.signals import Agreement
+from deberta_xl.training.signals import Agreement, StopRequested
 from deberta_xl.training.state import TrainState
 
 STEPS_AHEAD = 2
@@ -72,6 +72,7 @@ class Pretraining:
         agreement = Agreement()
         grid = self.groups.grid
         saved_step = state.step
+        is_evaluated = not self.owes_evaluation() or self.evaluate(writer, agreement)
         batches = prefetch(self.batches(), STEPS_AHEAD)
         self.stop.watch_interrupts()
         self.engine.train()
@@ -102,15 +103,15 @@ class Pretraining:
             recorder.record(state, result, num_labels, rate)
             profiler.after_step(step)
             aside = time.perf_counter()
-            if self.is_due(config.evaluation.interval):
-                self.evaluate(writer)
             if self.is_due(config.checkpoint.interval):
                 self.save()
                 saved_step = state.step
+            if self.is_due(config.evaluation.interval):
+                is_evaluated = self.evaluate(writer, agreement)
             recorder.pause(time.perf_counter() - aside)
         if saved_step != state.step:
             self.save()
-        return self.finish(writer)
+        return self.finish(writer, is_evaluated=is_evaluated)
 
     def batches(self) -> Any:
         """This rank's micro-batches for every step from here on."""
@@ -157,6 +158,7 @@ class Pretraining:
             self.folder.tensorboard,
             first_step=self.state.step,
             total_steps=self.config.train.steps,
+            ownership=self.ownership,
         )
 
     def save(self) -> None:
@@ -177,26 +179,39 @@ class Pretraining:
         prune_checkpoints(folder, self.config.checkpoint.keep)
         rank_zero("checkpoint %s written in %.1f s", folder, time.perf_counter() - start)
 
-    def evaluate(self, writer: MetricsWriter | None) -> None:
-        """Measure the held-out loss and write it, with pictures. Collective."""
+    def owes_evaluation(self) -> bool:
+        """Whether the start before was ended in, or before, the evaluation of the step it saved. Collective."""
+        if self.valid is None or self.state.step == 0 or not self.is_due(self.config.evaluation.interval):
+            return False
+        return not on_rank_zero(lambda: has_metric(self.folder.metrics, self.state.step, "valid_loss"))
+
+    def evaluate(self, writer: MetricsWriter | None, agreement: Agreement) -> bool:
+        """Measure the held-out loss and write it, with pictures; false when asked to stop meanwhile. Collective."""
         if self.valid is None:
-            return
+            return True
         self.heartbeat.mark(self.state.step, "evaluation")
         self.engine.eval()
-        result = evaluate(
-            self.predict,
-            self.valid,
-            vocab_size=self.architecture.vocab_size,
-            device=self.engine.device,
-            max_samples=self.config.evaluation.max_samples,
-            micro_batch_size=self.config.train.micro_batch_size,
-            rank=self.groups.grid.data_parallel_rank,
-            size=self.groups.grid.data_parallel_size,
-            group=self.groups.data_group,
-        )
-        self.engine.train()
+        try:
+            result = evaluate(
+                self.predict,
+                self.valid,
+                vocab_size=self.architecture.vocab_size,
+                device=self.engine.device,
+                max_samples=self.config.evaluation.max_samples,
+                micro_batch_size=self.config.train.micro_batch_size,
+                rank=self.groups.grid.data_parallel_rank,
+                size=self.groups.grid.data_parallel_size,
+                group=self.groups.data_group,
+                guard=partial(agreement.until_stopped, stop=self.stop),
+            )
+        except StopRequested:
+            rank_zero("the evaluation of step %d is left unfinished; the next start makes it anew", self.state.step)
+            return False
+        finally:
+            self.engine.train()
         if writer is not None:
             self.write_evaluation(writer, result)
+        return True
 
     def write_evaluation(self, writer: MetricsWriter, result: Evaluation) -> None:
         """One evaluation to console, metrics, TensorBoard and the loss curve."""
@@ -221,9 +236,9 @@ class Pretraining:
         """The piece of a guess; with a `model.vocab_size` above the tokenizer's there are ids that it does not know."""
         return self.tokenizer.id_to_piece(token_id) if token_id < self.tokenizer.vocab_size else f"[ROW {token_id}]"
 
-    def finish(self, writer: MetricsWriter | None) -> State:
+    def finish(self, writer: MetricsWriter | None, *, is_evaluated: bool) -> State:
         """Close the files and say how the run ended. Collective."""
-        ended: State = "done" if self.state.step >= self.config.train.steps else "stopped"
+        ended: State = "done" if self.state.step >= self.config.train.steps and is_evaluated else "stopped"
         self.heartbeat.mark(self.state.step, ended)
         torch.distributed.barrier()
         if writer is not None:

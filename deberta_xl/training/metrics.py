@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from deberta_xl.durable import replace_file
 from deberta_xl.log import logger
+from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import writing
 
 #: TensorBoard tag of each metric; those not named here stand under `train/`.
@@ -44,11 +45,25 @@ def tag_of(name: str) -> str:
 
 
 class MetricsWriter:
-    """Writes one line per logged step, continuing after step `first_step` of an earlier start."""
+    """Writes one line per logged step, continuing after step `first_step` of an earlier start.
 
-    def __init__(self, metrics_file: Path, tensorboard: Path, *, first_step: int, total_steps: int):
+    Writing raises ConfigError once the folder is another start's by `ownership` (None: nobody else's), whose metrics
+    they are by then.
+    """
+
+    def __init__(
+        self,
+        metrics_file: Path,
+        tensorboard: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        ownership: Ownership | None = None,
+    ):
         self.metrics_file = metrics_file
         self.folder = tensorboard
+        self.ownership = ownership
+        self.check_owner()
         with writing(metrics_file):
             drop_lines_after(metrics_file, first_step)
         # TensorBoard hides what an interrupted start wrote after its last checkpoint.
@@ -56,11 +71,17 @@ class MetricsWriter:
         self.total_steps = total_steps
         self.bar = start_progress_bar(first_step, total_steps) if sys.stderr.isatty() else None
 
+    def check_owner(self) -> None:
+        """Raise ConfigError when the folder is another start's."""
+        if self.ownership is not None:
+            self.ownership.check()
+
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append the values of a step; None (not known here) is left out, and so is what is not a number."""
         for name in [name for name, value in values.items() if value is not None and not math.isfinite(value)]:
             logger.warning("step %d: %s is %s", step, name, values[name])
         values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        self.check_owner()
         with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         with writing(self.folder):
@@ -115,6 +136,14 @@ def drop_lines_after(metrics_file: Path, step: int) -> None:
     text = metrics_file.read_text(encoding="utf-8", errors="replace")  # a crash may have left any bytes
     kept = [line for line in text.splitlines() if is_up_to(line, step)]
     replace_file(metrics_file, "".join(f"{line}\n" for line in kept))
+
+
+def has_metric(metrics_file: Path, step: int, name: str) -> bool:
+    """Whether a value of a step is on record."""
+    if not metrics_file.is_file():
+        return False
+    lines = metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(f'"{name}"' in line and is_up_to(line, step) and not is_up_to(line, step - 1) for line in lines)
 
 
 def is_up_to(line: str, step: int) -> bool:

@@ -22,6 +22,7 @@ from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.training.engine import build_engine, check_precision, start_engine_runtime
+from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.state import TrainState
@@ -48,6 +49,7 @@ class Start(NamedTuple):
     newest: Path | None
     """The checkpoint to go on from; None for a new run."""
     ownership: Ownership
+    heartbeat: Heartbeat
 
 
 def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any], last_step: int) -> Start:
@@ -65,12 +67,12 @@ def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any], last_step: int
         "zero_stage": engine.zero_stage,
         "precision": engine.precision,
     }
-    newest, ownership = take_over(
+    taken = take_over(
         folder, config, inputs.tokenizer_folder, fingerprints=fingerprints, last_step=last_step, facts=facts
     )
     log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
     torch.manual_seed(config.train.seed)
-    return Start(build_groups(inputs.grid), folder, newest, ownership)
+    return Start(build_groups(inputs.grid), folder, *taken)
 
 
 def start_engine(

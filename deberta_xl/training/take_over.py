@@ -1,19 +1,32 @@
-"""How a start takes over its run folder: what it may continue is checked before anything in the folder changes."""
+"""How a start takes over its run folder: what it may continue is checked before anything but the owner changes there.
+
+The claim comes first, since the check may take minutes (every file is hashed) in which the folder must be somebody's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from deberta_xl.checkpoint.agreement import on_rank_zero
+from deberta_xl.checkpoint.agreement import on_rank_zero, rank_and_size
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint
 from deberta_xl.checkpoint.store import read_state
 from deberta_xl.config import RunConfig
 from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.training.ownership import Ownership, claim_folder, own_claim
+from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.ownership import Ownership, claim_folder, own_claim, read_owner
 from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.state import check_fingerprints, check_last_step
+
+
+class TakenOver(NamedTuple):
+    """A run folder that is this start's."""
+
+    newest: Path | None
+    """Its newest whole checkpoint; None for a new run."""
+    ownership: Ownership
+    heartbeat: Heartbeat
 
 
 def take_over(
@@ -24,11 +37,30 @@ def take_over(
     fingerprints: Mapping[str, Any],
     last_step: int,
     facts: Mapping[str, Any],
-) -> tuple[Path | None, Ownership]:
-    """Prepare the run folder and claim it; its newest whole checkpoint, None when there is none. Collective.
+) -> TakenOver:
+    """Claim the run folder, find its newest whole checkpoint and prepare the folder. Collective.
 
-    `fingerprints` is what a checkpoint must agree with, `facts` what `environment.json` tells of this start.
+    `fingerprints` is what a checkpoint must agree with, `facts` what `environment.json` tells of this start. When that
+    is refused, the folder is given back to the start that had it before.
     """
+    before = read_owner(folder.owner)
+    ownership = Ownership(folder.owner, on_rank_zero(lambda: claim_folder(folder, own_claim())))
+    heartbeat = Heartbeat(folder.heartbeat, rank_and_size()[0], ownership)
+    try:
+        newest = find_checkpoint(folder, fingerprints, last_step)
+        on_rank_zero(ownership.check)
+    except BaseException:
+        heartbeat.mark(0, "stopped")
+        heartbeat.close()
+        if rank_and_size()[0] == 0:
+            ownership.give_back(before)
+        raise
+    on_rank_zero(lambda: folder.prepare(config, tokenizer, facts))
+    return TakenOver(newest, ownership, heartbeat)
+
+
+def find_checkpoint(folder: RunFolder, fingerprints: Mapping[str, Any], last_step: int) -> Path | None:
+    """The newest whole checkpoint, None when there is none; refused unless it can be continued. Collective."""
     newest = newest_whole_checkpoint(folder.checkpoints, collective=True)
 
     def check() -> None:
@@ -39,6 +71,4 @@ def take_over(
             check_last_step(saved["step"], last_step)
 
     on_rank_zero(check)
-    ownership = Ownership(folder.owner, on_rank_zero(lambda: claim_folder(folder, own_claim())))
-    on_rank_zero(lambda: folder.prepare(config, tokenizer, facts))
-    return newest, ownership
+    return newest

@@ -39,13 +39,15 @@ def task_logits(
     rank: int = 0,
     size: int = 1,
     group: dist.ProcessGroup | None = None,
+    guard: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]] = iter,
 ) -> dict[int, np.ndarray]:
     """The logits of every feature by number, on every rank. Collective over the `size` ranks of `group`.
 
-    `model` is a module or an engine, in evaluation mode; `entry` what SiFT's original variant changes in clean passes.
+    `model` is a module or an engine, in evaluation mode; `entry` what SiFT's original variant changes in clean passes;
+    the batches go through `guard` on their way, which may end the evaluation.
     """
     found: dict[int, np.ndarray] = {}
-    for numbers in feature_batches(data, micro_batch_size, rank=rank, size=size):
+    for numbers in guard(feature_batches(data, micro_batch_size, rank=rank, size=size)):
         batch = build_task_micro_batch(data.batch(numbers), data.task.head, pin=False).to(device)
         logits = model(
             batch.input_ids_BS, batch.segments_BS, batch.token_types_BS, num_options=batch.num_options, perturb=entry

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -36,7 +37,7 @@ from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder, State, write_text, writing
 from deberta_xl.training.schedule import learning_rate
 from deberta_xl.training.sift import Sift
-from deberta_xl.training.signals import Agreement
+from deberta_xl.training.signals import Agreement, StopRequested
 from deberta_xl.training.task_batches import TaskMicroBatch, task_step_batches
 from deberta_xl.training.task_evaluate import task_logits
 from deberta_xl.training.task_figures import save_metric_curves, task_figures
@@ -80,6 +81,11 @@ class Finetuning:
         """Whether the last step is made, or waiting longer is of no use."""
         return self.state.step >= self.total_steps or self.state.has_waited(self.config.evaluation.patience)
 
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether this step's evaluation was left unfinished."""
+        return 0 < self.state.step != self.state.evaluated_step and self.is_evaluated
+
     def train(self) -> State:
         """Train to the end or until asked to stop; how it ended."""
         config, state, grid = self.config, self.state, self.groups.grid
@@ -87,6 +93,8 @@ class Finetuning:
         recorder = TaskRecorder(self.engine, config, len(self.train_data), self.total_steps, self.groups, writer)
         agreement = Agreement()
         saved_step = state.step
+        if self.owes_evaluation and self.evaluate(writer, agreement):
+            self.save()
         batches = prefetch(self.batches(), STEPS_AHEAD)
         self.stop.watch_interrupts()
         self.engine.train()
@@ -118,14 +126,14 @@ class Finetuning:
             state.advance(config.train.global_batch_size)
             recorder.record(state, losses, sum(batch.input_ids_BS.numel() for batch in micro_batches), rate)
             aside = time.perf_counter()
-            is_best = self.is_evaluated and self.evaluate(writer)
+            is_best = self.is_evaluated and self.evaluate(writer, agreement)
             if is_best or self.is_due(config.checkpoint.interval) or self.is_finished:
                 self.save()
                 saved_step = state.step
             recorder.pause(time.perf_counter() - aside)
         if saved_step != state.step:
             self.save()
-        return self.finish(writer)
+        return self.finish(writer, agreement)
 
     def batches(self) -> Iterator[list[TaskMicroBatch]]:
         """This rank's micro-batches for every step from here on."""
@@ -161,7 +169,11 @@ class Finetuning:
         if self.launch.rank != 0:
             return None
         return MetricsWriter(
-            self.folder.metrics, self.folder.tensorboard, first_step=self.state.step, total_steps=self.total_steps
+            self.folder.metrics,
+            self.folder.tensorboard,
+            first_step=self.state.step,
+            total_steps=self.total_steps,
+            ownership=self.ownership,
         )
 
     @property
@@ -184,31 +196,41 @@ class Finetuning:
         best = step_folder_name(self.state.best_step) if self.state.best_step else None
         prune_checkpoints(folder, self.config.checkpoint.keep, spared=best)
 
-    def predict(self, data: TaskData) -> list[Prediction]:
-        """Predictions for a split, on every rank. Collective."""
+    def predict(self, data: TaskData, agreement: Agreement) -> list[Prediction]:
+        """Predictions for a split, on every rank. Raises StopRequested when asked to stop meanwhile. Collective."""
         self.heartbeat.mark(self.state.step, "evaluation")
         self.engine.eval()
-        logits = task_logits(
-            self.engine,
-            data,
-            device=self.engine.device,
-            micro_batch_size=self.config.train.micro_batch_size,
-            entry=self.sift.entry() if self.sift else None,
-            rank=self.groups.grid.data_parallel_rank,
-            size=self.groups.grid.data_parallel_size,
-            group=self.groups.data_group,
-        )
-        self.engine.train()
+        try:
+            logits = task_logits(
+                self.engine,
+                data,
+                device=self.engine.device,
+                micro_batch_size=self.config.train.micro_batch_size,
+                entry=self.sift.entry() if self.sift else None,
+                rank=self.groups.grid.data_parallel_rank,
+                size=self.groups.grid.data_parallel_size,
+                group=self.groups.data_group,
+                guard=partial(agreement.until_stopped, stop=self.stop),
+            )
+        finally:
+            self.engine.train()
         return predictions_of(data, logits)
 
     def metrics_of(self, data: TaskData, found: list[Prediction]) -> dict[str, float | None]:
         """The task's metrics, computed on rank 0 for all. Collective."""
         return on_rank_zero(lambda: evaluate_metrics(data.task, data.labels, data.examples, found))
 
-    def evaluate(self, writer: MetricsWriter | None) -> bool:
-        """Measure the held-out metrics, with pictures; whether these weights are the best so far. Collective."""
+    def evaluate(self, writer: MetricsWriter | None, agreement: Agreement) -> bool:
+        """Measure the held-out metrics, with pictures; whether these weights are the best so far. Collective.
+
+        When asked to stop meanwhile, nothing is recorded, and the next start makes the evaluation anew.
+        """
         data, step = self.held_out[VALID], self.state.step
-        found = self.predict(data)
+        try:
+            found = self.predict(data, agreement)
+        except StopRequested:
+            rank_zero("the evaluation of step %d is left unfinished; the next start makes it anew", step)
+            return False
         values = self.metrics_of(data, found)
         main = data.task.metrics[0]
         is_best = self.state.take(main, values[main])
@@ -222,11 +244,15 @@ class Finetuning:
             rank_zero("step %d  %s%s", step, described(values), "  (best so far)" if is_best else "")
         return is_best
 
-    def finish(self, writer: MetricsWriter | None) -> State:
+    def finish(self, writer: MetricsWriter | None, agreement: Agreement) -> State:
         """Close the files and say how the run ended; at its end, write what the best weights predict. Collective."""
-        ended: State = "done" if self.is_finished else "stopped"
+        ended: State = "done" if self.is_finished and not self.owes_evaluation else "stopped"
         if ended == "done":
-            self.conclude()
+            try:
+                self.conclude(agreement)
+            except StopRequested:
+                rank_zero("the predictions of the best weights are left unfinished; the next start makes them anew")
+                ended = "stopped"
         self.heartbeat.mark(self.state.step, ended)
         torch.distributed.barrier()
         if writer is not None:
@@ -235,14 +261,14 @@ class Finetuning:
         self.heartbeat.close()
         return ended
 
-    def conclude(self) -> None:
+    def conclude(self, agreement: Agreement) -> None:
         """Metrics and predictions of the best weights for every held-out split, and results.json. Collective."""
         best = self.folder.checkpoints / step_folder_name(self.state.best_step)
         if self.state.best_step != self.state.step:
             load_checkpoint(self.engine, best, tensor_parallel=self.tensor_parallel)
         results: dict[str, Any] = {}
         for split, data in self.held_out.items():
-            found = self.predict(data)
+            found = self.predict(data, agreement)
             if data.is_labelled:
                 results[split] = self.metrics_of(data, found)
                 rank_zero("best weights (step %d), %s: %s", self.state.best_step, split, described(results[split]))

@@ -19,12 +19,15 @@ class TaskState(TrainState):
     """The task's first metric there."""
     num_waited: int = 0
     """Evaluations since, without a better value."""
+    evaluated_step: int = 0
+    """Step of the last evaluation that was finished."""
 
     def take(self, metric: Metric, value: float | None) -> bool:
         """Take in an evaluation of this step; whether these are the best weights so far.
 
         The first evaluation's are, even where its predictions leave the metric undefined.
         """
+        self.evaluated_step = self.step
         if self.best_step == 0 or is_better(metric, value, self.best_value):
             self.best_step, self.best_value, self.num_waited = self.step, value, 0
             return True

@@ -3,7 +3,8 @@
 python -m deberta_xl.training.watchdog runs/base/heartbeat --limit 900 --since runs/base/slurm/probe
 
 Then it names the ranks to blame: those whose process gives no sign of life (stopped, gone, its node lost); if all do,
-those that are furthest behind, since the others wait for them. Needs no torch and next to no time.
+those that are behind, since the others wait for them; and where nobody is behind it says that. Needs no torch and next
+to no time.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deberta_xl.command_line import build_parser
 from deberta_xl.log import configure_logging, logger
@@ -23,6 +24,15 @@ HUNG = 3
 SILENT_SECONDS = 15.0
 """A process that lives touches its file every 5 s (heartbeat.py)."""
 MOST_NAMED = 8
+COUNTED_ALIKE = ("forward-backward", "evaluation")
+"""Phases in which all ranks do equally many units; a file may be one rank's alone."""
+LONG_BEFORE_SECONDS = 5.0
+"""Ranks that fell still within this time fell still together."""
+EQUALLY_FAR = (
+    "all are equally far, none is behind: what they share hangs (the network, the file system), or one batch or file "
+    "takes longer than the limit (WATCHDOG_SECONDS)"
+)
+ALONE = "its device or file system hangs, or one batch or file takes longer than the limit (WATCHDOG_SECONDS)"
 
 
 class Beat(NamedTuple):
@@ -33,9 +43,17 @@ class Beat(NamedTuple):
     step: int
     phase: str
     marked: float
-    """When the phase began, by the rank's own clock."""
+    """When it last got on, by the file system's clock."""
     alive: float
-    """When the process last gave a sign of life, by the file system's clock."""
+    """When the process last gave a sign of life, by the same clock."""
+    turn: int = 0
+    """Phases of this step that it has behind it."""
+    units: int = 0
+    """Batches, files or pieces of them that it has done in this phase."""
+    waits: bool = False
+    """Whether its own part of the phase is done."""
+    stamp: float = 0.0
+    """When it last got on, by its own clock: another one means that it has."""
 
 
 def read_beats(folder: Path, since: float) -> list[Beat]:
@@ -47,10 +65,16 @@ def read_beats(folder: Path, since: float) -> list[Beat]:
         except (OSError, ValueError):
             continue  # being replaced
         if alive >= since:
-            beats.append(
-                Beat(content["rank"], content["host"], content["step"], content["phase"], content["time"], alive)
-            )
+            beats.append(as_beat(content, alive))
     return beats
+
+
+def as_beat(content: Mapping[str, Any], alive: float) -> Beat:
+    """What a heartbeat file of the time `alive` says."""
+    marked = alive - content["age"] if "age" in content else alive
+    place = (content["rank"], content["host"], content["step"], content["phase"])
+    done = (content.get("turn", 0), content.get("units", 0), content.get("waits", False))
+    return Beat(*place, marked, alive, *done, content["time"])
 
 
 def blame(beats: Sequence[Beat]) -> tuple[str, list[Beat]]:
@@ -59,10 +83,22 @@ def blame(beats: Sequence[Beat]) -> tuple[str, list[Beat]]:
     silent = [beat for beat in beats if newest - beat.alive > SILENT_SECONDS]
     if silent:
         return "no sign of life", silent
-    first = min(beat.step for beat in beats)
-    behind = [beat for beat in beats if beat.step == first]
+    behind = furthest_behind(beats)
+    if len(beats) == 1:
+        return ALONE, behind
+    return (EQUALLY_FAR if len(behind) == len(beats) else "the others wait"), behind
+
+
+def furthest_behind(beats: Sequence[Beat]) -> list[Beat]:
+    """Those that have done least of the work, and are not waiting themselves; all of them when none is behind."""
+    first = min((beat.step, beat.turn) for beat in beats)
+    behind = [beat for beat in beats if (beat.step, beat.turn) == first]
+    behind = [beat for beat in behind if not beat.waits] or behind
+    if all(beat.phase in COUNTED_ALIKE for beat in behind):
+        fewest = min(beat.units for beat in behind)
+        behind = [beat for beat in behind if beat.units == fewest]
     earliest = min(beat.marked for beat in behind)
-    return "the others wait", [beat for beat in behind if beat.marked - earliest < 1.0]
+    return [beat for beat in behind if beat.marked - earliest < LONG_BEFORE_SECONDS]
 
 
 def describe(beats: Sequence[Beat], seconds: float) -> str:
@@ -76,12 +112,12 @@ def describe(beats: Sequence[Beat], seconds: float) -> str:
 
 
 def watch(folder: Path, since: float, limit_seconds: float) -> str:
-    """Return, with words for people, once no rank's mark has changed for `limit_seconds`."""
+    """Return, with words for people, once no rank has got on for `limit_seconds`."""
     marks: list[tuple[int, float]] = []
     moved = time.monotonic()
     while True:
         beats = read_beats(folder, since)
-        if (now := [(beat.rank, beat.marked) for beat in beats]) != marks:
+        if (now := [(beat.rank, beat.stamp) for beat in beats]) != marks:
             marks, moved = now, time.monotonic()
         if (seconds := time.monotonic() - moved) > limit_seconds:
             return describe(beats, seconds)

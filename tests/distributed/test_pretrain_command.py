@@ -16,10 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ranks import run_ranks
 from small_dataset import SmallDataset
 
 from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
 from deberta_xl.entry_point import REFUSED
+from deberta_xl.pretrain import assemble, parse_arguments, read_inputs
+from deberta_xl.stop_request import StopRequest
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "deberta_xl" / "pretrain.py")
@@ -194,6 +197,34 @@ def test_a_signal_to_one_rank_saves_stops_all_and_resumes_to_identical_weights(
     # A run of the same seed at the same layout, started by another launcher.
     result = run([*torchrun(2), *arguments(small_dataset, tmp_path)])
     assert result.returncode == 0, result.stdout
+    assert_same_weights(tmp_path, uninterrupted)
+
+
+def train_in_process(given: list[str], stops_at: int | None = None) -> str:
+    """A run on this rank; how it ended. Rank 1 is asked to stop in the middle of the evaluation of step `stops_at`."""
+    run = assemble(read_inputs(parse_arguments(given)), StopRequest())
+    move = run.heartbeat.moved
+
+    def move_and_stop() -> None:
+        move()
+        is_in_it = (run.heartbeat.step, run.heartbeat.phase) == (stops_at, "evaluation")
+        if run.launch.rank == 1 and is_in_it and run.heartbeat.beat["units"] == 1:
+            run.stop.signal = signal.SIGUSR1
+
+    run.heartbeat.moved = move_and_stop
+    return run.train()
+
+
+def test_a_stop_inside_an_evaluation_is_seen_there_and_the_next_start_makes_it_up(
+    small_dataset, uninterrupted, tmp_path
+):
+    given = arguments(small_dataset, tmp_path, "evaluation.max_samples=0")
+    assert run_ranks(train_in_process, 2, given, 4, backend=None) == ["stopped"] * 2
+    assert (tmp_path / "STATE").read_text() == "stopped\n"
+    assert (tmp_path / "LATEST").read_text() == "step-00000004\n"
+    assert metrics(tmp_path, "valid_loss") == {}
+    assert run_ranks(train_in_process, 2, given, backend=None) == ["done"] * 2
+    assert sorted(metrics(tmp_path, "valid_loss")) == [4, 8]
     assert_same_weights(tmp_path, uninterrupted)
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from deberta_xl.errors import ConfigError
 from deberta_xl.training import ownership
-from deberta_xl.training.heartbeat import TAKEN_OVER
+from deberta_xl.training.heartbeat import TAKEN_OVER, Heartbeat
+from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.ownership import Ownership, claim_folder, own_claim
 from deberta_xl.training.run_folder import RunFolder
 
@@ -75,6 +76,52 @@ def test_a_start_that_has_fallen_silent_or_said_it_ended_is_replaced(folder):
     claim_folder(folder, claim("job 14.0"))
     assert time.monotonic() - begin < 1.0
     assert folder.owner.read_text().startswith("job 14.0")
+
+
+def test_a_start_that_is_still_loading_is_not_robbed_whatever_the_start_before_it_said(folder):
+    beat(folder, "done")  # long ago; the first start has not come to its first step
+    claim_folder(folder, claim("job 12.0"))
+    heartbeat = Heartbeat(folder.heartbeat, 0, Ownership(folder.owner, claim("job 12.0")))
+    timer = threading.Timer(0.4, heartbeat.write)
+    timer.start()
+    with pytest.raises(ConfigError, match=r"is in use \(job 12.0 host n1"):
+        claim_folder(folder, claim("job 13.0"))
+    timer.join()
+    heartbeat.close()
+
+
+def test_a_clock_that_is_ahead_robs_nobody(folder, monkeypatch):
+    claim_folder(folder, claim("job 12.0"))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600.0)
+    timer = threading.Timer(0.4, beat, (folder, "data"))
+    timer.start()
+    with pytest.raises(ConfigError, match="is in use"):
+        claim_folder(folder, claim("job 13.0"))
+    timer.join()
+
+
+def test_a_sign_of_life_of_long_ago_needs_no_wait(folder, monkeypatch):
+    monkeypatch.setattr(ownership, "QUIET_SECONDS", 60.0)
+    claim_folder(folder, claim("job 12.0"))
+    long_ago = time.time() - 2 * ownership.FORGOTTEN_SECONDS
+    os.utime(folder.heartbeat / "rank-00000.json", (long_ago, long_ago))
+    begin = time.monotonic()
+    claim_folder(folder, claim("job 13.0"))
+    assert time.monotonic() - begin < 30.0
+
+
+def test_the_loser_of_two_starts_writes_no_metric_more_and_says_whose_the_folder_is(folder):
+    mine = Ownership(folder.owner, claim_folder(folder, own_claim({"SLURM_JOB_ID": "12"})))
+    writer = MetricsWriter(folder.metrics, folder.tensorboard, first_step=0, total_steps=9, ownership=mine)
+    writer.write(1, {"loss": 2.0})
+    claim_folder(folder, own_claim({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}))
+    with pytest.raises(ConfigError, match=r"taken over by another start of this run: job 12\.1 host .* since 20\d\d-"):
+        writer.write(2, {"loss": 1.0})
+    with pytest.raises(ConfigError, match="taken over"):
+        MetricsWriter(folder.metrics, folder.tensorboard, first_step=0, total_steps=9, ownership=mine)
+    writer.close()
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1]
 
 
 def test_a_dead_process_of_this_machine_needs_no_wait(folder, monkeypatch):
