@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 
 from deberta_xl.errors import UserError
-from deberta_xl.log import configure_logging
+from deberta_xl.log import configure_logging, take_any_character
 
 
 def build_parser(documentation: str) -> argparse.ArgumentParser:
     """A parser whose --help shows a tool's docstring as it is written."""
+    take_any_character()  # --help is shown before a tool's work begins
     return argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from deberta_xl.errors import ConfigError, UserError
 from deberta_xl.launch import Launch, read_launch
-from deberta_xl.log import configure_logging, logger, rank_zero
+from deberta_xl.log import configure_logging, logger, rank_zero, take_any_character
 from deberta_xl.stop_request import StopRequest
 
 REFUSED = 4
@@ -25,6 +25,7 @@ Not 2, which Python gives when it cannot open a script; `slurm/lib/launch.sh` kn
 
 def build_parser(description: str, example: str, presets: Sequence[str]) -> argparse.ArgumentParser:
     """The options that every training command has. Overrides may stand anywhere: use `parse_intermixed_args`."""
+    take_any_character()  # --help is shown before anything else
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=formatter)
     parser.add_argument("--config", required=True, help=f"preset ({', '.join(presets)}) or path of a TOML file")

@@ -5,6 +5,7 @@ The rank comes from the launcher's environment, so the logger works before (and 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -35,8 +36,16 @@ def current_rank() -> int:
     return int(stated) if stated.isdigit() else 0
 
 
+def take_any_character() -> None:
+    """Let the console show in escapes what its encoding has not (ASCII, cp1252), or what no encoding has: no crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """Send the package's records to standard error, one line each: time, rank, level (above INFO), message."""
+    take_any_character()
     handler = StandardError()
     handler.setFormatter(RankFormatter())
     logger.handlers[:] = [handler]
@@ -46,7 +55,7 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 def log_to_file(path: Path) -> None:
     """Append the package's records to a file as well."""
-    handler = LogFile(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(RankFormatter())
     logger.addHandler(handler)
 

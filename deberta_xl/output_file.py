@@ -20,6 +20,8 @@ from deberta_xl.errors import ConfigError
 
 DESCRIPTORS = ("/dev/fd", "/proc/self/fd")
 MAX_LINKS = 40
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+"""Half a character, which no encoding has, is written as JSON writes it."""
 
 
 def check_output(path: Path, inputs: Iterable[Path] = (), *, option: str = "--output") -> None:
@@ -97,16 +99,16 @@ def open_output(path: Path) -> Iterator[TextIO]:
     descriptor = descriptor_of(path)
     if descriptor is not None:
         sys.stdout.flush()
-        with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
+        with os.fdopen(os.dup(descriptor), "w", **TEXT) as file:
             yield file
         return
     if is_stream(path):
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", **TEXT) as file:
             yield file
         return
     target = path.resolve()
     try:
-        with partial(target).open("w", encoding="utf-8") as file:
+        with partial(target).open("w", **TEXT) as file:
             yield file
         if target.exists():
             shutil.copymode(target, partial(target))

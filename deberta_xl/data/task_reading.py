@@ -81,7 +81,7 @@ class ExampleReader:
         fields = record.fields
         name = fields.get(self.source.id or "id")
         return Example(
-            id=as_text(name) if name is not None else str(number),
+            id=whole_characters(as_text(name)) if name is not None else str(number),
             texts=self.texts(record),
             label=self.label(record),
             group=as_text(fields.get("group", "")),
@@ -179,7 +179,7 @@ class ExampleReader:
                 f"{record.place}: the label {value!r} is a {type(value).__name__}; a text, a number or a truth value "
                 "is expected (several labels of an example are for the head multi_label)"
             )
-        text = as_text(value).strip()
+        text = whole_characters(as_text(value).strip())
         return self.source.label_names.get(text, text)
 
     def number(self, record: Record, name: str, value: Any) -> float:

@@ -142,9 +142,9 @@ def git_revision() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         revision = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, errors="replace", check=True
         ).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision + ("+changes" if status else "")
