@@ -1,6 +1,7 @@
-"""Reading a corpus document by document, in bounded memory: .txt and .jsonl, each also .gz and .zst.
+"""Reading a corpus document by document, in bounded memory: .txt, .jsonl and .json, each also .gz and .zst.
 
-* `.jsonl`: one document per line, under the key `text` (or another one).
+* `.jsonl`, `.json`: one document per line, under the key `text` (or another one); or a list of such objects, or objects
+  over several lines, whichever of the two endings the file has.
 * `.txt`: documents are separated by blank lines, as BERT's and RoBERTa's pretraining text was; the lines of a document
   stay together. A document of more than 16 MiB is cut at a line end.
 
@@ -19,11 +20,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from deberta_xl.data.compressed import READ_ERRORS, CountingFile, unpacked
 from deberta_xl.data.errors import CorpusError
+from deberta_xl.data.json_stream import is_spread, values_of
 
-FORMATS = (".txt", ".jsonl")
+FORMATS = (".txt", ".jsonl", ".json")
 COMPRESSIONS = (".gz", ".zst")
 #: Longest line, and longest document of a .txt file, in bytes.
 MAX_DOCUMENT_BYTES = 16 * 2**20
+#: Bytes by which a file is told to be UTF-8, and a list or lines.
+PEEKED = 4096
 
 
 class Record(NamedTuple):
@@ -89,6 +93,11 @@ class TextFile:
     def records(self) -> Iterator[Record]:
         """The documents of the file, raw; blank lines are skipped. CorpusError when the file turns out damaged."""
         try:
+            start = self.stream.peek(PEEKED)[:PEEKED]
+            refuse_other_encodings(start, self.path)
+            if self.kind != ".txt" and is_spread(start):
+                yield from self.spread_records()
+                return
             lines = numbered_lines(self.stream)
             yield from join_blocks(lines) if self.kind == ".txt" else filled(lines)
         except READ_ERRORS as error:
@@ -96,9 +105,27 @@ class TextFile:
                 f"{self.path} is damaged or not what its name says: {error}; fetch or pack it again"
             ) from error
 
+    def spread_records(self) -> Iterator[Record]:
+        """The objects of a list, or that take several lines. CorpusError for what is not valid JSON: nothing after it
+        can be told apart."""
+        try:
+            for line, text, _ in values_of(self.stream, max_characters=MAX_DOCUMENT_BYTES):
+                yield Record(line, text.encode())
+        except ValueError as error:
+            raise CorpusError(f"{self.path}, {error}") from None
+
     def summary(self) -> dict[str, Any]:
         """Name, size and SHA-256 of the file, once all its records are read."""
         return {"name": self.path.name, "size": self.num_bytes, "sha256": self.file.sha256.hexdigest()}
+
+
+def refuse_other_encodings(start: bytes, path: Path) -> None:
+    """Raise CorpusError for UTF-16 and UTF-32, with or without a byte-order mark, by a file's first bytes."""
+    is_wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    if is_wide or start.count(b"\0") > len(start) // 10:
+        raise CorpusError(
+            f"{path} is UTF-16 or UTF-32, or no text; UTF-8 is read. Convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW"
+        )
 
 
 def numbered_lines(file: BinaryIO) -> Iterator[Record]:

@@ -1,20 +1,23 @@
 """Files of tasks as records: dictionaries, each with its place for messages. Nothing here knows what a task is.
 
-Understood are .jsonl, .json (a list, or an object whose `data` is one), .tsv (as GLUE writes it: no quoting), .csv,
+Understood are .jsonl and .json (an object a line, a list, an object whose `data` is one, or objects over several lines,
+under either ending), .tsv (as GLUE writes it: no quoting), .csv,
 .parquet, and a folder that Hugging Face's `datasets` has saved, when that library is present.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deberta_xl.data.errors import TaskDataError
-from deberta_xl.data.text_files import open_text, read_text
+from deberta_xl.data.text_files import open_text
 from deberta_xl.log import rank_zero
 
 csv.field_size_limit(2**27)
@@ -35,7 +38,7 @@ def read_records(path: Path, columns: Sequence[str] | None = None, *, skips_brok
     naming file and line.
     """
     readers = {
-        ".jsonl": read_jsonl, ".json": read_json, ".tsv": read_table, ".csv": read_table, ".txt": read_table,
+        ".jsonl": read_jsonl, ".json": read_jsonl, ".tsv": read_table, ".csv": read_table, ".txt": read_table,
         ".parquet": read_parquet,
     }  # fmt: skip
     reader = read_datasets_folder if path.is_dir() else readers.get(path.suffix)
@@ -46,12 +49,47 @@ def read_records(path: Path, columns: Sequence[str] | None = None, *, skips_brok
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
-    """An object per line; empty lines are passed over."""
+    """An object per line, empty lines passed over; where the first line is none, what else JSON has for rows."""
     with open_text(path) as file:
-        for number, line in enumerate(file, 1):
+        first, number = "", 0
+        while not first.strip() and (line := file.readline()):
+            first, number = line, number + 1
+        if not is_object(first):
+            yield from read_spread(first + file.read(), number, path)
+            return
+        for line_number, line in enumerate(itertools.chain([first], file), number):
             if line.strip():
-                place = f"{path}:{number}"
+                place = f"{path}:{line_number}"
                 yield Record(place, as_object(parse_json(line, place), place))
+
+
+def is_object(line: str) -> bool:
+    """Whether a line is a JSON object by itself, and not one that holds all rows."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and not isinstance(value.get("data"), list)
+
+
+def read_spread(text: str, first_line: int, path: Path) -> Iterator[Record]:
+    """The objects of a list, of the list `data` of one object, or that follow each other over several lines."""
+    values, decoder, place = [], json.JSONDecoder(), WHITESPACE.match(text, 0).end()
+    line = first_line + text.count("\n", 0, place)
+    while place < len(text):
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise TaskDataError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', error)}") from error
+        values.append((f"{path}:{line}", value))
+        end = WHITESPACE.match(text, end).end()
+        line, place = line + text.count("\n", place, end), end
+    if len(values) == 1:
+        rows = values[0][1].get("data") if isinstance(values[0][1], dict) else values[0][1]
+        if isinstance(rows, list):
+            values = [(f"{path}, record {number}", row) for number, row in enumerate(rows)]
+    for where, value in values:
+        yield Record(where, as_object(value, where))
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -67,17 +105,6 @@ def as_object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TaskDataError(f"{place}: a JSON object is expected, with a key for each column")
     return value
-
-
-def read_json(path: Path) -> Iterator[Record]:
-    """The objects of a list."""
-    content = parse_json(read_text(path), str(path))
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        raise TaskDataError(f"{path}: a list of objects is expected, or an object whose `data` is one")
-    for number, row in enumerate(rows):
-        place = f"{path}, record {number}"
-        yield Record(place, as_object(row, place))
 
 
 def read_table(path: Path, columns: Sequence[str] | None, skips_broken: bool) -> Iterator[Record]:

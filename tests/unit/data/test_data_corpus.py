@@ -155,3 +155,43 @@ def test_missing_empty_and_unknown_inputs_are_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(CorpusError, match="empty"):
         total_size(expand_inputs([f"{tmp_path}/empty.txt"]))
+
+
+TEXTS = ["one\ntwo", "東京", '}{"[', "x" * 50]
+SHAPES = {
+    "lines": "\n".join(json.dumps({"text": text}) for text in TEXTS),
+    "list": json.dumps([{"text": text} for text in TEXTS], ensure_ascii=False),
+    "spread list": json.dumps([{"text": text} for text in TEXTS], indent=2),
+    "spread objects": "\n".join(json.dumps({"text": text}, indent=1) for text in TEXTS),
+    "begun objects": "\n".join('{"n": 1,\n"text": ' + json.dumps(text) + "}" for text in TEXTS),
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "json.gz"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_json_is_read_in_every_shape_under_either_ending(tmp_path, monkeypatch, suffix, shape):
+    monkeypatch.setattr("deberta_xl.data.json_stream.CHUNK", 7)  # a value is cut wherever it can be
+    path = tmp_path / f"a.{suffix}"
+    content = SHAPES[shape].encode("utf-8-sig")
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert documents_of(path) == (TEXTS, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[\n{"text": "a"},\n{"text": "b"', "line 3: not valid JSON"),
+        (b'[{"text": "a"}\n{"text": "b"}]', "line 2: not valid JSON: a comma or the end"),
+        (b'[{"text": "a"}]\n{"text": "b"}', "line 2: not valid JSON: something follows the list"),
+        (b'[{"text": "a\xff"}]', "line 1: not UTF-8"),
+        (b'[{"text": "' + b"a" * 200 + b'"}]', "line 1: more than 100 characters"),
+        ('{"text": "a"}'.encode("utf-16"), "iconv -f UTF-16"),
+        ('{"text": "a"}'.encode("utf-16-le"), "iconv -f UTF-16"),
+    ],
+)
+def test_a_list_that_cannot_be_read_on_and_another_encoding_are_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr("deberta_xl.data.json_stream.CHUNK", 7)
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 100)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        documents_of(tmp_path / "a.jsonl")

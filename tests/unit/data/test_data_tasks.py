@@ -361,3 +361,26 @@ def test_a_damaged_parquet_file_and_an_unknown_suffix_are_refused(tmp_path):
         list(read_records(tmp_path / "a.parquet"))
     with pytest.raises(TaskDataError, match=r"known: \.jsonl"):
         list(read_records(tmp_path / "a.xlsx"))
+
+
+ROWS = [{"text": "a\nb", "label": "x"}, {"text": "東京", "label": "y"}, {"text": "}{", "label": "x"}]
+SHAPES = {
+    "lines": "\n".join(map(json.dumps, ROWS)),
+    "list": json.dumps(ROWS),
+    "spread list": json.dumps(ROWS, indent=2, ensure_ascii=False),
+    "object of data": json.dumps({"version": 1, "data": ROWS}),
+    "spread objects": "\n".join(json.dumps(row, indent=1) for row in ROWS),
+    "begun objects": "\n".join(json.dumps(row).replace('", ', '",\n ') for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_json_is_read_in_every_shape_under_either_ending(tmp_path, suffix, shape):
+    path = tmp_path / f"a.{suffix}"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes(SHAPES[shape].encode(encoding))
+        assert [record.fields for record in read_records(path)] == ROWS
+    path.write_text(SHAPES[shape] + '\n{"text"\n')
+    with pytest.raises(TaskDataError, match=rf"a\.{suffix}:\d+: not valid JSON"):
+        list(read_records(path))
