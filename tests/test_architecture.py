@@ -54,6 +54,7 @@ FLOORS = {
     "durable": Floor(0, "0"),
     "errors": Floor(0, "0"),
     "finetune_config": Floor(0, "0"),
+    "interruption": Floor(0, "0"),
     "launch": Floor(0, "0"),
     "log": Floor(0, "0"),
     "output_file": Floor(0, "0"),

@@ -29,19 +29,18 @@ import time
 from pathlib import Path
 from typing import get_args
 
-import torch
-
+from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
 from deberta_xl.checkpoint.head_facts import HEAD_NAME
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.pretrained_folder import Kind
 from deberta_xl.checkpoint.task_export import export_task
+from deberta_xl.checkpoint.tensor_files import DTYPES as STORED_DTYPES
 from deberta_xl.checkpoint.verify import TOLERANCES
-from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.finetuned import BEST_NAME, find_finetuned
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": STORED_DTYPES["F32"], "bfloat16": STORED_DTYPES["BF16"], "float16": STORED_DTYPES["F16"]}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -141,4 +140,4 @@ def convert_pretrained(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(run, parse_arguments()))
+    sys.exit(run_tool(run, parse_arguments(), outputs=lambda given: [given.destination]))

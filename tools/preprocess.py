@@ -21,6 +21,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 from deberta_xl.command_line import build_parser, report_bad_records, run_tool
 from deberta_xl.data.corpus import expand_inputs, total_size
@@ -123,6 +124,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise DataError(f"--workers {arguments.workers} is too few; allowed: 1 and more")
 
 
+def outputs(arguments: argparse.Namespace) -> list[Path]:
+    """What is written last of each dataset."""
+    prefixes = filter(None, (arguments.output, arguments.valid_output))
+    return [dataset_paths(prefix).manifest for prefix in prefixes]
+
+
 def report(summary: Summary, seconds: float) -> None:
     """Print the summary."""
     share = summary.unknown_tokens / summary.tokens
@@ -137,4 +144,4 @@ def report(summary: Summary, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(run, parse_arguments()))
+    sys.exit(run_tool(run, parse_arguments(), outputs=outputs))

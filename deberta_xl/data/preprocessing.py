@@ -25,6 +25,7 @@ from deberta_xl.data.corpus import BadRecord, Record, TextFile, text_of
 from deberta_xl.data.errors import CorpusError, DataError
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
+from deberta_xl.interruption import ENDING
 
 #: Bytes of text, and number of records, after which a batch is handed to a worker.
 BATCH_BYTES = 2**20
@@ -164,7 +165,7 @@ def tokenized(batches: Iterable[RecordBatch], work: BatchTokenizer, workers: int
         under_way: deque[concurrent.futures.Future[TokenBatch]] = deque()
         try:
             for batch in batches:
-                with without_interrupts():
+                with signals_held_back():
                     under_way.append(pool.submit(work_in_worker, batch))
                 if len(under_way) >= BATCHES_PER_WORKER * workers:
                     yield under_way.popleft().result()
@@ -172,14 +173,18 @@ def tokenized(batches: Iterable[RecordBatch], work: BatchTokenizer, workers: int
                 yield under_way.popleft().result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise DataError("a worker process was killed (out of memory?); try fewer --workers") from error
+        except BaseException:  # an interruption, too: what is under way is wanted no more
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back; worker processes that are started here never see it, so that only the main process reacts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def signals_held_back() -> Iterator[None]:
+    """Hold Ctrl-C and its kin back; worker processes that are started here never see them: the main process reacts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
