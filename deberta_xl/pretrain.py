@@ -25,7 +25,6 @@ from deberta_xl.config_file import load_run_config, preset_names
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.durable import below
 from deberta_xl.entry_point import build_parser, launch_of, run_command
@@ -105,14 +104,15 @@ def check_init(init: str, architecture: DebertaConfig, tokenizer: Tokenizer, tok
 
     folder, there = peek(init)
     own = next(tokenizer_folders(folder), None)
-    if own is None:
+    theirs = Tokenizer.load(own) if own is not None else None
+    if theirs is None:
         rank_zero(
             "train.init=%s has no tokenizer: nobody can tell whether its ids stand for the pieces of %s",
             folder, tokenizer_folder, level=logging.WARNING,
         )  # fmt: skip
-    elif (own / MODEL_FILE).read_bytes() != tokenizer.spm_model:
+    elif not theirs.has_same_ids(tokenizer):
         raise ConfigError(
-            f"train.init={folder}: another tokenizer: {tokenizer.difference_from(Tokenizer.load(own))}. Use a dataset "
+            f"train.init={folder}: another tokenizer: {tokenizer.difference_from(theirs)}. Use a dataset "
             f"made with {own}, or let the weights follow their pieces to the ids of this one: python tools/convert.py "
             f"--to native --tokenizer {tokenizer_folder} {init} NEW_FOLDER, then train.init=NEW_FOLDER"
         )

@@ -63,7 +63,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     change = parser.add_argument_group("changes on the way (docs/conversion.md has their rules)")
     change.add_argument("--average", type=int, metavar="K", help="mean of the newest K checkpoints of a run folder")
-    change.add_argument("--tokenizer", type=Path, help="tokenizer folder with other pieces: rows follow their pieces")
+    change.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer folder with other pieces: rows follow their pieces, new ones are the mean of their old pieces",
+    )
     change.add_argument("--vocab_size", type=int, help="more rows in the word table, each the mean of the others")
     change.add_argument("--max_position_embeddings", type=int, help="longer sequences")
     change.add_argument("--max_relative_positions", type=int, help="farther distances told apart")

@@ -44,7 +44,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, or quoted patterns")
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="made by tools/train_tokenizer.py")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="FOLDER",
+        help="made by tools/train_tokenizer.py, or a released model's folder",
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="dataset to write")
     parser.add_argument("--valid_output", "--valid-output", metavar="PREFIX", help="held-out dataset to write as well")
     parser.add_argument(

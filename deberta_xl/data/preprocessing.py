@@ -23,6 +23,7 @@ import numpy as np
 
 from deberta_xl.data.corpus import BadRecord, Record, TextFile, text_of
 from deberta_xl.data.errors import CorpusError, DataError
+from deberta_xl.data.text_rules import TextRules
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
 from deberta_xl.interruption import ENDING
@@ -191,20 +192,21 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def worker_arguments(work: BatchTokenizer) -> tuple[bytes, int, str, float]:
+def worker_arguments(work: BatchTokenizer) -> tuple[bytes, int, TextRules, str, float]:
     """What a worker needs to build its own BatchTokenizer."""
-    return work.tokenizer.spm_model, work.tokenizer.vocab_size, work.json_key, work.valid_share
+    tokenizer = work.tokenizer
+    return tokenizer.spm_model, tokenizer.vocab_size, tokenizer.rules, work.json_key, work.valid_share
 
 
 #: The worker process's own BatchTokenizer; unset in the main process.
 work_here: BatchTokenizer
 
 
-def set_up_worker(spm_model: bytes, vocab_size: int, json_key: str, valid_share: float) -> None:
+def set_up_worker(spm_model: bytes, vocab_size: int, rules: TextRules, json_key: str, valid_share: float) -> None:
     """Build the worker's BatchTokenizer once; never outlive the main process."""
     global work_here
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    work_here = BatchTokenizer(Tokenizer(spm_model, vocab_size), json_key, valid_share)
+    work_here = BatchTokenizer(Tokenizer(spm_model, vocab_size, rules=rules), json_key, valid_share)
 
 
 def leave_with_parent() -> None:
