@@ -93,7 +93,10 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
         check_init(config.train.init, architecture, tokenizer, tokenizer_folder)
     options = (tokenizer, config.data, length, config.train.seed)
     data = PretrainingData(store, *options)
+    data.check_training()
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
+    if valid:
+        valid.check_held_out(config.evaluation.max_samples)
     return Inputs(config, engine, launch, grid, split, tokenizer, tokenizer_folder, architecture, data, valid)
 
 
