@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from deberta_xl.errors import ConfigError, UserError
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero, take_any_character
+from deberta_xl.rendezvous import meeting_point
 from deberta_xl.stop_request import StopRequest
 
 REFUSED = 4
@@ -67,6 +68,8 @@ def run_command(
     configure_logging()
     stop = StopRequest()
     try:
+        if arguments.ranks is None:
+            meeting_point(read_launch())
         inputs = read_inputs(arguments)
     except UserError as error:
         complain_once_per_node(error)
@@ -125,5 +128,9 @@ def leave(status: int) -> NoReturn:
 
 def complain_once_per_node(error: UserError) -> None:
     """Log an error of the start, which every rank finds: what is wrong with a file may be wrong on one node only."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+    try:
+        is_first = read_launch().local_rank == 0
+    except ConfigError:  # nobody knows who is the first: each says it
+        is_first = True
+    if is_first:
         logger.error("%s", error)

@@ -32,9 +32,8 @@ from deberta_xl.data.spread_preprocessing import Communicator, preprocess_spread
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.launch import read_launch
 
-#: What mpirun (Open MPI, MPICH) says of the number of processes.
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 #: Share of unknown tokens above which the tokenizer does not suit the text.
 MANY_UNKNOWN = 0.01
 
@@ -105,15 +104,23 @@ def run(arguments: argparse.Namespace) -> None:
 def find_communicator() -> Communicator | None:
     """MPI's processes, where `python -m mpi4py` started this one; MPI is not imported otherwise.
 
-    Raises DataError under mpirun without it: each process would do everything, and one that fails would leave the
-    others waiting.
+    Raises DataError under any launcher of several processes without it: each process would do everything, and one that
+    fails would leave the others waiting.
     """
-    if "mpi4py" in sys.modules:
+    is_mpi = "mpi4py" in sys.modules
+    if is_mpi:
         from mpi4py import MPI
 
-        return MPI.COMM_WORLD
-    if any(int(os.environ.get(key, "1")) > 1 for key in MPI_SIZES):
-        raise DataError("under MPI, start this as: mpirun -n N python -m mpi4py tools/preprocess.py ...")
+        if MPI.COMM_WORLD.Get_size() > 1:
+            return MPI.COMM_WORLD
+    if (started := read_launch().world_size) > 1:
+        way_out = (
+            "MPI finds none of the others: use the mpirun of the MPI that mpi4py is linked to, or srun with the "
+            "--mpi=... that it speaks (pmix, pmi2)"
+            if is_mpi
+            else "start one, which has --workers, or under MPI: mpirun -n N python -m mpi4py tools/preprocess.py ..."
+        )
+        raise DataError(f"{started} processes were started, and each would do everything; {way_out}")
     return None
 
 

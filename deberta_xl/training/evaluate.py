@@ -14,9 +14,11 @@ from torch import Tensor
 
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.unigram import cross_entropy
-from deberta_xl.launch import Launch, device_number, export_launch
+from deberta_xl.launch import Launch, device_number
 from deberta_xl.model.masked_lm import MaskedLMOutput
+from deberta_xl.rendezvous import export_launch
 from deberta_xl.training.batches import MicroBatch, build_micro_batch
+from deberta_xl.training.roll_call import all_ranks_here
 
 
 def join_ranks(launch: Launch) -> torch.device:
@@ -27,7 +29,8 @@ def join_ranks(launch: Launch) -> torch.device:
         torch.cuda.set_device(device)  # before the ranks meet: nccl takes the current one
     if launch.world_size > 1:
         export_launch(launch)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with all_ranks_here(launch):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         # Left to the interpreter's end, its threads now and then abort a process that has done its work.
         atexit.register(dist.destroy_process_group)
     return device

@@ -74,7 +74,7 @@ class Pretraining:
         saved_step = state.step
         is_evaluated = not self.owes_evaluation() or self.evaluate(writer, agreement)
         batches = prefetch(self.batches(), STEPS_AHEAD)
-        self.stop.watch_interrupts()
+        self.stop.training_begins()
         self.engine.train()
         while state.step < config.train.steps:
             step = state.step + 1

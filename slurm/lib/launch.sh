@@ -136,7 +136,8 @@ prepare_environment() {
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 10000))
   MASTER_ADDR=$(address_of "${NODE_NAMES%% *}")
   : "${OMP_NUM_THREADS:=${SLURM_CPUS_PER_TASK:-1}}"
-  export NODE_NAMES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+  NUM_RANKS=$SLURM_NTASKS
+  export NUM_RANKS NODE_NAMES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 }
 
 address_of() { # address_of NODE: its name where that can be looked up, else the address slurm uses
@@ -180,7 +181,8 @@ check_node() { # check_node ROOT RUN_FOLDER PROBE NUM CONTAINER... ENTRY_POINT A
     complain "run.folder=$folder is not the folder that the first node sees; choose one that all nodes share" || return
   command -v "${container[0]:-python}" >/dev/null ||
     complain "there is no ${container[0]:-python}; put the environment on a file system that all nodes share" || return
-  said=$(RANK=0 LOCAL_RANK=0 WORLD_SIZE=$SLURM_NTASKS "${container[@]}" python "$1" --check "${@:2}" 2>&1) ||
+  # As rank 0 of the training step, wherever this is: the step of this check counts nodes.
+  said=$(SLURM_STEP_ID='' RANK=0 LOCAL_RANK=0 WORLD_SIZE=$NUM_RANKS "${container[@]}" python "$1" --check "${@:2}" 2>&1) ||
     complain "$(tail -n 1 <<<"$said")" || return
 }
 
