@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from deberta_xl.errors import ConfigError, UserError
+from deberta_xl.errors import ConfigError, PeerError, UserError
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero, take_any_character
 from deberta_xl.rendezvous import meeting_point
@@ -98,6 +98,9 @@ def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None
         logger.error("rank %d, %s: %s", rank, place(run), error)
         # Later ones may pass, as a full disk does: such a run has crashed, and may be started again.
         leave(REFUSED if run is None else 2)
+    except PeerError as error:
+        logger.error("rank %d, %s: %s", rank, place(run), error)
+        leave(1)
     except KeyboardInterrupt:
         logger.error("rank %d, %s: interrupted; start the same command again to go on", rank, place(run))
         leave(130)

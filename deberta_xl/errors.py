@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """What a user wrote cannot be run; the message names the key, the value and the way out."""
+
+
+class PeerError(ConnectionError):
+    """Other ranks did not come, or went before the run began; why, they alone can say."""

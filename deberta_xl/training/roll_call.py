@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, PeerError
 from deberta_xl.launch import Launch, node_name
 from deberta_xl.log import logger
 from deberta_xl.rendezvous import has_agent
@@ -39,15 +39,22 @@ class Waiting:
         self.pause = min(1.0, 0.05 + launch.world_size / 5000)
 
     def until(self, condition: Callable[[], bool], missing: Callable[[], str]) -> None:
-        """Poll until the condition holds. Raises ConfigError with what is `missing` when patience ends."""
-        while not condition():
-            now = time.monotonic()
-            if now - self.began > PATIENCE_SECONDS:
-                raise ConfigError(f"{self.describe(now, missing())}: given up")
-            if now - self.said > SAID_EVERY_SECONDS:
-                self.said = now
-                logger.warning("%s. Ctrl-C or `kill %d` ends this rank", self.describe(now, missing()), os.getpid())
-            time.sleep(self.pause)
+        """Poll until the condition holds. Raises PeerError with what is `missing` when patience, or rank 0, ends."""
+        try:
+            while not condition():
+                self.say(missing)
+                time.sleep(self.pause)
+        except dist.DistError as error:
+            raise PeerError(f"rank 0 has ended, or cannot be reached at {self.place} any more") from error
+
+    def say(self, missing: Callable[[], str]) -> None:
+        """What is missing, now and then; PeerError when patience ends."""
+        now = time.monotonic()
+        if now - self.began > PATIENCE_SECONDS:
+            raise PeerError(f"{self.describe(now, missing())}: given up")
+        if now - self.said > SAID_EVERY_SECONDS:
+            self.said = now
+            logger.warning("%s. Ctrl-C or `kill %d` ends this rank", self.describe(now, missing()), os.getpid())
 
     def describe(self, now: float, missing: str) -> str:
         """Who waits, since when, where, and for whom."""
@@ -59,7 +66,8 @@ class Waiting:
 def all_ranks_here(launch: Launch) -> Iterator[None]:
     """Wait until every rank has come to MASTER_ADDR:MASTER_PORT; inside, the process group can be made. Collective.
 
-    Raises ConfigError when a rank comes twice, counts others than rank 0 does, or does not come in half an hour.
+    Raises ConfigError when a rank comes twice, or counts others than rank 0 does; PeerError when one does not come in
+    half an hour.
     """
     if launch.world_size == 1 or dist.is_initialized():
         yield

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from deberta_xl import entry_point
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, PeerError
 from deberta_xl.launch import Launch, device_number, ranks_of_node, read_launch
 from deberta_xl.log import configure_logging
 from deberta_xl.rendezvous import address_of_interface, export_launch, interface_towards, meeting_point
@@ -223,6 +223,17 @@ def test_a_rank_that_counts_otherwise_or_comes_twice_is_refused():
         roll_call.call_roll(store, Launch(1, 4, 1), roll_call.Waiting(Launch(1, 4, 1), ""))
     with pytest.raises(ConfigError, match="two processes say that they are rank 1"):
         roll_call.call_roll(store, Launch(1, 2, 1), roll_call.Waiting(Launch(1, 2, 1), ""))
+
+
+def test_a_rank_whose_rank_zero_has_gone_says_so(monkeypatch):
+    def ask() -> bool:
+        raise dist.DistNetworkError("Failed to recv")
+
+    with pytest.raises(PeerError, match="rank 0 has ended, or cannot be reached at node1:29500"):
+        roll_call.Waiting(Launch(1, 2, 1), "node1:29500").until(ask, lambda: "rank 0")
+    monkeypatch.setattr(roll_call, "PATIENCE_SECONDS", -1)
+    with pytest.raises(PeerError, match=r"rank 1 of 2 has waited 0 s at node1:29500 for rank 0: given up"):
+        roll_call.Waiting(Launch(1, 2, 1), "node1:29500").until(lambda: False, lambda: "rank 0")
 
 
 def test_a_port_that_is_taken_is_named():
