@@ -29,7 +29,9 @@ def build_parser(description: str, example: str, presets: Sequence[str]) -> argp
     take_any_character()  # --help is shown before anything else
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=formatter)
-    parser.add_argument("--config", required=True, help=f"preset ({', '.join(presets)}) or path of a TOML file")
+    parser.add_argument(
+        "--config", required=True, help=f"preset ({', '.join(presets)}), TOML file, or a model's folder"
+    )
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
     parser.add_argument("--check", action="store_true", help="check everything that can be checked at once, then exit")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --check: describe the run on N ranks")
