@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from deberta_xl.errors import UserError
+from deberta_xl.errors import UserError, counted
 from deberta_xl.interruption import Interrupted, Outputs, be_quick_while_importing, interruptible
 from deberta_xl.log import configure_logging, current_rank, take_any_character
 
@@ -82,7 +82,7 @@ def report_bad_records(count: int, examples: list[str]) -> None:
     """Say on standard error which records were skipped."""
     if not count:
         return
-    complain(f"warning: {count:,} bad records were skipped:")
+    complain(f"warning: {counted(count, 'bad record')} {'was' if count == 1 else 'were'} skipped:")
     for example in examples:
         complain(f"  {example}")
     if count > len(examples):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class UserError(ValueError):
     """Something a user wrote or has on disk cannot be used; the message says what, and the way out.
 

@@ -1,8 +1,9 @@
 """Tokenise text files into a dataset for pretraining: PREFIX.bin, .idx, .manifest.json and PREFIX.tokenizer/.
 
-Input files are .txt (documents separated by blank lines) or .jsonl (one document per line), each also .gz or .zst.
-The files have the format of Megatron's indexed datasets. Records that hold no text are skipped, counted and reported
-with file and line. Literal special tokens in the text, such as the letters [MASK], are tokenised like any other text.
+Input files are .txt (documents separated by blank lines, or as --documents says) or .jsonl (one document per line),
+each also .gz or .zst. The output has the format of Megatron's indexed datasets. Records that hold no text are skipped,
+counted and reported with file and line. Literal special tokens in the text, such as the letters [MASK], are tokenised
+like any other text.
 
 The output is the same for any number of workers, and of processes under MPI. Those share the input files out, so there
 should be more files than processes; the output must be on a file system that all nodes see.
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from deberta_xl.command_line import build_parser, report_bad_records, run_tool
 from deberta_xl.data.corpus import expand_inputs, total_size
+from deberta_xl.data.documents import DOCUMENTS
 from deberta_xl.data.errors import DataError
 from deberta_xl.data.preprocessing import Preprocessing, Summary, preprocess
 from deberta_xl.data.progress import progress
@@ -32,6 +34,7 @@ from deberta_xl.data.spread_preprocessing import Communicator, preprocess_spread
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.errors import counted
 from deberta_xl.launch import read_launch
 
 #: Share of unknown tokens above which the tokenizer does not suit the text.
@@ -63,6 +66,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help=f"processes (default: one per core, {cores} here; one in each of MPI's)",
     )
+    parser.add_argument(
+        "--documents",
+        choices=DOCUMENTS,
+        default="blank_lines",
+        help="where a document ends: "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in DOCUMENTS.items())
+        + ". In .json and .jsonl every record is one, which parts cuts (default: blank_lines)",
+    )
     parser.add_argument("--json_key", "--json-key", default="text", help="key of the text in .jsonl (default: text)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
@@ -86,6 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.valid_output,
             arguments.valid_share if arguments.valid_output else 0.0,
             json_key=arguments.json_key,
+            documents=arguments.documents,
             workers=workers,
             strict=arguments.strict,
             overwrite=arguments.overwrite,
@@ -97,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     report_bad_records(summary.bad_records, summary.reported)
     for prefix in filter(None, (arguments.output, arguments.valid_output)):
         store = TokenStore(prefix)
-        print(f"{prefix}: {len(store):,} documents, {store.num_tokens:,} tokens, read back")
+        print(f"{prefix}: {counted(len(store), 'document')}, {store.num_tokens:,} tokens, read back")
     report(summary, time.monotonic() - started)
 
 
@@ -147,8 +159,8 @@ def report(summary: Summary, seconds: float) -> None:
     share = summary.unknown_tokens / summary.tokens
     print(
         f"{sum(file['size'] for file in summary.inputs) / 1e6:,.1f} MB in {seconds:.1f} s, "
-        f"{summary.tokens / seconds:,.0f} tokens/s; skipped: {summary.bad_records:,} bad records, "
-        f"{summary.empty_documents:,} documents without tokens"
+        f"{summary.tokens / seconds:,.0f} tokens/s; skipped: {counted(summary.bad_records, 'bad record')}, "
+        f"{counted(summary.empty_documents, 'document')} without tokens"
     )
     print(f"unknown tokens: {share:.3%}; literal special tokens kept as text: {summary.literal_specials:,}")
     if share > MANY_UNKNOWN:
