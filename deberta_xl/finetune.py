@@ -22,7 +22,7 @@ from deberta_xl.config_file import preset_names
 from deberta_xl.data.tasks import task_names
 from deberta_xl.durable import below
 from deberta_xl.entry_point import build_parser, run_command
-from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.finetune_config import FinetuneConfig, SiftSection
 from deberta_xl.finetune_inputs import SHORT_FORMS, Inputs, read_inputs
 from deberta_xl.log import rank_zero
 from deberta_xl.model.parameter_shapes import task_parameter_shapes
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\
 example:
-  deepspeed --num_accelerators 2 deberta_xl/finetune.py --config finetune \\
+  deepspeed --quiet --num_accelerators 2 deberta_xl/finetune.py --config finetune \\
       --deepspeed_config deepspeed_configs/cpu_debug.json --task sst2 --data glue/SST-2 --init runs/first \\
       run.folder=runs/sst2 train.epochs=3
 
@@ -81,7 +81,17 @@ def print_arithmetic(inputs: Inputs) -> None:
         f" in {len(data):,} windows" if len(data) != len(data.examples) else "", held_out,
     )  # fmt: skip
     if inputs.config.sift.weight:
-        rank_zero("SiFT: weight %g, %s", inputs.config.sift.weight, inputs.config.sift.resolved())
+        rank_zero("SiFT: %s", describe_sift(inputs.config.sift))
+
+
+def describe_sift(sift: SiftSection) -> str:
+    """What SiFT does in this run, in words."""
+    chosen = sift.resolved()
+    steps = f"{chosen.steps} step{'s' if chosen.steps > 1 else ''} of {chosen.step_size:g} ({chosen.norm} norm)"
+    bound = "not projected" if chosen.radius is None else f"projected to {chosen.radius:g}"
+    words = (f"entry {chosen.entry}", f"divergence {chosen.divergence}", f"regression {chosen.regression}")
+    said = ", ".join(word.replace("_", " ") for word in words)
+    return f"weight {sift.weight:g}, {sift.variant} variant: {steps}, {bound}, noise {chosen.noise:g}, {said}"
 
 
 def build_model(inputs: Inputs, *, is_new: bool) -> TaskModel:
@@ -113,9 +123,8 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
     config = inputs.config
     start = start_run(inputs, inputs.fingerprints, inputs.total_steps)
     print_arithmetic(inputs)
-    with start.undone_when_refused():
-        model = build_model(inputs, is_new=start.newest is None)
-        engine, state = start_engine(inputs, start, model, TaskState)
+    model = build_model(inputs, is_new=start.newest is None)
+    engine, state = start_engine(inputs, start, model, TaskState)
     weights = None if inputs.class_weights is None else torch.from_numpy(inputs.class_weights).to(engine.device)
     return Finetuning(
         config=config,

@@ -26,6 +26,11 @@ def listen(listener: Listener | None) -> None:
     _listeners[:] = [] if listener is None else [listener]
 
 
+def is_heard() -> bool:
+    """Whether this process is a rank of a run, which has a heartbeat."""
+    return bool(_listeners)
+
+
 def moved(_amount: int = 1, _note: str = "") -> None:
     """A unit of work is done. Called as often as it happens: it writes nothing, and waits for nothing."""
     for listener in _listeners:

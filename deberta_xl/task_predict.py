@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from deberta_xl.data.progress import progress
 from deberta_xl.data.records import Record, TaskDataError, read_jsonl
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_predictions import Prediction, predictions_of
@@ -87,14 +88,19 @@ class Predictor:
 
     def predict_file(self, path: Path) -> Iterator[str]:
         """A line of JSON for every line of a .jsonl file, chunk by chunk. Collective."""
-        for records in chunks(read_jsonl(path)):
-            examples = [self.read(record, number) for number, record in records]
-            data = self.tokenize(examples, str(path))
-            found = self.predict(data)
-            for (number, record), example, prediction in zip(records, examples, found, strict=True):
-                described = describe(self.facts.task, self.facts.labels, example, prediction)
-                described["id"] = record.fields.get("id", number)
-                yield json.dumps(described, ensure_ascii=False) + "\n"
+        with progress(str(path), count_lines(path), "lines") as advance:
+            for records in chunks(read_jsonl(path)):
+                yield from self.predict_records(records, str(path))
+                advance(len(records))
+
+    def predict_records(self, records: Sequence[tuple[int, Record]], where: str) -> Iterator[str]:
+        """A line of JSON for every record, by its number. Collective."""
+        examples = [self.read(record, number) for number, record in records]
+        found = self.predict(self.tokenize(examples, where))
+        for (number, record), example, prediction in zip(records, examples, found, strict=True):
+            described = describe(self.facts.task, self.facts.labels, example, prediction)
+            described["id"] = record.fields.get("id", number)
+            yield json.dumps(described, ensure_ascii=False) + "\n"
 
     def read(self, record: Record, number: int) -> Example:
         """One record of a user's file, without label."""
@@ -105,6 +111,14 @@ class Predictor:
         if not texts:
             raise TaskDataError(f"{record.place}: there is no word to label")
         return Example(str(number), texts)
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file; 0 of a pipe, which can be read only once."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def chunks(records: Iterator[Record]) -> Iterator[list[tuple[int, Record]]]:

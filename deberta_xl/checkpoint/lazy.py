@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deberta_xl import signs
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.data.progress import progress
 
 
 class LazyTensor(NamedTuple):
@@ -60,9 +60,10 @@ def constant(value: float, shape: Iterable[int], dtype: torch.dtype, place: str)
 def read_all(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
     """The tensors themselves; the memory needed is that of all of them."""
     found = {}
-    for name, tensor in tensors.items():
-        found[name] = tensor.read()
-        signs.moved()
+    with progress("reading weights", sum(tensor.nbytes for tensor in tensors.values())) as advance:
+        for name, tensor in tensors.items():
+            found[name] = tensor.read()
+            advance(tensor.nbytes)
     return found
 
 

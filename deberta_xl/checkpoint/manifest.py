@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from deberta_xl import signs
+from deberta_xl.data.progress import progress
 from deberta_xl.durable import sync, write_file
 from deberta_xl.errors import UserError
 
@@ -114,15 +115,21 @@ def verify_files(folder: Path, files: Mapping[str, FileFacts], *, rank: int = 0,
     Raises CheckpointError naming the first file that is missing, has another size or another hash.
     """
     by_size = sorted(files.items(), key=lambda item: (-item[1].size, item[0]))  # so that the shares weigh alike
-    for name, stated in by_size[rank::world_size]:
-        path = inside(folder, name)
-        try:
-            size = path.stat().st_size
-            if size != stated.size:
-                raise CheckpointError(f"{path} is damaged: it has {size} bytes, the manifest states {stated.size}")
-            if file_facts(path).sha256 != stated.sha256:
-                raise CheckpointError(f"{path} is damaged: its sha256 is not the one in the manifest")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing, though the manifest names it") from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    share = by_size[rank::world_size]
+    with progress(f"verifying {folder.name}", sum(stated.size for _, stated in share)) as advance:
+        for name, stated in share:
+            verify_file(inside(folder, name), stated, advance)
+
+
+def verify_file(path: Path, stated: FileFacts, advance: Callable[[int], None]) -> None:
+    """Raise CheckpointError unless a file is there with the size and the hash that the manifest states."""
+    try:
+        size = path.stat().st_size
+        if size != stated.size:
+            raise CheckpointError(f"{path} is damaged: it has {size} bytes, the manifest states {stated.size}")
+        if file_facts(path, advance).sha256 != stated.sha256:
+            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in the manifest")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, though the manifest names it") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None

@@ -196,10 +196,13 @@ def _check_shard_cover(folder: Path, name: str, shard: Shard, pieces: Sequence[S
         )
 
 
-def fill(wanted: Iterable[tuple[Piece, Tensor]], stored: StoredIndex, kind: str) -> None:
+def fill(
+    wanted: Iterable[tuple[Piece, Tensor]], stored: StoredIndex, kind: str, advance: Advance = signs.moved
+) -> None:
     """Copy the elements of each wanted piece, from whichever files hold them, into its flat tensor.
 
-    Only the bytes needed are read, one file after the other. Asserts that what is copied is what is needed.
+    Only the bytes needed are read, one file after the other. Asserts that what is copied is what is needed. `advance`
+    is told how many elements were copied.
     """
     copies: dict[Path, list[tuple[int, Overlap, Tensor]]] = {}
     for piece, target in wanted:
@@ -215,7 +218,7 @@ def fill(wanted: Iterable[tuple[Piece, Tensor]], stored: StoredIndex, kind: str)
             for position, overlap, target in found:
                 source = flat[position + overlap.source_start : position + overlap.source_end]
                 overlap.copy(source, target)
-                signs.moved()
+                advance(overlap.rows * overlap.columns)
 
 
 def logical_shapes(stored: StoredIndex) -> dict[str, tuple[int, ...]]:

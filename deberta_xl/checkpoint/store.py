@@ -58,6 +58,7 @@ from deberta_xl.checkpoint.rank_file import (
     read_indices,
     write_rank_file,
 )
+from deberta_xl.data.progress import progress
 from deberta_xl.durable import sync, write_files
 from deberta_xl.parallel.pipeline import PipelinedModel, is_copy
 from deberta_xl.parallel.shard import shard_of
@@ -150,14 +151,16 @@ def _write_files(
     fragments = [fragment for fragment in fragments if fragment.piece.name in written]
     create_adam_state(engine)
     pieces = [fragment.piece for fragment in fragments]
+    path, size = folder / rank_file_name(rank), len(KINDS) * 4 * sum(piece.numel for piece in pieces)
     try:
-        write_rank_file(folder / rank_file_name(rank), pieces, _snapshot(engine, fragments), tensor_parallel)
-        names = [rank_file_name(rank)]
+        with progress(f"saving step {state['step']}", 2 * size) as advance:  # written, then read back
+            write_rank_file(path, pieces, _snapshot(engine, fragments), tensor_parallel, advance)
+            found = {path.name: file_facts(path, advance)}
         if rank == 0:
             facts = _engine_facts(engine, tensor_parallel_size=tensor_parallel[0])
             shared = {STATE_NAME: json.dumps({**state, "engine": facts}, indent=1).encode()}
-            names += write_files(folder, {**extra_files, **shared})
-        return {name: file_facts(folder / name) for name in names}
+            found |= {name: file_facts(folder / name) for name in write_files(folder, {**extra_files, **shared})}
+        return found
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free
         raise CheckpointError(f"{error} ({free / 2**20:.0f} MiB are free in {folder.parent})") from error
@@ -229,8 +232,10 @@ def _fill_engine(
     """Copy this rank's elements from the files into the engine, and set its counters."""
     fragments = _local_fragments(engine, tensor_parallel)
     create_adam_state(engine)
-    for kind in KINDS:
-        fill(fragment_values(engine, fragments, kind), stored, kind)
+    total = len(KINDS) * sum(fragment.piece.numel for fragment in fragments)
+    with progress("loading the checkpoint", total) as advance:
+        for kind in KINDS:
+            fill(fragment_values(engine, fragments, kind), stored, kind, advance)
     set_adam_step(engine, facts["adam_step"])
     set_loss_scaler_state(engine, facts["loss_scaler"])
     engine.global_steps = facts["global_steps"]

@@ -31,6 +31,7 @@ from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin, Pretrai
 from deberta_xl.checkpoint.rank_file import Piece, StoredIndex, fill, is_rank_file, logical_shapes, read_indices
 from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, open_tensors
 from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no_progress, total_bytes, write_shards
+from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer import tokenizer_contents
 from deberta_xl.durable import below, write_files
 
@@ -153,4 +154,5 @@ def write_native(
     """Write the weights, the other files of a weights folder (`sources`), and the manifest, into an empty folder."""
     write_files(partial, sources)
     names = write_shards(partial, tensors, shard_bytes=shard_bytes, advance=advance)
-    write_manifest(partial, {name: file_facts(partial / name) for name in names})
+    with progress("hashing", total_bytes(tensors)) as hashed:
+        write_manifest(partial, {name: file_facts(partial / name, hashed) for name in names})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deberta_xl import signs
+from deberta_xl.data.screen import screen
 from deberta_xl.launch import node_name
 from deberta_xl.log import logger
 
@@ -91,6 +92,7 @@ class Heartbeat:
         if self.ownership.is_lost():
             owner = self.ownership.describe_owner()
             logger.error("%s names another start of this run (%s): this one ends", self.ownership.file, owner)
+            screen.close()
             os._exit(TAKEN_OVER)
 
     def write(self) -> None:

@@ -18,6 +18,7 @@ from deberta_xl.checkpoint.store import save_checkpoint
 from deberta_xl.config import RunConfig
 from deberta_xl.data.loader import PretrainingData, prefetch
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.durations import duration
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.parallel.groups import Groups
@@ -74,7 +75,7 @@ class Pretraining:
         saved_step = state.step
         is_evaluated = not self.owes_evaluation() or self.evaluate(writer, agreement)
         batches = prefetch(self.batches(), STEPS_AHEAD)
-        self.stop.training_begins()
+        self.stop.watch_interrupts()
         self.engine.train()
         while state.step < config.train.steps:
             step = state.step + 1
@@ -177,7 +178,7 @@ class Pretraining:
         )
         on_rank_zero(lambda: self.folder.write_latest(folder))
         prune_checkpoints(folder, self.config.checkpoint.keep)
-        rank_zero("checkpoint %s written in %.1f s", folder, time.perf_counter() - start)
+        rank_zero("checkpoint %s written in %s", folder, duration(time.perf_counter() - start))
 
     def owes_evaluation(self) -> bool:
         """Whether the start before was ended in, or before, the evaluation of the step it saved. Collective."""
@@ -202,7 +203,6 @@ class Pretraining:
                 rank=self.groups.grid.data_parallel_rank,
                 size=self.groups.grid.data_parallel_size,
                 group=self.groups.data_group,
-                log_unigram=None if writer is None else self.data.log_unigram,
                 guard=partial(agreement.until_stopped, stop=self.stop),
             )
         except StopRequested:
@@ -229,7 +229,7 @@ class Pretraining:
             writer.write_figure(step, "valid/confusion", confusion_figure(result.label_L, result.guess_L, piece_of))
         save_loss_curve(self.folder.metrics, self.folder.path / "loss.png")
         rank_zero(
-            "step %d  validation loss %.4f (unigram of the training set: %.4f)  perplexity %.2f  accuracy %.1f %%",
+            "step %d  validation loss %.4f (unigram entropy %.4f)  perplexity %.2f  accuracy %.1f %%",
             step, result.loss, result.unigram_entropy, result.perplexity, 100 * result.accuracy,
         )  # fmt: skip
 

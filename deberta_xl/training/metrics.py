@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Mapping
-from datetime import timedelta
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from deberta_xl.data.screen import Pace, screen
 from deberta_xl.durable import replace_file
+from deberta_xl.durations import duration
 from deberta_xl.log import logger
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import writing
@@ -68,8 +67,9 @@ class MetricsWriter:
             drop_lines_after(metrics_file, first_step)
         # TensorBoard hides what an interrupted start wrote after its last checkpoint.
         self.tensorboard = SummaryWriter(str(tensorboard), purge_step=first_step + 1)
-        self.total_steps = total_steps
-        self.bar = start_progress_bar(first_step, total_steps) if sys.stderr.isatty() else None
+        self.line = TrainingLine(first_step, total_steps)
+        if screen.is_there():
+            screen.show(self.line)
 
     def check_owner(self) -> None:
         """Raise ConfigError when the folder is another start's."""
@@ -89,18 +89,15 @@ class MetricsWriter:
                 self.tensorboard.add_scalar(tag_of(name), value, step)
             self.tensorboard.flush()
 
+    def finish_step(self, step: int) -> None:
+        """A step is made, whether it is logged or not."""
+        self.line.reach(step)
+
     def show_step(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One console line for a logged training step, or the progress bar's text on a terminal."""
-        left = timedelta(seconds=round(values["step_seconds"] * (self.total_steps - step)))
-        accuracy = f"  accuracy {values['accuracy']:.1%}" if "accuracy" in values else ""
-        text = (
-            f"loss {values['loss']:.4f}{accuracy}  lr {values['learning_rate']:.2e}  "
-            f"grad norm {values['grad_norm']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
-        )
-        if self.bar is None:
-            logger.info("step %d/%d  %s  left %s", step, self.total_steps, text, left)
-        else:
-            self.bar.update(self.bar.task_ids[0], completed=step, description=text)
+        """One console line for a logged training step; on a terminal the line that is there already."""
+        self.line.values = described(values)
+        if self.line not in screen.lines:
+            logger.info("step %d/%d  %s  %s", step, self.line.total, "  ".join(self.line.values), self.line.left())
 
     def write_text(self, step: int, tag: str, text: str) -> None:
         """A text for TensorBoard."""
@@ -113,20 +110,54 @@ class MetricsWriter:
             self.tensorboard.add_figure(tag, figure, step)
 
     def close(self) -> None:
-        """Finish the files and the bar."""
-        if self.bar is not None:
-            self.bar.stop()
+        """Finish the files and the line on the terminal."""
+        screen.hide(self.line, is_kept=True)
         with writing(self.folder):
             self.tensorboard.close()
 
 
-def start_progress_bar(first_step: int, total_steps: int) -> Progress:
-    """A bar with steps, time gone and time left; lines logged meanwhile appear above it."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
-    bar.add_task("starting", total=total_steps, completed=first_step)
-    bar.start()
-    return bar
+class TrainingLine:
+    """Where training is, for a terminal: step and time left, then the last logged values."""
+
+    def __init__(self, first_step: int, total_steps: int):
+        self.step, self.total = first_step, total_steps
+        self.begin, self.pace = time.monotonic(), Pace(first_step)
+        self.values: Sequence[str] = ()
+
+    def reach(self, step: int) -> None:
+        """A step is made."""
+        self.step = step
+        self.pace.reach(step)
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done, 0 … 1."""
+        return self.step / max(1, self.total)
+
+    def left(self) -> str:
+        """The time left at the pace of this start's own steps, with the evaluations and checkpoints between them."""
+        seconds = self.pace.seconds_left(self.total)
+        return "" if seconds is None else f"{duration(seconds)} left"
+
+    def first(self) -> Sequence[str]:
+        """What must be known."""
+        return f"step {self.step:,}/{self.total:,}", self.left()
+
+    def further(self) -> Sequence[str]:
+        """What is shown as far as there is room."""
+        return [*self.values, f"{duration(time.monotonic() - self.begin)} gone"]
+
+
+def described(values: Mapping[str, float | None]) -> list[str]:
+    """The values of a training step that people look at, the most important first."""
+    shown = [
+        ("loss", "loss {:.4f}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("accuracy", "accuracy {:.1%}"),
+        ("learning_rate", "lr {:.2e}"),
+        ("grad_norm", "grad norm {:.3f}"),
+    ]
+    return [form.format(values[name]) for name, form in shown if values.get(name) is not None]
 
 
 def drop_lines_after(metrics_file: Path, step: int) -> None:

@@ -24,7 +24,7 @@ class Recorder:
     """Sums step results on the device; every `train.log_interval` steps reduces them over the ranks and writes.
 
     `loss` is the mean of the steps since the last logged one, and so are `accuracy` and the throughput; `grad_norm`,
-    `learning_rate` and the split of the step's time are the logged step's own.
+    `learning_rate`, the step's time and its split are the logged step's own.
     """
 
     def __init__(
@@ -76,6 +76,8 @@ class Recorder:
         self.sums += torch.stack([result.loss.double(), result.num_correct.double()])
         self.num_labels += num_labels
         self.num_steps += 1
+        if self.writer is not None:
+            self.writer.finish_step(state.step)
         if self.is_logged(state.step):
             values = self.interval_metrics(state) | {"learning_rate": rate}
             if self.groups.grid.num_stages == 1:  # nodes with other stages have other work
@@ -88,6 +90,7 @@ class Recorder:
 
     def interval_metrics(self, state: TrainState) -> dict[str, float | None]:
         """All metrics of the interval that ends with this step. Collective."""
+        split = self.timer.split()
         if not self.groups.grid.reports_results:
             self.sums.zero_()  # the same replica's results are another rank's to tell
         dist.all_reduce(self.sums)
@@ -107,8 +110,7 @@ class Recorder:
             "samples_per_second": samples / seconds,
             "model_flops_per_second": flops,
             "model_flops_utilization": flops / self.peak if self.peak else None,
-            "step_seconds": seconds / self.num_steps,
-            **self.timer.split(),
+            **split,
             "memory_gib": highest_memory_gib(self.engine.device),
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_samples * length,

@@ -8,7 +8,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from deberta_xl import signs
 from deberta_xl.log import logger
 from deberta_xl.stop_request import StopRequest
 
@@ -37,7 +36,7 @@ class Agreement:
         return int(votes[0]), bool(votes[1])
 
     def until_stopped(self, batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
-        """The batches of an evaluation, of which all ranks have equally many; each is a sign that it gets on.
+        """The batches of an evaluation, of which all ranks have equally many.
 
         Raises StopRequested, on all ranks before the same batch, once any rank was asked to stop.
         """
@@ -45,4 +44,3 @@ class Agreement:
             if self.before_step(0, stop)[1]:
                 raise StopRequested
             yield batch
-            signs.moved()

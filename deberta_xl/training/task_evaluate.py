@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deberta_xl.data.progress import counted
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.model.heads import Perturb
 from deberta_xl.model.task_losses import hide_padding
+from deberta_xl.training.evaluate import batches_per_rank
 from deberta_xl.training.task_batches import build_task_micro_batch
 
 
@@ -22,9 +24,8 @@ def feature_batches(data: TaskData, micro_batch_size: int, *, rank: int, size: i
     that have run out repeat the shortest features.
     """
     order = np.argsort(data.lengths, kind="stable")
-    starts = range(0, len(order), micro_batch_size)
-    for turn in range(rank, len(starts) + (-len(starts)) % size, size):
-        start = turn * micro_batch_size if turn < len(starts) else 0
+    for turn in range(rank, size * batches_per_rank(len(order), micro_batch_size, size), size):
+        start = turn * micro_batch_size if turn * micro_batch_size < len(order) else 0
         yield order[start : start + micro_batch_size]
 
 
@@ -47,7 +48,9 @@ def task_logits(
     the batches go through `guard` on their way, which may end the evaluation.
     """
     found: dict[int, np.ndarray] = {}
-    for numbers in guard(feature_batches(data, micro_batch_size, rank=rank, size=size)):
+    batches = guard(feature_batches(data, micro_batch_size, rank=rank, size=size))
+    num_batches = batches_per_rank(len(data.lengths), micro_batch_size, size)
+    for numbers in counted(batches, "predicting", num_batches, "batches"):
         batch = build_task_micro_batch(data.batch(numbers), data.task.head, pin=False).to(device)
         logits = model(
             batch.input_ids_BS, batch.segments_BS, batch.token_types_BS, num_options=batch.num_options, perturb=entry

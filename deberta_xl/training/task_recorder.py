@@ -59,6 +59,8 @@ class TaskRecorder:
         tokens = torch.tensor(num_tokens, dtype=torch.float64, device=self.engine.device)
         self.sums += torch.stack([*(loss.double() for loss in losses), tokens])
         self.num_steps += 1
+        if self.writer is not None:
+            self.writer.finish_step(state.step)
         if self.is_logged(state.step):
             values = self.interval_metrics(state) | {"learning_rate": rate}
             if self.writer is not None:
@@ -69,6 +71,7 @@ class TaskRecorder:
 
     def interval_metrics(self, state: TaskState) -> dict[str, float | None]:
         """All metrics of the interval that ends with this step. Collective."""
+        split = self.timer.split()
         dist.all_reduce(self.sums, group=self.groups.data_group)
         total, task, adversarial, tokens = self.sums.tolist()
         seconds = time.perf_counter() - self.start
@@ -81,8 +84,7 @@ class TaskRecorder:
             "loss_scale": loss_scale(self.engine),
             "tokens_per_second": tokens / seconds,
             "samples_per_second": self.num_steps * self.config.train.global_batch_size / seconds,
-            "step_seconds": seconds / self.num_steps,
-            **self.timer.split(),
+            **split,
             "memory_gib": highest_memory_gib(self.engine.device),
             "consumed_samples": state.consumed_samples,
             "epoch": state.consumed_samples / self.num_features,

@@ -1,4 +1,4 @@
-"""Where a step's time goes: waiting for data, forward and backward, optimizer."""
+"""Where a step's time goes: waiting for data, forward and backward, optimizer; and what there is besides."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ class StepTimer:
         self.device = device
         self.is_exact = True
         self.seconds: dict[str, float] = defaultdict(float)
+        self.begin = time.perf_counter()
 
     def begin_step(self, *, is_exact: bool) -> None:
         """A new step; `is_exact` for one whose split will be read. Forgets the phases of the step before."""
         self.is_exact = is_exact
         self.seconds.clear()
+        self.begin = self.now()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -43,5 +45,6 @@ class StepTimer:
         return time.perf_counter()
 
     def split(self) -> dict[str, float]:
-        """Seconds of each phase in the current step, as `data_seconds` and so on."""
-        return {f"{name}_seconds": self.seconds[name] for name in PHASES}
+        """Seconds of the current step, `step_seconds`, and of each phase in it, `data_seconds` and so on."""
+        parts = {f"{name}_seconds": self.seconds[name] for name in PHASES}
+        return {"step_seconds": self.now() - self.begin, **parts}
