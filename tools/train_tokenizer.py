@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deberta_xl.command_line import build_parser, report_bad_records, run_tool
-from deberta_xl.data.characters import listed
+from deberta_xl.data.characters import CharacterCounts, listed
 from deberta_xl.data.corpus import expand_inputs, iterate_documents, total_size
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.progress import progress
@@ -131,10 +131,10 @@ def train(arguments: argparse.Namespace) -> None:
     """Train, and say what came out."""
     started = time.monotonic()
     rules, paths = rules_of(arguments), expand_inputs(arguments.input)
-    bad: list[str] = []
+    counts, bad = CharacterCounts(composes=rules.composes), []
     try:
         with contextlib.closing(read(paths, arguments.json_key, bad)) as texts:
-            trained = train_tokenizer(
+            tokenizer = train_tokenizer(
                 texts,
                 arguments.vocab_size,
                 arguments.output,
@@ -143,10 +143,10 @@ def train(arguments: argparse.Namespace) -> None:
                 allow_smaller=arguments.allow_smaller,
                 overwrite=arguments.overwrite,
                 show=progress,
+                counts=counts,
             )
     finally:  # when training fails, the bad records may be the reason
         report_bad_records(len(bad), bad[:10])
-    tokenizer = trained.tokenizer
     if tokenizer.vocab_size < arguments.vocab_size:
         print(f"--vocab_size {arguments.vocab_size} is more than this text can fill; {tokenizer.vocab_size} are taken")
     spare = tokenizer.vocab_size - tokenizer.num_pieces - 1
@@ -154,7 +154,7 @@ def train(arguments: argparse.Namespace) -> None:
         f"{arguments.output}: {tokenizer.vocab_size:,} ids = {tokenizer.num_pieces:,} pieces + [MASK] (id "
         f"{tokenizer.mask_id}) + {spare} spare ids, in {time.monotonic() - started:.0f} s"
     )
-    report_characters(trained, rules)
+    report_characters(TrainedTokenizer.of(tokenizer, rules, counts), rules)
 
 
 def read(paths: Sequence[Path], json_key: str, bad: list[str]) -> Iterator[str]:

@@ -70,6 +70,13 @@ class TrainedTokenizer(NamedTuple):
     lost: dict[str, int]
     """Those among them that become [UNK]."""
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, rules: TokenizerRules, counts: CharacterCounts) -> TrainedTokenizer:
+        """What a tokenizer, trained by `rules` on text of these characters, made of them."""
+        characters = counts.found()
+        lost = {character: characters[character] for character in unknown_to(tokenizer, characters)}
+        return cls(tokenizer, rules.coverage_for(len(characters)), characters, lost)
+
     @property
     def single_characters(self) -> int:
         """Pieces that are one character, or one byte."""
@@ -87,9 +94,11 @@ def train_tokenizer(
     allow_smaller: bool = False,
     overwrite: bool = False,
     show: Show = show_nothing,
-) -> TrainedTokenizer:
+    counts: CharacterCounts | None = None,
+) -> Tokenizer:
     """Train on `texts` and save the tokenizer in the folder `output`; the same texts give the same tokenizer.
 
+    `counts` is filled with the characters of the text, for `TrainedTokenizer.of`.
     Raises TokenizerError, and writes nothing, when the folder holds files already (with `overwrite`: other files than a
     tokenizer's), or when the text does not hold enough different words for the vocabulary; the message then names the
     largest that works, which is taken instead where `allow_smaller`.
@@ -97,14 +106,14 @@ def train_tokenizer(
     output, rules = Path(output).resolve(), rules or TokenizerRules()
     with one_writer(output.with_name(f"{output.name}.lock")):
         check_output(output, overwrite)
-        spm_model, counts = train_pieces(texts, vocab_size, rules, max_lines, allow_smaller, show)
+        spm_model = train_pieces(
+            texts, vocab_size, max_lines, rules=rules, allow_smaller=allow_smaller, show=show, counts=counts
+        )
         tokenizer = Tokenizer(spm_model, vocab_size)
         if tokenizer.num_pieces < vocab_size - reserved_ids(vocab_size):
             tokenizer = Tokenizer(spm_model, largest_vocab_size(tokenizer.num_pieces))
         tokenizer.save(output)
-    characters = counts.found()
-    lost = {character: characters[character] for character in unknown_to(tokenizer, characters)}
-    return TrainedTokenizer(tokenizer, rules.coverage_for(len(characters)), characters, lost)
+    return tokenizer
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -122,9 +131,17 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def train_pieces(
-    texts: Iterable[str], vocab_size: int, rules: TokenizerRules, max_lines: int, smaller: bool, show: Show
-) -> tuple[bytes, CharacterCounts]:
-    """The serialised SentencePiece model, and the characters of the text."""
+    texts: Iterable[str],
+    vocab_size: int,
+    max_lines: int = MAX_LINES,
+    *,
+    rules: TokenizerRules | None = None,
+    allow_smaller: bool = False,
+    show: Show = show_nothing,
+    counts: CharacterCounts | None = None,
+) -> bytes:
+    """The serialised SentencePiece model. Arguments and errors as of `train_tokenizer`."""
+    rules = rules or TokenizerRules()
     num_pieces = vocab_size - reserved_ids(vocab_size)
     if num_pieces <= len(SPECIAL_PIECES):
         raise TokenizerError(f"vocab_size={vocab_size} is too small for a vocabulary; choose some thousands")
@@ -132,25 +149,25 @@ def train_pieces(
         raise TokenizerError(f"vocab_size={vocab_size} is no vocabulary; choose some thousands")
     if max_lines <= 100:
         raise TokenizerError(f"max_lines={max_lines} is too few to learn from; SentencePiece needs more than 100")
-    characters = CharacterCounts(composes=rules.composes)
+    characters = counts or CharacterCounts(composes=rules.composes)
     with PieceTraining(max_lines=max_lines, seed=SEED) as training:
         training.read(training_lines(characters.watch(texts)))
-        options = fixed_options(num_pieces, max_lines, smaller) | rules.options(len(characters.found()))
+        options = fixed_options(num_pieces, max_lines, allow_smaller) | rules.options(len(characters.found()))
         try:
             with show("training the tokenizer", 100) as advance:
                 model = training.train(options, advance, num_pieces)
         except TokenizerError as error:
             raise TokenizerError(explain(str(error), vocab_size)) from error
-    return finished(model, rules), characters
+    return finished(model, rules)
 
 
-def fixed_options(num_pieces: int, max_lines: int, smaller: bool) -> dict[str, Any]:
+def fixed_options(num_pieces: int, max_lines: int, allow_smaller: bool) -> dict[str, Any]:
     """SentencePiece's options that are no rules of the user's."""
     pad, cls, sep, unk = SPECIAL_PIECES
     return {
         "model_type": "unigram",
         "vocab_size": num_pieces,
-        "hard_vocab_limit": not smaller,
+        "hard_vocab_limit": not allow_smaller,
         "pad_id": 0,
         "bos_id": 1,
         "eos_id": 2,

@@ -125,9 +125,9 @@ def test_a_tokenizer_with_other_special_ids_is_refused(texts, tmp_path):
 
 
 def test_the_same_text_gives_the_same_tokenizer(texts, tokenizer, tmp_path):
-    again = train_tokenizer(texts, 208, tmp_path / "again").tokenizer
+    again = train_tokenizer(texts, 208, tmp_path / "again")
     assert again.spm_model == tokenizer.spm_model
-    sampled = [train_tokenizer(texts, 108, tmp_path / name, max_lines=150).tokenizer.spm_model for name in "ab"]
+    sampled = [train_tokenizer(texts, 108, tmp_path / name, max_lines=150).spm_model for name in "ab"]
     assert sampled[0] == sampled[1]
 
 
@@ -136,7 +136,7 @@ def test_an_unfillable_vocabulary_is_refused_with_the_largest_that_works(texts, 
         train_tokenizer(texts, 50_000, tmp_path / "tokenizer")
     assert not list(tmp_path.iterdir())
     largest = int(str(caught.value).split("choose at most ")[1].split(",")[0])
-    assert train_tokenizer(texts, largest, tmp_path / "tokenizer").tokenizer.vocab_size == largest
+    assert train_tokenizer(texts, largest, tmp_path / "tokenizer").vocab_size == largest
 
 
 def test_a_vocabulary_below_the_alphabet_or_without_text_is_refused(texts, tmp_path):
