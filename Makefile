@@ -8,6 +8,8 @@ VENV := .venv
 SYSTEM_PATH := $(PATH)
 # First, so that `deepspeed` and everything it starts come from the environment.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Two processes of tests; what shares a fixture stays in one (tests/conftest.py).
+PYTEST := $(VENV)/bin/python -m pytest -n 2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
@@ -25,10 +27,10 @@ quickstart: $(VENV)/.installed ## the whole pipeline on real English text, in mi
 	@$(VENV)/bin/python tools/quickstart.py $(if $(CORPUS),--corpus $(CORPUS))
 
 test: $(VENV)/.installed-test ## every test but the full matrices; PYTEST_OPTIONS="-k config" chooses
-	$(VENV)/bin/python -m pytest -m "not full" $(PYTEST_OPTIONS)
+	$(PYTEST) -m "not full" $(PYTEST_OPTIONS)
 
 test-all: $(VENV)/.installed-test ## every test, the full matrices included
-	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
+	$(PYTEST) $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.installed-test ## style and format of the source
 	$(VENV)/bin/python -m ruff check

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from deberta_xl.errors import UserError
-from deberta_xl.log import configure_logging, take_any_character
+from deberta_xl.errors import UserError, counted
+from deberta_xl.interruption import Interrupted, Outputs, be_quick_while_importing, interruptible
+from deberta_xl.log import configure_logging, current_rank, take_any_character
+
+# Tools import this module first: what comes after it may take seconds.
+be_quick_while_importing()
 
 
 def build_parser(documentation: str) -> argparse.ArgumentParser:
@@ -17,21 +23,47 @@ def build_parser(documentation: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def run_tool(work: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Run a tool's work; the exit status: 0, 2 after an error of the user's (one line on stderr), 130 after Ctrl-C."""
+def run_tool(
+    work: Callable[[argparse.Namespace], None],
+    arguments: argparse.Namespace,
+    outputs: Callable[[argparse.Namespace], Iterable[Path]] = lambda arguments: (),
+    *,
+    waits: bool = False,
+) -> int:
+    """Run a tool's work; the exit status: 0, 2 after an error of the user's (one line on stderr).
+
+    After Ctrl-C it is 130, after SIGTERM 143, and a line says what became of the `outputs`, which appear in one piece.
+    The process ends within seconds even when it is deaf, unless it `waits` for what it has started.
+    """
     configure_logging()
+
+    def insist(number: int) -> None:
+        end_interrupted(Interrupted(number), promised)
+        os._exit(128 + number)
+
     try:
-        work(arguments)
+        promised = Outputs(outputs(arguments))
+        with interruptible(None if waits else insist):
+            work(arguments)
     except UserError as error:
         complain(f"error: {error}")
         return 2
     except OSError as error:
         complain(f"error: {describe(error)}")
         return 2
-    except KeyboardInterrupt:
-        complain("error: interrupted; nothing was written")
-        return 130
+    except Interrupted as interruption:
+        end_interrupted(interruption, promised)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the interpreter's end would wait for peers
+            os._exit(interruption.status)
+        return interruption.status
     return 0
+
+
+def end_interrupted(interruption: Interrupted, promised: Outputs) -> None:
+    """Say on one rank what an interruption has left."""
+    sys.stdout.flush()
+    if current_rank() == 0:
+        complain(interruption.text or promised.sentence())
 
 
 def describe(error: OSError) -> str:
@@ -50,7 +82,7 @@ def report_bad_records(count: int, examples: list[str]) -> None:
     """Say on standard error which records were skipped."""
     if not count:
         return
-    complain(f"warning: {count:,} bad records were skipped:")
+    complain(f"warning: {counted(count, 'bad record')} {'was' if count == 1 else 'were'} skipped:")
     for example in examples:
         complain(f"  {example}")
     if count > len(examples):

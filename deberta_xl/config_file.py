@@ -55,10 +55,15 @@ def load_config(preset: str | Path, overrides: typing.Sequence[str], root: type[
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    check_keys(tree, str(path), root)
+    return complete_config(tree, str(path), overrides, root)
+
+
+def complete_config(tree: dict[str, Any], source: str, overrides: typing.Sequence[str], root: type[Config]) -> Config:
+    """The configuration of what `source` has stated and of overrides. Raises ConfigError as `load_config`."""
+    check_keys(tree, source, root)
     for override in overrides:
         apply_override(tree, override, root)
-    return build_config(tree, str(path), root)
+    return build_config(tree, source, root)
 
 
 def find_preset(name: str, root: type = RunConfig) -> Path:
@@ -67,6 +72,11 @@ def find_preset(name: str, root: type = RunConfig) -> Path:
     if not path.is_file():
         raise ConfigError(f"--config {name}: no such preset or file; {nearest(name, preset_names(root))}")
     return path
+
+
+def model_folder(name: str, root: type = RunConfig) -> Path | None:
+    """The folder of a model that `--config` names instead of a preset; presets come first."""
+    return Path(name) if name not in preset_names(root) and Path(name).is_dir() else None
 
 
 def section_types(root: type = RunConfig) -> dict[str, type]:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from deberta_xl.data.screen import screen
-from deberta_xl.errors import ConfigError, UserError
+from deberta_xl.errors import ConfigError, PeerError, UserError
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero, take_any_character
+from deberta_xl.rendezvous import meeting_point
 from deberta_xl.stop_request import StopRequest
 
 REFUSED = 4
@@ -29,7 +30,9 @@ def build_parser(description: str, example: str, presets: Sequence[str]) -> argp
     take_any_character()  # --help is shown before anything else
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=formatter)
-    parser.add_argument("--config", required=True, help=f"preset ({', '.join(presets)}) or path of a TOML file")
+    parser.add_argument(
+        "--config", required=True, help=f"preset ({', '.join(presets)}), TOML file, or a model's folder"
+    )
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
     parser.add_argument("--check", action="store_true", help="check everything that can be checked at once, then exit")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --check: describe the run on N ranks")
@@ -68,6 +71,8 @@ def run_command(
     configure_logging()
     stop = StopRequest()
     try:
+        if arguments.ranks is None:
+            meeting_point(read_launch())
         inputs = read_inputs(arguments)
     except UserError as error:
         complain_once_per_node(error)
@@ -96,6 +101,9 @@ def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None
         logger.error("rank %d, %s: %s", rank, place(run), error)
         # Later ones may pass, as a full disk does: such a run has crashed, and may be started again.
         leave(REFUSED if run is None else 2)
+    except PeerError as error:
+        logger.error("rank %d, %s: %s", rank, place(run), error)
+        leave(1)
     except KeyboardInterrupt:
         logger.error("rank %d, %s: interrupted; start the same command again to go on", rank, place(run))
         leave(130)
@@ -127,5 +135,9 @@ def leave(status: int) -> NoReturn:
 
 def complain_once_per_node(error: UserError) -> None:
     """Log an error of the start, which every rank finds: what is wrong with a file may be wrong on one node only."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+    try:
+        is_first = read_launch().local_rank == 0
+    except ConfigError:  # nobody knows who is the first: each says it
+        is_first = True
+    if is_first:
         logger.error("%s", error)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class UserError(ValueError):
     """Something a user wrote or has on disk cannot be used; the message says what, and the way out.
 
@@ -13,3 +18,7 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """What a user wrote cannot be run; the message names the key, the value and the way out."""
+
+
+class PeerError(ConnectionError):
+    """Other ranks did not come, or went before the run began; why, they alone can say."""

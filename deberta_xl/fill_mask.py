@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece
 import torch
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
 from deberta_xl.checkpoint.weights import TOKENIZER_NAME
+from deberta_xl.data.ruled_encoder import RuledEncoder
 from deberta_xl.data.tokenizer import MASK_PIECE, WORD_MARK, Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.errors import UserError
@@ -107,24 +106,12 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     A masked word took its space along, so spaces before a mask vanish; what follows a mask begins a word only after a
     space ("the [MASK] ing" and "the [MASK]ing" differ), whereas SentencePiece would begin a word with every part.
     """
-    pieces_of = plain_processor(tokenizer)
-    normalize = tokenizer.processor.normalize
-    first, *others = (part.rstrip() for part in text.split(MASK_PIECE))
-    ids = pieces_of.encode(normalize(first))
-    for other in others:
-        # Behind a digit, with which nothing combines, a part keeps a space at its beginning, and gets none.
-        ids += [tokenizer.mask_id, *pieces_of.encode(normalize("0" + other).split("0", 1)[1])]
+    encode = RuledEncoder(tokenizer.spm_model, tokenizer.processor, tokenizer.rules)
+    ids = []
+    for number, part in enumerate(text.split(MASK_PIECE)):
+        ids += [tokenizer.mask_id] if number else []
+        ids += [token.id for token in encode(part.rstrip(), follows_mask=number > 0)]
     return [tokenizer.cls_id, *ids, tokenizer.sep_id]
-
-
-def plain_processor(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer's pieces for text that is normalised already."""
-    model = ModelProto.FromString(tokenizer.spm_model)
-    as_it_is = NormalizerSpec(
-        name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=False
-    )
-    model.normalizer_spec.CopyFrom(as_it_is)
-    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
 def load_tokenizer(checkpoint: Path, given: Path | None) -> Tokenizer:
@@ -137,7 +124,7 @@ def load_tokenizer(checkpoint: Path, given: Path | None) -> Tokenizer:
         return Tokenizer.load(find_tokenizer(checkpoint))
     tokenizer = Tokenizer.load(given)
     own = next(tokenizer_folders(checkpoint), None)
-    if own is not None and Tokenizer.load(own).spm_model != tokenizer.spm_model:
+    if own is not None and not Tokenizer.load(own).has_same_ids(tokenizer):
         raise FillMaskError(f"--tokenizer {given} is not the checkpoint's own, {own}; leave --tokenizer out")
     return tokenizer
 

@@ -123,8 +123,9 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
     config = inputs.config
     start = start_run(inputs, inputs.fingerprints, inputs.total_steps)
     print_arithmetic(inputs)
-    model = build_model(inputs, is_new=start.newest is None)
-    engine, state = start_engine(inputs, start, model, TaskState)
+    with start.undone_when_refused():
+        model = build_model(inputs, is_new=start.newest is None)
+        engine, state = start_engine(inputs, start, model, TaskState)
     weights = None if inputs.class_weights is None else torch.from_numpy(inputs.class_weights).to(engine.device)
     return Finetuning(
         config=config,

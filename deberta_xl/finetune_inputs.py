@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.config import ScheduleSection
-from deberta_xl.config_file import load_config
+from deberta_xl.config_file import load_config, model_folder
 from deberta_xl.data.entity_tags import scheme_of
 from deberta_xl.data.preprocessing import is_held_out
 from deberta_xl.data.task_features import TaskData
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from deberta_xl.checkpoint.head_facts import HeadFacts
 
 TRAIN, VALID = "train", "valid"
+DEFAULT_PRESET = "finetune"
 SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
 """Options of the command line that stand for keys of the configuration."""
 
@@ -62,7 +64,7 @@ class Inputs(NamedTuple):
 
 def read_inputs(arguments: argparse.Namespace) -> Inputs:
     """Read and check configuration, launcher, the checkpoint's description and the task's files. Raises UserError."""
-    config = load_config(arguments.config, arguments.overrides, FinetuneConfig)
+    config = read_config(arguments.config, arguments.overrides)
     engine = load_deepspeed_config(arguments.deepspeed_config, config)
     launch = launch_of(arguments)
     refuse_pipeline(config)
@@ -86,6 +88,8 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     if "span_f1" in task.metrics:
         rank_zero("entities are read from tags of the scheme %s", scheme_of(labels).name)
     head = describe_head(task, labels, architecture, pooling, config)
+    if not config.train.fresh_weights and not step_folders(Path(config.run.folder) / "checkpoints"):
+        check_weights(config, architecture, head)
     total_steps = config.train.total_steps(len(data[TRAIN]))
     weights = weights_of_classes(task, head, data[TRAIN], config)
     return Inputs(
@@ -93,6 +97,27 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
         total_steps, config.schedule.for_steps(total_steps), weights,
         fingerprints_of(architecture, head, examples[TRAIN], tokenizer, config),
     )  # fmt: skip
+
+
+def read_config(name: str, overrides: Sequence[str]) -> FinetuneConfig:
+    """The configuration of a preset or TOML file; of a model's folder, the preset `finetune` of that model."""
+    folder = model_folder(name, FinetuneConfig)
+    if folder is None:
+        return load_config(name, overrides, FinetuneConfig)
+    config = load_config(DEFAULT_PRESET, [f"train.init={folder}", *overrides], FinetuneConfig)
+    if config.train.init is None or Path(config.train.init).resolve() != folder.resolve():
+        raise ConfigError(
+            f"--config {folder}: a fine-tuned model has the architecture of the one it starts from, which is to be "
+            f"{config.train.init}; leave out one of the two (--config {DEFAULT_PRESET} goes with any)"
+        )
+    return config
+
+
+def check_weights(config: FinetuneConfig, architecture: DebertaConfig, head: HeadFacts) -> None:
+    """Refuse a checkpoint to start from without the tensors that it should have."""
+    from deberta_xl.finetuned import peek_encoder
+
+    peek_encoder(Path(config.train.init), architecture, head.head)
 
 
 def refuse_pipeline(config: FinetuneConfig) -> None:

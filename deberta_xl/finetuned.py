@@ -11,25 +11,33 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, read_config_fields
 from deberta_xl.checkpoint.foreign_config import activation_there
 from deberta_xl.checkpoint.foreign_heads import Pooling, read_foreign_task, read_pooling
 from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
-from deberta_xl.checkpoint.lazy import read_all
+from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, read_all
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name
 from deberta_xl.checkpoint.names import EXTRA
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
 from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin
-from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, read_weights, write_weights
+from deberta_xl.checkpoint.weights import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    find_weights_folder,
+    open_weights,
+    read_weights,
+    write_weights,
+)
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import rank_zero
 from deberta_xl.model.heads import TaskModel
-from deberta_xl.pretrained import find_pretrained
+from deberta_xl.pretrained import find_pretrained, first_that_opens
 from deberta_xl.pretrained import peek as peek_pretrained
 
 BEST_NAME = "best"
 PROJECTION = ("classifier.weight", "classifier.bias")
+ENCODER = ("embeddings.", "encoder.")
 
 
 def find_finetuned(directory: str | Path) -> Path:
@@ -129,7 +137,7 @@ def replace_best(run_folder: Path, best_step: int) -> None:
 
 
 def check_fits(
-    model: TaskModel, weights: Mapping[str, Tensor], folder: Path, prefixes: tuple[str, ...] = ("",)
+    model: TaskModel, weights: Mapping[str, Tensor | LazyTensor], folder: Path, prefixes: tuple[str, ...] = ("",)
 ) -> None:
     """Refuse weights of which the model needs others: every parameter that begins with one of `prefixes`."""
     for name, parameter in model.named_parameters():
@@ -143,14 +151,26 @@ def check_fits(
                 )
 
 
-def read_any_weights(folder: Path) -> dict[str, Tensor]:
+def open_any_weights(folder: Path) -> LazyTensors:
     """Weights under our names of a pretrained or fine-tuned folder of any layout; those of a head, too."""
     if not is_foreign_folder(folder):
-        return read_weights(folder)
+        return open_weights(folder)
     model = open_foreign(folder, may_be_fresh=True)
     fresh = model.origin.fresh if model.origin else ()
-    weights = read_all({n.removeprefix(EXTRA): tensor for n, tensor in model.tensors.items() if n not in fresh})
+    weights = {n.removeprefix(EXTRA): tensor for n, tensor in model.tensors.items() if n not in fresh}
     return {n.replace("qa_outputs.", "classifier."): tensor for n, tensor in weights.items()}
+
+
+def peek_encoder(directory: Path, architecture: DebertaConfig, head: HeadConfig) -> None:
+    """Look, by names and shapes in the headers of the files, whether a start finds its encoder in `directory`.
+
+    Raises ConfigError when it does not.
+    """
+    with torch.device("meta"):
+        model = TaskModel(architecture, head)
+    first_that_opens(
+        best_or_itself(directory), lambda folder: check_fits(model, open_any_weights(folder), folder, ENCODER)
+    )
 
 
 @torch.no_grad()
@@ -160,8 +180,8 @@ def load_encoder(model: TaskModel, folder: Path, labels: Sequence[str]) -> None:
     A head for the same classes is taken too, in the order of `labels`; another one stays fresh. Either is said.
     """
     try:
-        weights = read_any_weights(folder)
-        check_fits(model, weights, folder, ("embeddings.", "encoder."))
+        weights = read_all(open_any_weights(folder))
+        check_fits(model, weights, folder, ENCODER)
         if PROJECTION[0] in weights:
             body = {name: weight for name, weight in weights.items() if name not in PROJECTION}
             weights = body | projection_for(model, weights, folder, labels)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
+
+from deberta_xl.errors import ConfigError
+from deberta_xl.launch import read_launch
 
 logger = logging.getLogger("deberta_xl")
 CLEAR_LINE = "\r\x1b[2K"
@@ -36,9 +38,11 @@ class LogFile(logging.FileHandler):
 
 
 def current_rank() -> int:
-    """This process's rank as its launcher states it (`launch.py` checks the statement), 0 when alone."""
-    stated = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return int(stated) if stated.isdigit() else 0
+    """This process's rank as its launcher states it, 0 when alone, and where the statement is refused."""
+    try:
+        return read_launch().rank
+    except ConfigError:
+        return 0
 
 
 def take_any_character() -> None:

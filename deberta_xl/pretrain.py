@@ -6,6 +6,7 @@ deepspeed deberta_xl/pretrain.py --config base --deepspeed_config deepspeed_conf
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -20,12 +21,11 @@ if not __package__:
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import step_folders
-from deberta_xl.config import RunConfig
-from deberta_xl.config_file import load_run_config, preset_names
+from deberta_xl.config import ModelSection, RunConfig
+from deberta_xl.config_file import complete_config, load_run_config, model_folder, preset_names
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.durable import below
 from deberta_xl.entry_point import build_parser, launch_of, run_command
@@ -75,7 +75,7 @@ class Inputs(NamedTuple):
 
 def read_inputs(arguments: argparse.Namespace) -> Inputs:
     """Read and check configuration, launcher, tokenizer and datasets. Raises UserError."""
-    config = load_run_config(arguments.config, arguments.overrides)
+    config = read_config(arguments.config, arguments.overrides)
     engine = load_deepspeed_config(arguments.deepspeed_config, config)
     launch = launch_of(arguments)
     grid = Grid.for_run(launch.rank, launch.world_size, config.parallel)
@@ -94,29 +94,47 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
         check_init(config.train.init, architecture, tokenizer, tokenizer_folder)
     options = (tokenizer, config.data, length, config.train.seed)
     data = PretrainingData(store, *options)
+    data.check_training()
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
+    if valid:
+        valid.check_held_out(config.evaluation.max_samples)
     return Inputs(config, engine, launch, grid, split, tokenizer, tokenizer_folder, architecture, data, valid)
+
+
+def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a preset or TOML file; of a model's folder, its architecture and defaults otherwise."""
+    folder = model_folder(name)
+    if folder is None:
+        return load_run_config(name, overrides)
+    from deberta_xl.pretrained import peek
+
+    _, architecture = peek(folder, "--config")
+    model = {key: value for key, value in dataclasses.asdict(architecture).items() if value is not None}
+    model["sequence_length"] = min(ModelSection.sequence_length, architecture.max_position_embeddings)
+    return complete_config({"model": model}, str(folder), overrides, RunConfig)
 
 
 def check_init(init: str, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
     """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
     from deberta_xl.fill_mask import tokenizer_folders
-    from deberta_xl.pretrained import check_same_architecture, peek
+    from deberta_xl.pretrained import check_same_architecture, peek, peek_tensors
 
     folder, there = peek(init)
     own = next(tokenizer_folders(folder), None)
-    if own is None:
+    theirs = Tokenizer.load(own) if own is not None else None
+    if theirs is None:
         rank_zero(
             "train.init=%s has no tokenizer: nobody can tell whether its ids stand for the pieces of %s",
             folder, tokenizer_folder, level=logging.WARNING,
         )  # fmt: skip
-    elif (own / MODEL_FILE).read_bytes() != tokenizer.spm_model:
+    elif not theirs.has_same_ids(tokenizer):
         raise ConfigError(
-            f"train.init={folder}: another tokenizer: {tokenizer.difference_from(Tokenizer.load(own))}. Use a dataset "
+            f"train.init={folder}: another tokenizer: {tokenizer.difference_from(theirs)}. Use a dataset "
             f"made with {own}, or let the weights follow their pieces to the ids of this one: python tools/convert.py "
             f"--to native --tokenizer {tokenizer_folder} {init} NEW_FOLDER, then train.init=NEW_FOLDER"
         )
     check_same_architecture(architecture, there, folder)
+    peek_tensors(init)
 
 
 def print_arithmetic(inputs: Inputs) -> None:
@@ -193,9 +211,10 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
     config, split, fingerprints = inputs.config, inputs.split, fingerprints_of(inputs)
     start = start_run(inputs, fingerprints, config.train.steps)
     print_arithmetic(inputs)
-    model = build_model(inputs, split.units(inputs.grid.stage), is_new=start.newest is None)
     stage = (lambda divided: PipelinedModel(divided, split, start.groups)) if split.num_stages > 1 else None
-    engine, state = start_engine(inputs, start, model, TrainState, stage)
+    with start.undone_when_refused():
+        model = build_model(inputs, split.units(inputs.grid.stage), is_new=start.newest is None)
+        engine, state = start_engine(inputs, start, model, TrainState, stage)
     return Pretraining(
         config=config,
         architecture=inputs.architecture,

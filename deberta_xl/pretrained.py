@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,13 @@ from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, parse
 from deberta_xl.checkpoint.lazy import read_all
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
+from deberta_xl.checkpoint.pretrained_folder import Pretrained, describe_fresh
 from deberta_xl.checkpoint.weights import CONFIG_NAME, find_weights_folder, open_native, write_weights
 from deberta_xl.errors import ConfigError
+from deberta_xl.log import rank_zero
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+
+Opened = TypeVar("Opened")
 
 
 class DebertaForMaskedLM(MaskedLanguageModel):
@@ -59,10 +64,11 @@ def find_pretrained(directory: str | Path) -> Path:
     return directory if is_foreign_folder(directory) else find_weights_folder(directory)
 
 
-def peek(directory: str | Path) -> tuple[Path, DebertaConfig]:
+def peek(directory: str | Path, setting: str = "train.init") -> tuple[Path, DebertaConfig]:
     """The folder that a start from `directory` will read, as its name says, and the architecture in it.
 
-    Nothing is verified: `find_pretrained` does that, once for all ranks. Raises ConfigError when it cannot be meant.
+    Nothing is verified: `find_pretrained` does that, once for all ranks. Raises ConfigError when it cannot be meant by
+    `setting`.
     """
     folder = Path(directory)
     steps = step_folders(folder / "checkpoints")
@@ -74,12 +80,44 @@ def peek(directory: str | Path) -> tuple[Path, DebertaConfig]:
             return folder, parse_config(read_config_fields(folder) or {}, folder)
         return folder, read_native_config(folder / CONFIG_NAME)
     except CheckpointError as error:
-        raise ConfigError(f"train.init: {error}") from error
+        raise ConfigError(f"{setting}: {error}") from error
 
 
-def read_pretrained(folder: Path) -> tuple[DebertaConfig, dict[str, Tensor]]:
+def peek_tensors(directory: str | Path) -> None:
+    """Look, by names and shapes in the headers of the files, whether a start can read the weights in `directory`.
+
+    Says what will be made fresh. Raises ConfigError when there are not the tensors that the configuration asks for.
+    """
+    folder, model = first_that_opens(Path(directory), lambda folder: open_pretrained(folder, may_be_fresh=True))
+    if model.fresh:
+        rank_zero(
+            "train.init=%s lacks %s", folder, describe_fresh(model.fresh),
+            level=logging.WARNING,
+        )  # fmt: skip
+
+
+def first_that_opens(directory: Path, opened: Callable[[Path], Opened]) -> tuple[Path, Opened]:
+    """A folder, or the newest checkpoint of a run that can be opened, as the start will find it; and what that gave.
+
+    Raises ConfigError for why the newest cannot be.
+    """
+    failures = []
+    for folder in step_folders(directory / "checkpoints") or [directory]:
+        try:
+            return folder, opened(folder)
+        except CheckpointError as error:
+            failures.append(error)
+    raise ConfigError(f"train.init: {failures[0]}") from failures[0]
+
+
+def open_pretrained(folder: Path, *, may_be_fresh: bool = False) -> Pretrained:
+    """The model in a folder given by `find_pretrained`, to be read tensor by tensor."""
+    return (open_foreign if is_foreign_folder(folder) else open_native)(folder, may_be_fresh=may_be_fresh)
+
+
+def read_pretrained(folder: Path, *, may_be_fresh: bool = False) -> tuple[DebertaConfig, dict[str, Tensor]]:
     """Architecture, and weights under our names, of a folder given by `find_pretrained`."""
-    model = open_foreign(folder) if is_foreign_folder(folder) else open_native(folder)
+    model = open_pretrained(folder, may_be_fresh=may_be_fresh)
     return model.config, read_all(model.tensors)
 
 
@@ -120,10 +158,11 @@ def computed_by(config: DebertaConfig) -> dict[str, object]:
 def load_initial_weights(model: MaskedLanguageModel, folder: Path) -> None:
     """Start `model` from the weights in a folder given by `find_pretrained` (`train.init`).
 
+    Absent absolute positions begin with zeros, an absent masked-LM head anew; `peek_tensors` has said so.
     Raises ConfigError when they cannot be read, or the architectures differ in more than dropout.
     """
     try:
-        config, weights = read_pretrained(folder)
+        config, weights = read_pretrained(folder, may_be_fresh=True)
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
     check_same_architecture(model.config, config, folder)

@@ -5,30 +5,37 @@ A signal handler may interrupt anything, a write to the console included: it not
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType
+from typing import NoReturn
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ENDED_BY_TERM = 128 + signal.SIGTERM
 ONE_INTERRUPT_SECONDS = 2.0
 """Interrupts within this time are the same Ctrl-C."""
 
 
 class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1 or, once training runs, Ctrl-C asked this process to stop at the next step."""
+    """Remembers that SIGUSR1 or, once training runs, SIGTERM or Ctrl-C asked this process to stop at the next step.
+
+    Before the first step there is nothing to save, and there may never be one, where a peer does not come: SIGTERM and
+    Ctrl-C end a start at once.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.first_interrupt: float | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self.receive)
+        signal.signal(signal.SIGUSR1, self.receive)
+        signal.signal(signal.SIGTERM, end_start)
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """The signal handler."""
         self.signal = signal.Signals(number)
 
-    def watch_interrupts(self) -> None:
-        """From now on the first Ctrl-C stops like the other signals; a later one ends the process at once."""
+    def training_begins(self) -> None:
+        """From now on SIGTERM and the first Ctrl-C stop at the next step, too; a later Ctrl-C ends this process."""
+        signal.signal(signal.SIGTERM, self.receive)
         signal.signal(signal.SIGINT, self.receive_interrupt)
 
     def receive_interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -37,3 +44,9 @@ class StopRequest:
         if time.monotonic() - self.first_interrupt > ONE_INTERRUPT_SECONDS:
             raise KeyboardInterrupt
         self.receive(number, frame)
+
+
+def end_start(_number: int, _frame: FrameType | None) -> NoReturn:
+    """The handler of SIGTERM before training begins. Threads and peers are not waited for."""
+    os.write(2, b"received SIGTERM before the first step: ended; start the same command again to go on\n")
+    os._exit(ENDED_BY_TERM)

@@ -7,7 +7,7 @@
 #
 # In an array, task N uses train.seed=N and the folder run.folder-N. With --sweep FILE each line of the file holds
 # overrides (optimizer.learning_rate=1e-5 sift.weight=3): task N takes the line ((N-1) modulo lines) and the next seed
-# after each turn. When all are done: python tools/table.py '/shared/runs/rte-*'. docs/finetuning.md tells the rest.
+# after each turn; its log is also finetune-sift-ARRAY_N.out. When all are done: python tools/table.py '/shared/runs/rte-*'. docs/finetuning.md tells the rest.
 #SBATCH --job-name=finetune-sift
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -53,6 +53,12 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   arguments+=("${overrides[@]}" "train.seed=$seed" "run.folder=$folder-$SLURM_ARRAY_TASK_ID")
 elif [[ -n $sweep ]]; then
   refuse "--sweep needs an array: sbatch --array=1-N, N = lines of the file x seeds"
+fi
+
+# slurm's pattern for names cannot tell an array from a job: the task's log gets the name that squeue shows, too.
+log=${SLURM_JOB_NAME:-}-${SLURM_JOB_ID:-}.out task_log=${SLURM_JOB_NAME:-}-${SLURM_ARRAY_JOB_ID:-}_${SLURM_ARRAY_TASK_ID:-}.out
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} && -z ${DEBERTA_XL_CHECK:-} && -f $SLURM_SUBMIT_DIR/$log && ! -e $SLURM_SUBMIT_DIR/$task_log ]]; then
+  ln -s "$log" "$SLURM_SUBMIT_DIR/$task_log"
 fi
 
 launch deberta_xl/finetune.py --config finetune_sift --deepspeed_config deepspeed_configs/zero1_bf16.json \

@@ -20,7 +20,7 @@ cd "${DEBERTA_XL_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
 . slurm/lib/launch.sh ||
   { echo "error: submit from the root of the repository, or export DEBERTA_XL_ROOT=/path/to/it" >&2; exit 2; }
 
-[[ -n ${SLURM_NTASKS:-} ]] || refuse "not inside a SLURM job; start this script with sbatch"
+[[ -n ${SLURM_JOB_ID:-} && -z ${DEBERTA_XL_CHECK:-} ]] || refuse "not inside a SLURM job; start this script with sbatch"
 find_python
 command -v "${MPIRUN[0]:=mpirun}" >/dev/null ||
   refuse "there is no ${MPIRUN[0]}; load an MPI in slurm/site.env, or pip install mpich, or set MPIRUN=(srun --mpi=pmix) there"

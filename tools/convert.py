@@ -29,19 +29,18 @@ import time
 from pathlib import Path
 from typing import get_args
 
-import torch
-
+from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
 from deberta_xl.checkpoint.head_facts import HEAD_NAME
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.pretrained_folder import Kind
 from deberta_xl.checkpoint.task_export import export_task
+from deberta_xl.checkpoint.tensor_files import DTYPES as STORED_DTYPES
 from deberta_xl.checkpoint.verify import TOLERANCES
-from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.finetuned import BEST_NAME, find_finetuned
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": STORED_DTYPES["F32"], "bfloat16": STORED_DTYPES["BF16"], "float16": STORED_DTYPES["F16"]}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -64,7 +63,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     change = parser.add_argument_group("changes on the way (docs/conversion.md has their rules)")
     change.add_argument("--average", type=int, metavar="K", help="mean of the newest K checkpoints of a run folder")
-    change.add_argument("--tokenizer", type=Path, help="tokenizer folder with other pieces: rows follow their pieces")
+    change.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer folder with other pieces: rows follow their pieces, new ones are the mean of their old pieces",
+    )
     change.add_argument("--vocab_size", type=int, help="more rows in the word table, each the mean of the others")
     change.add_argument("--max_position_embeddings", type=int, help="longer sequences")
     change.add_argument("--max_relative_positions", type=int, help="farther distances told apart")
@@ -141,4 +144,4 @@ def convert_pretrained(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(run, parse_arguments()))
+    sys.exit(run_tool(run, parse_arguments(), outputs=lambda given: [given.destination]))

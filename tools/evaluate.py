@@ -16,11 +16,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.config import DataSection, RunConfig
 from deberta_xl.config_file import load_run_config
+from deberta_xl.data.errors import TokenStoreError
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.unigram import log_unigram, token_counts
 from deberta_xl.errors import ConfigError
 from deberta_xl.fill_mask import load_tokenizer
 from deberta_xl.launch import read_launch
@@ -43,6 +48,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro_batch_size", type=int, default=8, help="rows in one forward (default: 8)")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="tokenizer, if the checkpoint has none")
     parser.add_argument("--seed", type=int, help=f"seed of the masks (default: the run's own, or {DEFAULT_SEED})")
+    parser.add_argument(
+        "--train", metavar="DATA", help="training dataset, for the loss of its unigram (default: the run's own)"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
 
@@ -62,6 +70,21 @@ def choose_length(arguments: argparse.Namespace, run_config: RunConfig | None, l
     return arguments.sequence_length
 
 
+def read_unigram(asked: str | None, run_config: RunConfig | None, tokenizer: Tokenizer) -> np.ndarray | None:
+    """The unigram of the training set asked for, or of the run's own where that is still there."""
+    prefix = asked or (run_config.data.train if run_config else None)
+    if prefix is None:
+        return None
+    try:
+        store = TokenStore(prefix)
+        store.check_tokenizer(tokenizer)
+    except TokenStoreError:
+        if asked:
+            raise
+        return None
+    return log_unigram(token_counts(store, tokenizer.vocab_size), tokenizer.special)
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate and print, as text and as one line of JSON."""
     at_least(0, max_samples=arguments.max_samples, seed=arguments.seed)
@@ -77,6 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"the tokenizer has {sizes}; give the one that the model was trained with")
     seed = arguments.seed if arguments.seed is not None else run_config.train.seed if run_config else DEFAULT_SEED
     data = PretrainingData(store, tokenizer, run_config.data if run_config else DataSection(), length, seed)
+    data.check_held_out(arguments.max_samples)
+    unigram = read_unigram(arguments.train, run_config, tokenizer) if launch.rank == 0 else None
     device = join_ranks(launch)
     result = evaluate(
         predict_with(model.to(device), device),
@@ -87,9 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
         micro_batch_size=arguments.micro_batch_size,
         rank=launch.rank,
         size=launch.world_size,
+        log_unigram=unigram,
     )
-    if not result.num_labels:
-        raise ConfigError(f"{arguments.data} is so short that no token of it was masked; give more text")
     if launch.rank == 0:
         report(arguments, length, result)
 
@@ -97,7 +121,8 @@ def run(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace, length: int, result: Evaluation) -> None:
     """Print the result."""
     print(f"{arguments.checkpoint} on {arguments.data}, rows of {length} tokens, {result.num_labels:,} masked tokens")
-    print(f"  loss        {result.loss:.4f} nats (unigram entropy of the same tokens: {result.unigram_entropy:.4f})")
+    unigram = f" (the training set's unigram: {result.unigram_entropy:.4f})" if result.unigram_entropy else ""
+    print(f"  loss        {result.loss:.4f} nats{unigram}")
     print(f"  perplexity  {result.perplexity:.2f}")
     print(f"  accuracy    {result.accuracy:.2%}")
     names = ("loss", "perplexity", "accuracy", "unigram_entropy", "num_labels")

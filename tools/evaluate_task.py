@@ -102,4 +102,4 @@ def report(arguments: argparse.Namespace, task: Task, data: TaskData, found: lis
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(run, parse_arguments()))
+    sys.exit(run_tool(run, parse_arguments(), outputs=lambda given: filter(None, [given.output])))

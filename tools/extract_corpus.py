@@ -49,4 +49,4 @@ def extract(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(extract, parse_arguments()))
+    sys.exit(run_tool(extract, parse_arguments(), outputs=lambda given: [Path(given.output)]))

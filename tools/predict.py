@@ -61,4 +61,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(run, parse_arguments()))
+    sys.exit(run_tool(run, parse_arguments(), outputs=lambda given: [given.output]))

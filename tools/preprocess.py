@@ -1,8 +1,9 @@
 """Tokenise text files into a dataset for pretraining: PREFIX.bin, .idx, .manifest.json and PREFIX.tokenizer/.
 
-Input files are .txt (documents separated by blank lines) or .jsonl (one document per line), each also .gz or .zst.
-The files have the format of Megatron's indexed datasets. Records that hold no text are skipped, counted and reported
-with file and line. Literal special tokens in the text, such as the letters [MASK], are tokenised like any other text.
+Input files are .txt (documents separated by blank lines, or as --documents says) or .jsonl (one document per line),
+each also .gz or .zst. The output has the format of Megatron's indexed datasets. Records that hold no text are skipped,
+counted and reported with file and line. Literal special tokens in the text, such as the letters [MASK], are tokenised
+like any other text.
 
 The output is the same for any number of workers, and of processes under MPI. Those share the input files out, so there
 should be more files than processes; the output must be on a file system that all nodes see.
@@ -21,9 +22,11 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 from deberta_xl.command_line import build_parser, report_bad_records, run_tool
 from deberta_xl.data.corpus import expand_inputs, total_size
+from deberta_xl.data.documents import DOCUMENTS
 from deberta_xl.data.errors import DataError
 from deberta_xl.data.preprocessing import Preprocessing, Summary, preprocess
 from deberta_xl.data.progress import progress
@@ -31,9 +34,9 @@ from deberta_xl.data.spread_preprocessing import Communicator, preprocess_spread
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.errors import counted
+from deberta_xl.launch import read_launch
 
-#: What mpirun (Open MPI, MPICH) says of the number of processes.
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 #: Share of unknown tokens above which the tokenizer does not suit the text.
 MANY_UNKNOWN = 0.01
 
@@ -43,7 +46,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, or quoted patterns")
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="made by tools/train_tokenizer.py")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="FOLDER",
+        help="made by tools/train_tokenizer.py, or a released model's folder",
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="dataset to write")
     parser.add_argument("--valid_output", "--valid-output", metavar="PREFIX", help="held-out dataset to write as well")
     parser.add_argument(
@@ -57,6 +65,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--workers",
         type=int,
         help=f"processes (default: one per core, {cores} here; one in each of MPI's)",
+    )
+    parser.add_argument(
+        "--documents",
+        choices=DOCUMENTS,
+        default="blank_lines",
+        help="where a document ends: "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in DOCUMENTS.items())
+        + ". In .json and .jsonl every record is one, which parts cuts (default: blank_lines)",
     )
     parser.add_argument("--json_key", "--json-key", default="text", help="key of the text in .jsonl (default: text)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad record instead of skipping it")
@@ -81,6 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.valid_output,
             arguments.valid_share if arguments.valid_output else 0.0,
             json_key=arguments.json_key,
+            documents=arguments.documents,
             workers=workers,
             strict=arguments.strict,
             overwrite=arguments.overwrite,
@@ -92,22 +109,30 @@ def run(arguments: argparse.Namespace) -> None:
     report_bad_records(summary.bad_records, summary.reported)
     for prefix in filter(None, (arguments.output, arguments.valid_output)):
         store = TokenStore(prefix)
-        print(f"{prefix}: {len(store):,} documents, {store.num_tokens:,} tokens, read back")
+        print(f"{prefix}: {counted(len(store), 'document')}, {store.num_tokens:,} tokens, read back")
     report(summary, time.monotonic() - started)
 
 
 def find_communicator() -> Communicator | None:
     """MPI's processes, where `python -m mpi4py` started this one; MPI is not imported otherwise.
 
-    Raises DataError under mpirun without it: each process would do everything, and one that fails would leave the
-    others waiting.
+    Raises DataError under any launcher of several processes without it: each process would do everything, and one that
+    fails would leave the others waiting.
     """
-    if "mpi4py" in sys.modules:
+    is_mpi = "mpi4py" in sys.modules
+    if is_mpi:
         from mpi4py import MPI
 
-        return MPI.COMM_WORLD
-    if any(int(os.environ.get(key, "1")) > 1 for key in MPI_SIZES):
-        raise DataError("under MPI, start this as: mpirun -n N python -m mpi4py tools/preprocess.py ...")
+        if MPI.COMM_WORLD.Get_size() > 1:
+            return MPI.COMM_WORLD
+    if (started := read_launch().world_size) > 1:
+        way_out = (
+            "MPI finds none of the others: use the mpirun of the MPI that mpi4py is linked to, or srun with the "
+            "--mpi=... that it speaks (pmix, pmi2)"
+            if is_mpi
+            else "start one, which has --workers, or under MPI: mpirun -n N python -m mpi4py tools/preprocess.py ..."
+        )
+        raise DataError(f"{started} processes were started, and each would do everything; {way_out}")
     return None
 
 
@@ -123,13 +148,19 @@ def check(arguments: argparse.Namespace) -> None:
         raise DataError(f"--workers {arguments.workers} is too few; allowed: 1 and more")
 
 
+def outputs(arguments: argparse.Namespace) -> list[Path]:
+    """What is written last of each dataset."""
+    prefixes = filter(None, (arguments.output, arguments.valid_output))
+    return [dataset_paths(prefix).manifest for prefix in prefixes]
+
+
 def report(summary: Summary, seconds: float) -> None:
     """Print the summary."""
     share = summary.unknown_tokens / summary.tokens
     print(
         f"{sum(file['size'] for file in summary.inputs) / 1e6:,.1f} MB in {seconds:.1f} s, "
-        f"{summary.tokens / seconds:,.0f} tokens/s; skipped: {summary.bad_records:,} bad records, "
-        f"{summary.empty_documents:,} documents without tokens"
+        f"{summary.tokens / seconds:,.0f} tokens/s; skipped: {counted(summary.bad_records, 'bad record')}, "
+        f"{counted(summary.empty_documents, 'document')} without tokens"
     )
     print(f"unknown tokens: {share:.3%}; literal special tokens kept as text: {summary.literal_specials:,}")
     if share > MANY_UNKNOWN:
@@ -137,4 +168,4 @@ def report(summary: Summary, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(run, parse_arguments()))
+    sys.exit(run_tool(run, parse_arguments(), outputs=outputs))

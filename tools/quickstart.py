@@ -156,7 +156,7 @@ def report(folder: Path, seconds: float) -> None:
     announce(f"Done in {seconds / 60:.1f} minutes")
     print(f"training loss at the start  {first:.3f} nats per masked token")
     print(f"validation loss at the end  {last['valid_loss']:.3f} (step {last['step']})")
-    print(f"unigram entropy             {last['valid_unigram_entropy']:.3f}: the best possible without reading context")
+    print(f"unigram of the training set {last['valid_unigram_entropy']:.3f}: the best possible without reading context")
     print(f"masked words guessed right  {last['valid_accuracy']:.1%}")
     print(f"loss curve                  {folder / 'run' / 'loss.png'}")
     print(f"TensorBoard                 tensorboard --logdir {folder / 'run'}")

@@ -196,4 +196,4 @@ def cure(trained: TrainedTokenizer, rules: TokenizerRules) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(train, parse_arguments()))
+    sys.exit(run_tool(train, parse_arguments(), outputs=lambda given: [Path(given.output)]))

@@ -38,7 +38,7 @@ from deberta_xl.checkpoint.verify import verify
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, open_native, write_native
 from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, unread_files
+from deberta_xl.data.tokenizer_files import MODEL_FILE, unread_files
 from deberta_xl.durable import below, write_files
 from deberta_xl.log import logger
 
@@ -185,6 +185,11 @@ def write_microsoft(partial: Path, model: Pretrained, _conversion: Conversion, a
     dialect = dialect._replace(is_fused=dialect.is_fused and model.config.has_position_to_content)
     fields = to_microsoft_config(model.config) | (other_fields(model.origin.fields) if model.origin else {})
     tokenizer = load_tokenizer(model)
+    if tokenizer is not None and not tokenizer.rules.is_plain:
+        raise CheckpointError(
+            f"--to microsoft: the tokenizer {tokenizer.rules.describe()}; the original code has only {MODEL_FILE}, and "
+            "would give other ids"
+        )
     files = {MODEL_FILE: tokenizer.spm_model} if tokenizer is not None else plain_files(model)
     write_files(partial, {"model_config.json": json_bytes(fields), **files})
     write_pickle(partial / "pytorch_model.bin", write_dialect(not_fresh(model), model.config, dialect), advance)
@@ -266,11 +271,10 @@ def load_tokenizer(model: Pretrained) -> Tokenizer | None:
     if folder is None:
         logger.warning("%s has no tokenizer; the converted folder will have none", model.folder)
         return None
-    if not (folder / MODEL_FILE).is_file():
+    tokenizer = model.read_tokenizer()
+    if tokenizer is None:
         logger.warning("%s: the tokenizer has no %s; its files are copied as they are", folder, MODEL_FILE)
-        return None
-    tokenizer = Tokenizer.load(folder, None if (folder / SETTINGS_FILE).is_file() else model.config.vocab_size)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    elif tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{folder} has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: they do not belong "
             "together"

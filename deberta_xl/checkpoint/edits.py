@@ -3,7 +3,8 @@
 Each is a function from a model to a model whose tensors are still read one at a time.
 
 * `average_of_newest`: the mean of the weights of a run's newest whole checkpoints.
-* `with_tokenizer`, `with_vocab_size`: rows follow their pieces; new rows start as the mean of all old ones.
+* `with_tokenizer`, `with_vocab_size`: rows follow their pieces; a new piece starts as the mean of the rows of the old
+  pieces that its text had, a spare id as the mean of all.
 * `with_positions`: a longer table of absolute positions repeats the old one; the relative table gets the rows that the
   old model uses for the same distances (`relative_rows`).
 * `with_layers`: fewer layers, evenly spaced, the first and the last among them.
@@ -11,8 +12,10 @@ Each is a function from a model to a model whose tensors are still read one at a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,8 +27,9 @@ from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
 from deberta_xl.checkpoint.names import DELTA
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.checkpoint.weights import open_native
+from deberta_xl.data.ruled_encoder import RuledEncoder
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
+from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.log import logger
 from deberta_xl.model.relative_position import log_bucket
 
@@ -117,47 +121,67 @@ def with_vocab_size(model: Pretrained, vocab_size: int) -> Pretrained:
 
 
 def with_tokenizer(model: Pretrained, folder: Path, vocab_size: int | None) -> Pretrained:
-    """Another tokenizer: a piece keeps its row, wherever its id is now; pieces that are new get the mean row."""
-    if model.tokenizer is None or not (model.tokenizer / MODEL_FILE).is_file():
+    """Another tokenizer: a piece keeps its row, wherever its id is now; a new piece gets the mean of its old ones'."""
+    old = model.read_tokenizer()
+    if old is None:
         raise CheckpointError(
             f"--tokenizer: {model.folder} has no {MODEL_FILE}, so nobody knows which row belongs to which piece"
         )
-    has_settings = (model.tokenizer / SETTINGS_FILE).is_file()
-    old = Tokenizer.load(model.tokenizer, None if has_settings else model.config.vocab_size)
     new = Tokenizer.load(folder)
     size = vocab_size or max(new.vocab_size, model.config.vocab_size)
     if size < new.vocab_size:
         raise CheckpointError(f"--vocab_size {size} is less than the {new.vocab_size} ids of {folder}")
-    known = {old.id_to_piece(i): i for i in range(old.mask_id + 1)}
-    pieces = [new.id_to_piece(i) for i in range(new.mask_id + 1)]
+    known = {old.id_to_piece(i): i for i in range(old.num_named)}
+    pieces = [new.id_to_piece(i) for i in range(new.num_named)]
     rows = torch.full((size,), -1)
     rows[: len(pieces)] = torch.tensor([known.get(piece, -1) for piece in pieces])
-    fresh = [piece for piece in pieces if piece not in known]
+    fresh = [number for number, piece in enumerate(pieces) if piece not in known]
     kept, lost = len(pieces) - len(fresh), len(known.keys() - set(pieces))
     logger.info("tokenizer %s: %d pieces keep their rows, %d old pieces are gone", folder, kept, lost)
-    spare = [f"spare id {number}" for number in range(len(pieces), size)]
-    return replace(with_rows(model, rows, [*fresh, *spare]), tokenizer=folder)
+    names = [*(pieces[number] for number in fresh), *(f"spare id {number}" for number in range(len(pieces), size))]
+    return replace(with_rows(model, rows, names, old_pieces(old, new, fresh)), tokenizer=folder)
 
 
-def with_rows(model: Pretrained, rows: Tensor, fresh: list[str]) -> Pretrained:
-    """The word table and the output bias with other rows: the old row `rows[i]`, or for −1 the mean of all."""
+def old_pieces(old: Tokenizer, new: Tokenizer, fresh: Sequence[int]) -> dict[int, list[int]]:
+    """For each new id of `fresh`, the ids into which `old` cuts its text, as far as it can write that."""
+    encode = RuledEncoder(old.spm_model, old.processor, old.rules)
+    found = {}
+    for number in fresh:
+        text = new.surface(number)
+        # A piece that begins no word is the middle of one to the old tokenizer, too.
+        ids = [token.id for token in encode(text, follows_mask=number not in new.added) if token.id != old.unk_id]
+        if ids:
+            found[number] = ids
+    return found
+
+
+def with_rows(
+    model: Pretrained, rows: Tensor, fresh: list[str], parts: Mapping[int, list[int]] = MappingProxyType({})
+) -> Pretrained:
+    """The word table and the output bias with other rows: the old row `rows[i]`, or for −1 a new one.
+
+    That is the mean of the old rows `parts[i]`, where it has some, and of all otherwise.
+    """
     assert int((rows < 0).sum()) == len(fresh)
     if fresh:
         shown = ", ".join(fresh[:8]) + (", …" if len(fresh) > 8 else "")
-        what = "vocabulary: %d rows, of which %d are new and start as the mean of all: %s"
-        logger.info(what, len(rows), len(fresh), shown)
+        logger.info("vocabulary: %d rows, of which %d are new: %s", len(rows), len(fresh), shown)
+        what = "new rows: %d start as the mean of their old pieces, %d as the mean of all rows"
+        logger.info(what, len(parts), len(fresh) - len(parts))
     table, bias = model.tensors[WORD], model.tensors[OUTPUT_BIAS]
     changed = {
-        WORD: derived(lambda old: take_rows(old, rows), [table], (len(rows), table.shape[1])),
-        OUTPUT_BIAS: derived(lambda old: take_rows(old, rows), [bias], (len(rows),)),
+        WORD: derived(lambda old: take_rows(old, rows, parts), [table], (len(rows), table.shape[1])),
+        OUTPUT_BIAS: derived(lambda old: take_rows(old, rows, parts), [bias], (len(rows),)),
     }
     return replace(model, config=replace(model.config, vocab_size=len(rows)), tensors=model.tensors | changed)
 
 
-def take_rows(old: Tensor, rows: Tensor) -> Tensor:
-    """The rows of a table in another order; −1 stands for the mean row."""
+def take_rows(old: Tensor, rows: Tensor, parts: Mapping[int, list[int]]) -> Tensor:
+    """The rows of a table in another order; −1 stands for the mean of the rows `parts[i]`, or of all."""
     new = old[rows.clamp(min=0)].clone()
     new[rows < 0] = old.double().mean(0).to(old.dtype)
+    for row, ids in parts.items():
+        new[row] = old[ids].double().mean(0).to(old.dtype)
     return new
 
 

@@ -16,6 +16,8 @@ from deberta_xl.checkpoint.lazy import LazyTensors, constant, in_memory
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.names import is_beside_the_model
 from deberta_xl.checkpoint.tensor_files import complain_about_names
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 
 Kind = Literal["native", "huggingface", "microsoft"]
@@ -68,6 +70,13 @@ class Pretrained:
     origin: Origin | None = None
     fresh: tuple[str, ...] = ()
     """Parameters that were made up, since the model they come from has none."""
+
+    def read_tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, where it has one of SentencePiece's. Raises TokenizerError as `Tokenizer.load`."""
+        if self.tokenizer is None or not (self.tokenizer / MODEL_FILE).is_file():
+            return None
+        has_settings = (self.tokenizer / SETTINGS_FILE).is_file()
+        return Tokenizer.load(self.tokenizer, None if has_settings else self.config.vocab_size)
 
 
 def complete(

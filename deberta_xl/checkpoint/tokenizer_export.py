@@ -28,8 +28,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, Tr
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from deberta_xl.data.errors import TokenizerError
+from deberta_xl.data.text_rules import TextRules
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokenizer
-from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
+from deberta_xl.data.tokenizer_files import MODEL_FILE, TOKENIZER_FILE
 
 #: How a piece takes part in SentencePiece's search: always where it occurs, unlike ordinary pieces.
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
@@ -42,9 +43,8 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
     """
     return {
         "tokenizer.json": huggingface_tokenizer(tokenizer).to_str(pretty=True).encode(),
-        "tokenizer_config.json": json_bytes(tokenizer_config(max_length)),
-        MODEL_FILE: tokenizer.spm_model,
-        SETTINGS_FILE: json_bytes(tokenizer.settings()),
+        "tokenizer_config.json": json_bytes(tokenizer_config(tokenizer, max_length)),
+        **tokenizer.files(),
     }
 
 
@@ -53,16 +53,18 @@ def json_bytes(fields: dict[str, Any]) -> bytes:
     return (json.dumps(fields, indent=2) + "\n").encode()
 
 
-def tokenizer_config(max_length: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     """What `tokenizer_config.json` holds."""
     pad, cls, sep, unk = SPECIAL_PIECES
     names = {"bos": cls, "eos": sep, "cls": cls, "sep": sep, "pad": pad, "unk": unk, "mask": MASK_PIECE}
+    special = [token.content for token in tokenizer.rules.added if token.special]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask", "token_type_ids"],
         "clean_up_tokenization_spaces": False,
         **{f"{role}_token": piece for role, piece in names.items()},
+        **({"additional_special_tokens": special} if special else {}),
     }
 
 
@@ -78,14 +80,23 @@ def huggingface_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     unigram = models.Unigram(pieces, unk_id=tokenizer.unk_id, byte_fallback=model.trainer_spec.byte_fallback)
     converted = tokenizers.Tokenizer(unigram)
-    converted.normalizer = build_normalizer(model.normalizer_spec)
-    converted.pre_tokenizer = build_pre_tokenizer(model)
+    converted.normalizer = build_normalizer(model.normalizer_spec, tokenizer.rules)
+    converted.pre_tokenizer = build_pre_tokenizer(model, tokenizer.rules)
     converted.decoder = build_decoder(model.normalizer_spec)
     converted.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIAL_PIECES])
     converted.add_special_tokens([AddedToken(MASK_PIECE, special=True, normalized=False, lstrip=True)])
     converted.add_tokens([AddedToken(p.piece, normalized=True) for p in model.pieces if p.type == USER_DEFINED])
+    converted.add_tokens(
+        [AddedToken(**{k: v for k, v in t._asdict().items() if k != "id"}) for t in tokenizer.rules.added]
+    )
     converted.post_processor = frame(tokenizer)
     assert converted.token_to_id(MASK_PIECE) == tokenizer.mask_id
+    for token in tokenizer.rules.added:
+        if converted.token_to_id(token.content) != token.id:
+            raise TokenizerError(
+                f"the added token {token.content!r} is {token.id}; {TOKENIZER_FILE} can only give ids without gaps "
+                f"behind {MASK_PIECE}, which is {tokenizer.mask_id}"
+            )
     return converted
 
 
@@ -102,9 +113,9 @@ def refuse_unknown_kinds(model: ModelProto) -> None:
         )
 
 
-def build_normalizer(spec: NormalizerSpec) -> normalizers.Normalizer:
+def build_normalizer(spec: NormalizerSpec, rules: TextRules) -> normalizers.Normalizer:
     """SentencePiece's character map, then its treatment of superfluous spaces (U+0020 only, as there)."""
-    steps: list[normalizers.Normalizer] = []
+    steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if rules.lower_case else []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
@@ -116,12 +127,16 @@ def build_normalizer(spec: NormalizerSpec) -> normalizers.Normalizer:
     return normalizers.Sequence(steps)
 
 
-def build_pre_tokenizer(model: ModelProto) -> pre_tokenizers.PreTokenizer:
-    """Spaces become word marks; the text's first word gets one, what follows a special token only for its own space."""
+def build_pre_tokenizer(model: ModelProto, rules: TextRules) -> pre_tokenizers.PreTokenizer:
+    """Spaces become word marks; the text's first word gets one, what follows a special token only for its own space.
+
+    With rules of its own, every part of a text gets one, [MASK] or not, as in the tokenizer that they come from.
+    """
     marks_first = model.normalizer_spec.add_dummy_prefix and model.normalizer_spec.remove_extra_whitespaces
-    return pre_tokenizers.Metaspace(
-        WORD_MARK, "first" if marks_first else "never", split=model.trainer_spec.split_by_whitespace
-    )
+    everywhere = not rules.is_plain and not rules.first_word_only
+    scheme = "never" if not marks_first else "always" if everywhere else "first"
+    marks = pre_tokenizers.Metaspace(WORD_MARK, scheme, split=model.trainer_spec.split_by_whitespace)
+    return pre_tokenizers.Sequence([pre_tokenizers.Punctuation("isolated"), marks]) if rules.split_by_punct else marks
 
 
 def build_decoder(spec: NormalizerSpec) -> decoders.Decoder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
@@ -20,7 +21,7 @@ from deberta_xl.checkpoint.names import EXTRA, is_beside_the_model
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
+from deberta_xl.data.tokenizer_files import TOKENIZER_FILE, unread_files
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel, read_mask
 
 TEXT = (
@@ -29,6 +30,12 @@ TEXT = (
     "“Twelve miles,” he said, “and on clear nights a little farther.” Ships from many countries brought timber, "
     "cotton, wine and letters, and took away wool. Today the warehouses are flats and cafés, but the light still turns."
 )
+MAPPED = (
+    "ﬁne Ｆｕｌｌ－ｗｉｄｔｈ ½ … ² Ⅷ “quotes”; don't (stop), Mr. X! a_b.c",
+    "cafe\u0301 \u00a0 two  spaces\tand\nlines ",
+)
+"""Text that normalisation changes."""
+MOST_ADDED_TOKENS = 500
 LENGTH = 128
 """Tokens, at most."""
 MASK_EVERY = 7
@@ -146,8 +153,8 @@ def batch(model: Pretrained) -> tuple[Tensor, Tensor]:
     """The text as ids, some of them masked, and the labels there, [1, S] each; without a tokenizer, random ids."""
     config = model.config
     length = min(LENGTH, config.max_position_embeddings)
-    if has_pieces(model):
-        tokenizer = load(model)
+    tokenizer = model.read_tokenizer()
+    if tokenizer is not None:
         ids, mask_id = tokenizer.encode(TEXT).tolist(), tokenizer.mask_id
     else:
         generator = torch.Generator().manual_seed(0)
@@ -160,28 +167,44 @@ def batch(model: Pretrained) -> tuple[Tensor, Tensor]:
     return input_ids_S.unsqueeze(0), labels_S.unsqueeze(0)
 
 
-def has_pieces(model: Pretrained) -> bool:
-    """Whether a model has a tokenizer that we read."""
-    return model.tokenizer is not None and (model.tokenizer / MODEL_FILE).is_file()
-
-
-def load(model: Pretrained) -> Tokenizer:
-    """The tokenizer of a model that `has_pieces`."""
-    assert model.tokenizer is not None
-    is_bare = not (model.tokenizer / SETTINGS_FILE).is_file()
-    return Tokenizer.load(model.tokenizer, model.config.vocab_size if is_bare else None)
+def probes(tokenizer: Tokenizer) -> list[str]:
+    """Texts in which a rule or a step of normalisation that has got lost shows."""
+    shown = [token.content for token in tokenizer.rules.added[:MOST_ADDED_TOKENS]]
+    return [
+        TEXT,
+        TEXT.upper(),
+        *MAPPED,
+        *(f"the {content} sea,{content}a {content.upper()}{content}" for content in shown),
+    ]
 
 
 def compare_tokenizers(source: Pretrained, written: Pretrained, show: Callable[[str], None]) -> None:
-    """Raise CheckpointError when the text has other ids afterwards."""
-    if not (has_pieces(source) and has_pieces(written)):
+    """Raise CheckpointError when a text has other ids afterwards, for us or for transformers."""
+    before, after = source.read_tokenizer(), written.read_tokenizer()
+    if before is None:
+        if source.tokenizer is not None and (written.tokenizer is None or differs(source.tokenizer, written.tokenizer)):
+            raise CheckpointError(f"the written folder has other tokenizer files than {source.tokenizer}")
         return
-    before, after = load(source).encode(TEXT).tolist(), load(written).encode(TEXT).tolist()
-    if (path := written.tokenizer / "tokenizer.json").is_file():
-        after = tokenizers.Tokenizer.from_file(str(path)).encode(TEXT, add_special_tokens=False).ids
-    if before != after:
-        raise CheckpointError(f"{written.tokenizer} gives other ids than {source.tokenizer} for the same text")
-    show(f"tokenizer      the same {len(before)} ids")
+    if after is None:
+        raise CheckpointError(f"the written folder has not the tokenizer of {source.tokenizer}")
+    texts = probes(before)
+    expected = [ids.tolist() for ids in before.encode_batch(texts)]
+    found = {"it": [ids.tolist() for ids in after.encode_batch(texts)]}
+    if (path := written.tokenizer / TOKENIZER_FILE).is_file():
+        exported = tokenizers.Tokenizer.from_file(str(path))
+        found[TOKENIZER_FILE] = [exported.encode(text, add_special_tokens=False).ids for text in texts]
+    for name, ids in found.items():
+        for text, ours, theirs in zip(texts, expected, ids, strict=True):
+            if ours != theirs:
+                raise CheckpointError(
+                    f"the written tokenizer is another: {name} gives other ids than {source.tokenizer} for {text!r}"
+                )
+    show(f"tokenizer      the same {sum(map(len, expected))} ids of {len(texts)} texts")
+
+
+def differs(source: Path, written: Path) -> bool:
+    """Whether tokenizer files of a kind that is not read have changed on the way."""
+    return unread_files(source) != unread_files(written)
 
 
 def compare_riders(before: LazyTensors, after: LazyTensors) -> None:

@@ -2,8 +2,8 @@
 
 * `.jsonl`, `.json`: one document per line, under the key `text` (or another one); or a list of such objects, or objects
   over several lines, whichever of the two endings the file has.
-* `.txt`: documents are separated by blank lines, as BERT's and RoBERTa's pretraining text was; the lines of a document
-  stay together. A document of more than 16 MiB is cut at a line end.
+* `.txt`: documents are separated by blank lines, as BERT's and RoBERTa's pretraining text was, unless a user says
+  otherwise (`documents.py`). A document of more than 16 MiB is cut at a line end.
 
 Records that hold no text (invalid JSON, a missing key, a wrong type, not UTF-8, a line of more than 16 MiB) are bad:
 the reader says which and why, and the caller counts them or stops.
@@ -16,9 +16,10 @@ import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from deberta_xl.data.compressed import READ_ERRORS, CountingFile, unpacked
+from deberta_xl.data.documents import Record, blocks, filled, join_blocks, parts
 from deberta_xl.data.errors import CorpusError
 from deberta_xl.data.json_stream import is_spread, values_of
 
@@ -28,15 +29,6 @@ COMPRESSIONS = (".gz", ".zst")
 MAX_DOCUMENT_BYTES = 16 * 2**20
 #: Bytes by which a file is told to be UTF-8, and a list or lines.
 PEEKED = 4096
-
-
-class Record(NamedTuple):
-    """A document as it stands in the file, not yet decoded."""
-
-    line: int
-    """Number of its first line, from 1."""
-    data: bytes | None
-    """Its bytes; None when it is too long."""
 
 
 class BadRecord(ValueError):
@@ -73,8 +65,9 @@ def format_of(path: Path) -> str:
 class TextFile:
     """An input file, opened for reading its records once. Use as a context."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, documents: str = "blank_lines"):
         self.path = path
+        self.documents = documents
         self.kind = format_of(path)
         self.file = CountingFile(path)
         self.stream = unpacked(self.file, path.suffix)
@@ -98,12 +91,24 @@ class TextFile:
             if self.kind != ".txt" and is_spread(start):
                 yield from self.spread_records()
                 return
-            lines = numbered_lines(self.stream)
-            yield from join_blocks(lines) if self.kind == ".txt" else filled(lines)
+            yield from filled(numbered_lines(self.stream)) if self.kind != ".txt" else self.text_records()
         except READ_ERRORS as error:
             raise CorpusError(
                 f"{self.path} is damaged or not what its name says: {error}; fetch or pack it again"
             ) from error
+
+    def text_records(self) -> Iterator[Record]:
+        """The documents of a .txt file."""
+        if self.documents == "parts":
+            return blocks(self.stream)
+        lines = numbered_lines(self.stream)
+        if self.documents == "lines":
+            return filled(lines)
+        return join_blocks(lines, MAX_DOCUMENT_BYTES, at_blank_lines=self.documents == "blank_lines")
+
+    def texts(self, record: Record, json_key: str) -> list[str]:
+        """The documents of a record of this file; BadRecord when it holds none."""
+        return texts_of(record, self.kind, json_key, self.documents)
 
     def spread_records(self) -> Iterator[Record]:
         """The objects of a list, or that take several lines. CorpusError for what is not valid JSON: nothing after it
@@ -142,28 +147,10 @@ def numbered_lines(file: BinaryIO) -> Iterator[Record]:
         yield Record(number, None if is_too_long else line.rstrip(b"\r\n"))
 
 
-def filled(lines: Iterator[Record]) -> Iterator[Record]:
-    """The lines that are not blank."""
-    return (record for record in lines if record.data is None or record.data.strip())
-
-
-def join_blocks(lines: Iterator[Record]) -> Iterator[Record]:
-    """The documents of a .txt file: runs of lines that are not blank, cut where they become too long."""
-    block: list[bytes] = []
-    first, size = 0, 0
-    for line, data in lines:
-        is_end = not data or data.isspace() or size + len(data) > MAX_DOCUMENT_BYTES
-        if block and is_end:
-            yield Record(first, b"\n".join(block))
-            block, size = [], 0
-        if data is None:
-            yield Record(line, None)
-        elif data and not data.isspace():
-            first = first if block else line
-            block.append(data)
-            size += len(data) + 1
-    if block:
-        yield Record(first, b"\n".join(block))
+def texts_of(record: Record, kind: str, json_key: str, documents: str) -> list[str]:
+    """The documents of a record of a file of that `kind`; BadRecord when it holds none."""
+    text = text_of(record, kind, json_key)
+    return list(parts(text)) if documents == "parts" else [text]
 
 
 def text_of(record: Record, kind: str, json_key: str) -> str:
@@ -201,6 +188,7 @@ def text_of_json(line: str, json_key: str) -> str:
 def iterate_documents(
     paths: Sequence[Path],
     json_key: str = "text",
+    documents: str = "blank_lines",
     *,
     report: Callable[[str], None] = lambda bad_record: None,
     advance: Callable[[int], None] = lambda num_bytes: None,
@@ -210,13 +198,13 @@ def iterate_documents(
     `report` is called with `file:line: reason` of each bad one, `advance` with the bytes just read.
     """
     for path in paths:
-        with TextFile(path) as file:
+        with TextFile(path, documents) as file:
             done = 0
             for record in file.records():
                 advance(file.num_bytes - done)
                 done = file.num_bytes
                 try:
-                    yield text_of(record, file.kind, json_key)
+                    yield from file.texts(record, json_key)
                 except BadRecord as reason:
                     report(f"{path}:{record.line}: {reason}")
 

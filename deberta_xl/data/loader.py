@@ -5,6 +5,7 @@ All that a run must remember about its data is how many samples it has consumed.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -20,8 +21,13 @@ from deberta_xl.data.random_numbers import derive
 from deberta_xl.data.sampler import sample_rows
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.unigram import log_unigram, token_counts
 
 Item = TypeVar("Item")
+
+
+CHECKED_TOKENS, CHECKED_ROWS = 2**20, 64
+"""Read at a time when a dataset is searched for something to predict; nearly always the first part has it."""
 
 
 class Batch(NamedTuple):
@@ -69,10 +75,43 @@ class PretrainingData:
         """Tokens of the dataset, specials not counted."""
         return self.store.num_tokens
 
+    @functools.cached_property
+    def log_unigram(self) -> np.ndarray:
+        """ln of each id's share of the dataset, float64 `[vocab_size]` (`data/unigram.py`); counted at first use."""
+        return log_unigram(token_counts(self.store, self.tokenizer.vocab_size), self.tokenizer.special)
+
     @property
     def fingerprint(self) -> str:
         """Changes when the dataset's content changes."""
         return self.store.fingerprint
+
+    def check_training(self) -> None:
+        """Raise TokenStoreError when no row can ever have a token to predict."""
+        for start in range(0, self.store.num_tokens, CHECKED_TOKENS):
+            ids = self.store.read_stream(start, min(start + CHECKED_TOKENS, self.store.num_tokens))
+            # Ids outside the vocabulary are refused where they are met.
+            if not np.all(self.tokenizer.special[np.clip(ids, 0, self.tokenizer.vocab_size - 1)]):
+                return
+        raise TokenStoreError(
+            f"dataset {self.store.prefix} holds nothing to learn from: all of its {self.store.num_tokens:,} tokens are "
+            "[UNK] or other special ones; make it anew with a tokenizer that knows its characters"
+        )
+
+    def check_held_out(self, max_samples: int) -> None:
+        """Raise TokenStoreError when none of the first `max_samples` rows (0: of all) has a token to predict.
+
+        Rows of less than 1 / mask_probability tokens have one by chance only.
+        """
+        num_rows = min(self.num_rows, max_samples or self.num_rows)
+        if any(
+            self.fixed_batch(row, CHECKED_ROWS, end=num_rows).labels.any() for row in range(0, num_rows, CHECKED_ROWS)
+        ):
+            return
+        raise TokenStoreError(
+            f"dataset {self.store.prefix} cannot be evaluated: no token of its {num_rows:,} rows "
+            f"({self.store.num_tokens:,} tokens in all) was chosen for prediction. Give more text "
+            f"({1 / self.masker.rule.mask_probability:.0f} tokens and more that are not [UNK] suffice)"
+        )
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """The global samples first_sample … first_sample + count − 1 of the run, shuffled anew in each epoch."""

@@ -21,10 +21,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deberta_xl.data.corpus import BadRecord, Record, TextFile, text_of
+from deberta_xl.data.corpus import BadRecord, TextFile, texts_of
+from deberta_xl.data.documents import PART_CHARACTERS, Record
 from deberta_xl.data.errors import CorpusError, DataError
+from deberta_xl.data.text_rules import TextRules
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
+from deberta_xl.errors import counted
+from deberta_xl.interruption import ENDING
 
 #: Bytes of text, and number of records, after which a batch is handed to a worker.
 BATCH_BYTES = 2**20
@@ -68,6 +72,8 @@ class Summary:
     held_out_tokens: int = 0
     empty_documents: int = 0
     bad_records: int = 0
+    lines: int = 0
+    """Lines of the documents, blank ones aside."""
     literal_specials: int = 0
     """Times that the text itself says [CLS], [MASK], …: kept as ordinary text."""
     inputs: list[dict[str, Any]] = field(default_factory=list)
@@ -82,6 +88,7 @@ class Summary:
         self.held_out_tokens += int(batch.lengths[batch.is_held_out].sum())
         self.unknown_tokens += batch.counts["unknown"]
         self.empty_documents += batch.counts["empty"]
+        self.lines += batch.counts["lines"]
         self.literal_specials += batch.counts["literal"]
         self.bad_records += len(batch.bad)
         self.reported += batch.bad[: MAX_REPORTED - len(self.reported)]
@@ -90,17 +97,18 @@ class Summary:
 class BatchTokenizer:
     """Turns record batches into token batches; one lives in every worker."""
 
-    def __init__(self, tokenizer: Tokenizer, json_key: str, valid_share: float):
+    def __init__(self, tokenizer: Tokenizer, json_key: str, valid_share: float, documents: str = "blank_lines"):
         self.tokenizer = tokenizer
         self.json_key = json_key
         self.valid_share = valid_share
+        self.documents = documents
 
     def __call__(self, batch: RecordBatch) -> TokenBatch:
         """Decode, tokenise and count one batch."""
         texts, bad = [], []
         for record in batch.records:
             try:
-                texts.append(text_of(record, batch.kind, self.json_key))
+                texts += texts_of(record, batch.kind, self.json_key, self.documents)
             except BadRecord as reason:
                 bad.append(f"{batch.path}:{record.line}: {reason}")
         documents = self.tokenizer.encode_batch(texts)
@@ -109,6 +117,7 @@ class BatchTokenizer:
         counts = Counter(
             unknown=int(np.count_nonzero(ids == self.tokenizer.unk_id)),
             empty=len(documents) - len(filled),
+            lines=sum(text.count("\n") + 1 for text in texts),
             literal=sum(text.count(piece) for text in texts for piece in (*SPECIAL_PIECES, MASK_PIECE)),
         )
         return TokenBatch(
@@ -129,10 +138,10 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2.0**64
 
 
-def read_batches(paths: Sequence[Path], summary: Summary) -> Iterator[RecordBatch]:
+def read_batches(paths: Sequence[Path], documents: str, summary: Summary) -> Iterator[RecordBatch]:
     """The records of the files in batches; notes each file in `summary.inputs` when it is done."""
     for path in paths:
-        with TextFile(path) as file:
+        with TextFile(path, documents) as file:
             seen = 0
             for records in batched(file.records()):
                 yield RecordBatch(path, file.kind, records, file.num_bytes - seen)
@@ -164,7 +173,7 @@ def tokenized(batches: Iterable[RecordBatch], work: BatchTokenizer, workers: int
         under_way: deque[concurrent.futures.Future[TokenBatch]] = deque()
         try:
             for batch in batches:
-                with without_interrupts():
+                with signals_held_back():
                     under_way.append(pool.submit(work_in_worker, batch))
                 if len(under_way) >= BATCHES_PER_WORKER * workers:
                     yield under_way.popleft().result()
@@ -172,34 +181,42 @@ def tokenized(batches: Iterable[RecordBatch], work: BatchTokenizer, workers: int
                 yield under_way.popleft().result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise DataError("a worker process was killed (out of memory?); try fewer --workers") from error
+        except BaseException:  # an interruption, too: what is under way is wanted no more
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back; worker processes that are started here never see it, so that only the main process reacts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def signals_held_back() -> Iterator[None]:
+    """Hold Ctrl-C and its kin back; worker processes that are started here never see them: the main process reacts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def worker_arguments(work: BatchTokenizer) -> tuple[bytes, int, str, float]:
+def worker_arguments(work: BatchTokenizer) -> tuple[bytes, int, TextRules, str, float, str]:
     """What a worker needs to build its own BatchTokenizer."""
-    return work.tokenizer.spm_model, work.tokenizer.vocab_size, work.json_key, work.valid_share
+    tokenizer = work.tokenizer
+    rules = (work.json_key, work.valid_share, work.documents)
+    return tokenizer.spm_model, tokenizer.vocab_size, tokenizer.rules, *rules
 
 
 #: The worker process's own BatchTokenizer; unset in the main process.
 work_here: BatchTokenizer
 
 
-def set_up_worker(spm_model: bytes, vocab_size: int, json_key: str, valid_share: float) -> None:
+def set_up_worker(
+    spm_model: bytes, vocab_size: int, rules: TextRules, json_key: str, valid_share: float, documents: str
+) -> None:
     """Build the worker's BatchTokenizer once; never outlive the main process."""
     global work_here
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    work_here = BatchTokenizer(Tokenizer(spm_model, vocab_size), json_key, valid_share)
+    work_here = BatchTokenizer(Tokenizer(spm_model, vocab_size, rules=rules), json_key, valid_share, documents)
 
 
 def leave_with_parent() -> None:
@@ -225,6 +242,8 @@ class Preprocessing:
     valid_share: float = 0.0
     """Share of the documents that go there."""
     json_key: str = "text"
+    documents: str = "blank_lines"
+    """Where a document of a text ends, one of DOCUMENTS."""
     workers: int = 1
     """Processes that tokenise."""
     strict: bool = False
@@ -244,14 +263,16 @@ class Preprocessing:
 
         Raises CorpusError at the first bad record where `strict`.
         """
-        work = BatchTokenizer(self.tokenizer, self.json_key, self.valid_share)
-        with contextlib.closing(tokenized(read_batches(paths, summary), work, self.workers)) as batches:
+        work = BatchTokenizer(self.tokenizer, self.json_key, self.valid_share, self.documents)
+        records = read_batches(paths, self.documents, summary)
+        with contextlib.closing(tokenized(records, work, self.workers)) as batches:
             for batch in batches:
                 if self.strict and batch.bad:
                     raise CorpusError(f"{batch.bad[0]} (--strict stops at the first bad record)")
                 summary.add(batch)
                 yield batch
-                self.advance(batch.num_bytes, f"{summary.documents:,} documents{of}, {summary.tokens:,} tokens")
+                done = f"{counted(summary.documents, 'document')}{of}, {counted(summary.tokens, 'token')}"
+                self.advance(batch.num_bytes, done)
 
 
 def preprocess(paths: Sequence[Path], plan: Preprocessing) -> Summary:
@@ -264,7 +285,7 @@ def preprocess(paths: Sequence[Path], plan: Preprocessing) -> Summary:
         writers = plan.open_writers(stack)
         for batch in stack.enter_context(contextlib.closing(plan.token_batches(paths, summary))):
             write_batch(writers, batch.ids, batch.lengths, batch.is_held_out)
-        check(summary, plan.valid_output)
+        check(summary, plan)
         for writer in writers:
             writer.finish(summary.inputs)
     return summary
@@ -278,13 +299,26 @@ def write_batch(
         writer.add_many(ids[np.repeat(is_meant, lengths)], lengths[is_meant])
 
 
-def check(summary: Summary, valid_output: str | Path | None) -> None:
+def check(summary: Summary, plan: Preprocessing) -> None:
     """Refuse to publish datasets without documents."""
     if not summary.documents:
         reasons = "; ".join(summary.reported[:2]) or "no text in it"
-        raise CorpusError(f"the input holds no document ({summary.bad_records} bad records): {reasons}")
-    if valid_output is not None and summary.held_out_documents in (0, summary.documents):
+        raise CorpusError(f"the input holds no document ({counted(summary.bad_records, 'bad record')}): {reasons}")
+    if plan.valid_output is not None and summary.held_out_documents in (0, summary.documents):
+        documents = counted(summary.documents, "document")
         raise CorpusError(
-            f"{summary.held_out_documents} of {summary.documents} documents fell to {valid_output}, which leaves a "
-            "dataset empty; give more documents, or another --valid_share"
+            f"{summary.held_out_documents:,} of {documents} fell to {plan.valid_output}, which leaves a dataset empty. "
+            + ways_to_more_documents(summary, plan)
         )
+
+
+def ways_to_more_documents(summary: Summary, plan: Preprocessing) -> str:
+    """What was seen of a text that has too few documents to hold some out, and what helps."""
+    ways = []
+    if plan.documents in ("blank_lines", "files") and summary.lines > summary.documents:
+        ways.append(f"--documents lines makes each of its {summary.lines:,} lines a document")
+    if plan.documents != "parts":
+        ways.append(f"--documents parts cuts long texts into documents of {PART_CHARACTERS:,} characters")
+    ways.append(f"another --valid_share (it is {plan.valid_share:g}) or more text")
+    seen = "No blank line divides the text. " if plan.documents == "blank_lines" and summary.documents == 1 else ""
+    return f"{seen}What helps: {'; '.join(ways)}"

@@ -87,7 +87,7 @@ def preprocess_spread(paths: Sequence[Path], plan: Preprocessing, communicator: 
         total = joined_summary([summaries[number] for number in range(len(paths))])
 
         def join() -> None:
-            check(total, plan.valid_output)
+            check(total, plan)
             for number in range(len(paths)):
                 join_part(Part.of(folder, number), writers)
             for writer in writers:
@@ -152,6 +152,7 @@ def joined_summary(parts: Sequence[Summary]) -> Summary:
         total.held_out_tokens += part.held_out_tokens
         total.empty_documents += part.empty_documents
         total.bad_records += part.bad_records
+        total.lines += part.lines
         total.literal_specials += part.literal_specials
         total.inputs += part.inputs
         total.reported += part.reported[: MAX_REPORTED - len(total.reported)]

@@ -123,6 +123,18 @@ class TokenStore:
         return self.manifest["vocab_size"] if self.manifest else None
 
     @property
+    def token_counts(self) -> np.ndarray | None:
+        """How often each id stands in the dataset, int64 `[vocab_size]`, as its writer counted; None where it did not.
+
+        None, too, where the counts are not those of as many tokens.
+        """
+        try:
+            counts = np.array(self.manifest["token_counts"].split(), np.int64)
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
+            return None
+        return counts if len(counts) == self.vocab_size and counts.sum() == self.num_tokens else None
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64 `[documents]`."""
         return np.diff(self.document_offsets, append=self.stream.size) // self.header.dtype.itemsize

@@ -66,6 +66,7 @@ class TokenStoreWriter:
         self.dtype = smallest_dtype(self.vocab_size)
         self.overwrite = overwrite
         self.lengths = array("i")
+        self.token_counts = np.zeros(self.vocab_size, np.int64)
         self.hasher = BlockHasher()
         self.files = contextlib.ExitStack()
         self.bin_file: BinaryIO | None = None
@@ -114,6 +115,8 @@ class TokenStoreWriter:
         data = np.ascontiguousarray(ids, self.dtype)
         self.bin_file.write(data)
         self.hasher.update(data)
+        counts = np.bincount(data)
+        self.token_counts[: len(counts)] += counts
         self.lengths.frombytes(lengths[lengths > 0].astype(np.int32).tobytes())
 
     def finish(self, inputs: list[dict[str, Any]] | None = None) -> None:
@@ -169,4 +172,6 @@ class TokenStoreWriter:
             "fingerprint": content_fingerprint(files),
             "files": files,
             "inputs": inputs,
+            # In one string: a line for each id would bury the rest of the file.
+            "token_counts": " ".join(map(str, self.token_counts.tolist())),
         }

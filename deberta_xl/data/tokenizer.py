@@ -1,6 +1,7 @@
 """DeBERTa's tokenizer: SentencePiece pieces 0 … P−1 with PAD 0, CLS 1, SEP 2, UNK 3; [MASK] = P; then spare ids.
 
-A folder holds `spm.model` and `tokenizer_settings.json`. The `spm.model` of a released DeBERTa alone is enough, too.
+A folder holds `spm.model` and `tokenizer_settings.json`. The folder of a released DeBERTa is read, too: `spm.model`
+alone, or with the files in which transformers keeps added tokens and other rules (`foreign_tokenizer.py`).
 
 Literal special tokens in text, such as the letters "[MASK]", are ordinary text: SentencePiece cuts them into pieces
 like any other string, so no document can forge a special id. `tools/preprocess.py` counts them.
@@ -19,6 +20,9 @@ import numpy as np
 import sentencepiece
 
 from deberta_xl.data.errors import TokenizerError
+from deberta_xl.data.foreign_tokenizer import model_vocab_size, read_rules
+from deberta_xl.data.ruled_encoder import RuledEncoder
+from deberta_xl.data.text_rules import TextRules
 from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, unread_files
 from deberta_xl.data.words import BEGINS, WORD_MARK, begins_word, word_flags
 from deberta_xl.durable import partial, publish, remove, write_files
@@ -28,27 +32,39 @@ SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"
 
 SETTINGS_VERSION = 1
+VERSION_WITH_RULES = 2
+"""Of a tokenizer with rules, which a program that knows only version 1 must not pass over."""
+PLAIN = TextRules()
 
 
 class Tokenizer:
-    """Text to ids and back. `spm_model` is the serialised SentencePiece model; `vocab_size` counts the whole table.
+    """Text to ids and back. `spm_model` is the serialised SentencePiece model; `vocab_size` counts the whole table;
+    `rules` are what is done to a text besides.
 
     Tables by id, `[vocab_size]`: `word_flags`, uint8, says which begin a word when whole words are masked
     (`data/words.py`), `original_word_starts`, bool, which do so for the original; `special`, bool, which are never
-    predicted (the specials and the spare ids).
+    predicted (the specials, those among the added tokens, and the spare ids).
     """
 
     pad_id, cls_id, sep_id, unk_id = range(4)
 
-    def __init__(self, spm_model: bytes, vocab_size: int | None = None, source: str = MODEL_FILE):
+    def __init__(
+        self,
+        spm_model: bytes,
+        vocab_size: int | None = None,
+        source: str = MODEL_FILE,
+        rules: TextRules = PLAIN,
+    ):
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
         except RuntimeError as error:
             raise TokenizerError(f"{source} is not a SentencePiece model, or is damaged") from error
-        self.spm_model = spm_model
+        self.spm_model, self.rules = spm_model, rules.effective()
         self.num_pieces = self.processor.get_piece_size()
         self.mask_id = self.num_pieces
-        self.vocab_size = vocab_size or self.num_pieces + 1
+        self.added = {token.id: token for token in self.rules.added}
+        self.num_named = max(self.mask_id, *self.added) + 1 if self.added else self.mask_id + 1
+        self.vocab_size = vocab_size or self.num_named
         self.check(source)
         ordinary = range(len(SPECIAL_PIECES), self.num_pieces)
         self.special = np.ones(self.vocab_size, bool)
@@ -59,6 +75,10 @@ class Tokenizer:
         bytes_ = (int(piece[1:-1], 16) if self.processor.is_byte(i) else None for i, piece in enumerate(pieces, 4))
         self.word_flags = np.full(self.vocab_size, BEGINS, np.uint8)
         self.word_flags[ordinary] = list(map(word_flags, pieces, bytes_))
+        for token in self.rules.added:
+            self.special[token.id], self.word_flags[token.id] = token.special, BEGINS
+            self.original_word_starts[token.id] = True
+        self.ruled = None if self.rules.is_plain else RuledEncoder(spm_model, self.processor, self.rules)
 
     @property
     def word_starts(self) -> np.ndarray:
@@ -73,17 +93,29 @@ class Tokenizer:
                 f"{source} is not a DeBERTa tokenizer: ids 0 to 3 are {' '.join(found)}, "
                 f"not {' '.join(SPECIAL_PIECES)}; train one with tools/train_tokenizer.py"
             )
+        if not self.processor.is_unknown(self.processor.piece_to_id(MASK_PIECE)):
+            raise TokenizerError(
+                f"{source} has a piece {MASK_PIECE}, id {self.processor.piece_to_id(MASK_PIECE)}: here it is no piece "
+                f"but the id behind all pieces, {self.num_pieces}; such a model cannot be used"
+            )
         if self.vocab_size <= self.num_pieces:
             raise TokenizerError(
                 f"vocab_size={self.vocab_size} is too small for {source}: "
                 f"{self.num_pieces} pieces and [MASK] need at least {self.num_pieces + 1}"
             )
+        if self.vocab_size < self.num_named:
+            token = self.added[self.num_named - 1]
+            raise TokenizerError(
+                f"vocab_size={self.vocab_size} is too small for {source}: the added token {token.content!r} is "
+                f"{token.id}; a model that was not resized for it has no row for it"
+            )
 
     @classmethod
     def load(cls, folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
-        """Read a tokenizer folder; `vocab_size` only for a bare `spm.model` (default: pieces + 1).
+        """Read a tokenizer folder; `vocab_size` only where there is no `tokenizer_settings.json`.
 
-        Raises TokenizerError when files are missing, damaged or do not belong together.
+        There its default is that of a model's `config.json` beside `spm.model`, or the number of ids that have a name.
+        Raises TokenizerError when files are missing, damaged, do not belong together or ask for what is not done here.
         """
         folder = Path(folder)
         model_path = folder / MODEL_FILE
@@ -91,14 +123,23 @@ class Tokenizer:
             raise TokenizerError(f"{folder} holds no {MODEL_FILE}; make a tokenizer with tools/train_tokenizer.py")
         spm_model = model_path.read_bytes()
         settings_path = folder / SETTINGS_FILE
-        if settings_path.is_file():
+        foreign = read_rules(folder, spm_model)
+        rules = foreign or PLAIN
+        if not settings_path.is_file():
+            vocab_size = vocab_size or model_vocab_size(folder)
+        else:
             settings = read_settings(settings_path)
             if settings["spm_sha256"] != hashlib.sha256(spm_model).hexdigest():
                 raise TokenizerError(f"{model_path} is damaged, or not the model that {SETTINGS_FILE} was written for")
             if vocab_size not in (None, settings["vocab_size"]):
                 raise TokenizerError(f"vocab_size={vocab_size}, but {settings_path} says {settings['vocab_size']}")
-            vocab_size = settings["vocab_size"]
-        return cls(spm_model, vocab_size, source=str(model_path))
+            vocab_size, rules = settings["vocab_size"], settings["rules"]
+            if foreign is not None and foreign.effective() != rules.effective():
+                raise TokenizerError(
+                    f"by {settings_path} the tokenizer {rules.describe()}; by the other files beside it, it "
+                    f"{foreign.describe()}. Delete {SETTINGS_FILE} if they are newer, or them if they are not"
+                )
+        return cls(spm_model, vocab_size, str(model_path), rules)
 
     def save(self, folder: str | Path) -> None:
         """Write `spm.model` and `tokenizer_settings.json`; the folder appears whole, replacing an older one."""
@@ -118,18 +159,25 @@ class Tokenizer:
 
     def settings(self) -> dict[str, Any]:
         """What `tokenizer_settings.json` holds."""
+        rules = {} if self.rules.is_plain else {"rules": self.rules.to_json()}
         return {
-            "version": SETTINGS_VERSION,
+            "version": VERSION_WITH_RULES if rules else SETTINGS_VERSION,
             "vocab_size": self.vocab_size,
             "pieces": self.num_pieces,
             "mask_id": self.mask_id,
             "spm_sha256": hashlib.sha256(self.spm_model).hexdigest(),
+            **rules,
         }
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the model and the size of the table: equal fingerprints give equal ids."""
-        return hashlib.sha256(self.spm_model + f"vocab_size={self.vocab_size}".encode()).hexdigest()
+        """SHA-256 over the model, the rules and the size of the table: equal fingerprints give equal ids."""
+        rules = "" if self.rules.is_plain else json.dumps(self.rules.to_json(), sort_keys=True)
+        return hashlib.sha256(self.spm_model + f"{rules}vocab_size={self.vocab_size}".encode()).hexdigest()
+
+    def has_same_ids(self, other: Tokenizer) -> bool:
+        """Whether both give the same ids to every text, whatever the size of their tables."""
+        return (self.spm_model, self.rules) == (other.spm_model, other.rules)
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -137,20 +185,26 @@ class Tokenizer:
         return {piece: number for number, piece in enumerate(SPECIAL_PIECES)} | {MASK_PIECE: self.mask_id}
 
     def difference_from(self, other: Tokenizer) -> str:
-        """In words: what ids up to [MASK], the last one, stand for in `other` ("there") and in this one ("here")."""
-        theirs, ours = ([t.id_to_piece(i) for i in range(t.mask_id + 1)] for t in (other, self))
+        """In words: what ids, up to the last with a name, stand for in `other` ("there") and in this one ("here")."""
+        theirs, ours = ([t.id_to_piece(i) for i in range(t.num_named)] for t in (other, self))
         different = [i for i, (there, here) in enumerate(zip(theirs, ours, strict=False)) if there != here]
         if different:
             example = f"{different[0]} for {theirs[different[0]]!r} there, {ours[different[0]]!r} here"
             return f"{len(different)} ids stand for other pieces, e.g. {example}"
+        if self.rules != other.rules:
+            return f"it {other.rules.describe()} there, and here it {self.rules.describe()}"
         return "it has the same pieces, but other scores or another normalisation"
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 `[tokens]`, without [CLS] and [SEP]."""
+        if self.ruled is not None:
+            return np.array([token.id for token in self.ruled(text)], np.int32)
         return np.array(self.processor.encode(text), np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in one call and one thread (processes are the unit of parallel preprocessing)."""
+        if self.ruled is not None:
+            return [self.encode(text) for text in texts]
         return [np.array(ids, np.int32) for ids in self.processor.encode(list(texts), num_threads=1)]
 
     def encode_with_places(self, text: str) -> tuple[list[int], np.ndarray]:
@@ -158,23 +212,30 @@ class Tokenizer:
 
         Spaces before a word belong to no token; a token that normalisation has added may be empty.
         """
-        pieces = self.processor.encode(text, return_type="proto").pieces
-        # SentencePiece counts bytes of UTF-8: the character that each byte belongs to, and the end.
-        sizes = [len(character.encode("utf-8", "surrogatepass")) for character in text]
-        character = np.repeat(np.arange(len(text) + 1), [*sizes, 1])
-        places = np.array([(character[p.begin], character[p.end]) for p in pieces], np.int64).reshape(-1, 2)
+        if self.ruled is not None:
+            tokens = list(self.ruled(text))
+            ids = [token.id for token in tokens]
+            places = np.array([(token.start, token.stop) for token in tokens], np.int64).reshape(-1, 2)
+        else:
+            pieces = self.processor.encode(text, return_type="proto").pieces
+            # SentencePiece counts bytes of UTF-8: the character that each byte belongs to, and the end.
+            sizes = [len(character.encode("utf-8", "surrogatepass")) for character in text]
+            character = np.repeat(np.arange(len(text) + 1), [*sizes, 1])
+            places = np.array([(character[p.begin], character[p.end]) for p in pieces], np.int64).reshape(-1, 2)
+            ids = [piece.id for piece in pieces]
         for place in places:
             while place[0] < place[1] and text[place[0]].isspace():
                 place[0] += 1
-        return [piece.id for piece in pieces], places
+        return ids, places
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; [PAD], [CLS], [SEP] and spare ids are left out, [MASK] is written out."""
+        """Text of ids; [PAD], [CLS], [SEP] and spare ids are left out, [MASK] and added tokens are written out."""
         text = ""
-        for is_mask, run in itertools.groupby(map(int, ids), key=lambda i: i == self.mask_id):
-            shown = [i for i in run if is_mask or self.unk_id <= i < self.num_pieces]
-            if is_mask:
-                text += f" {MASK_PIECE}" * len(shown)
+        whole = {self.mask_id, *self.added}
+        for is_whole, run in itertools.groupby(map(int, ids), key=lambda i: i in whole):
+            shown = [i for i in run if is_whole or self.unk_id <= i < self.num_pieces]
+            if is_whole:
+                text += "".join(f" {self.id_to_piece(i)}" for i in shown)
             elif shown:
                 begins_with_space = self.processor.id_to_piece(shown[0]).startswith(WORD_MARK)
                 text += " " * begins_with_space + self.processor.decode(shown)
@@ -186,11 +247,21 @@ class Tokenizer:
             raise TokenizerError(f"token id {token_id} is outside the table 0 … {self.vocab_size - 1}")
         if token_id < self.num_pieces:
             return self.processor.id_to_piece(int(token_id))
+        if token_id in self.added:
+            return self.added[token_id].content
         return MASK_PIECE if token_id == self.mask_id else f"[SPARE {token_id - self.mask_id}]"
+
+    def surface(self, token_id: int) -> str:
+        """The text that an id stands for, with a space before a word; of a byte that is no character, nothing."""
+        if token_id < self.num_pieces and self.processor.is_byte(int(token_id)):
+            byte = int(self.id_to_piece(token_id)[1:-1], 16)
+            return chr(byte) if byte < 0x80 else ""
+        return self.id_to_piece(token_id).replace(WORD_MARK, " ")
 
     def piece_to_id(self, piece: str) -> int:
         """The id of a piece, [UNK]'s when it is not in the vocabulary."""
-        return self.mask_id if piece == MASK_PIECE else self.processor.piece_to_id(piece)
+        added = {token.content: token.id for token in self.rules.added}
+        return (added | {MASK_PIECE: self.mask_id}).get(piece, self.processor.piece_to_id(piece))
 
 
 def tokenizer_contents(folder: Path) -> dict[str, bytes]:
@@ -209,9 +280,13 @@ def read_settings(path: Path) -> dict[str, Any]:
         complete = {"vocab_size", "spm_sha256"} <= settings.keys()
     except (ValueError, KeyError, TypeError) as error:
         raise TokenizerError(f"{path} is damaged: {error!r}; restore it, or train the tokenizer again") from error
-    if version != SETTINGS_VERSION or not complete:
+    if version not in (SETTINGS_VERSION, VERSION_WITH_RULES) or not complete:
         raise TokenizerError(
-            f"{path} has format version {version}; this program reads version {SETTINGS_VERSION} "
-            "(vocab_size and spm_sha256 are required)"
+            f"{path} has format version {version}; this program reads versions {SETTINGS_VERSION} and "
+            f"{VERSION_WITH_RULES} (vocab_size and spm_sha256 are required)"
         )
-    return settings
+    try:
+        rules = TextRules.from_json(settings["rules"]) if version == VERSION_WITH_RULES else PLAIN
+    except (KeyError, TypeError) as error:
+        raise TokenizerError(f"{path} is damaged: {error!r}; restore it") from None
+    return settings | {"rules": rules}

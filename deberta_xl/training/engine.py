@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from deberta_xl.config import OptimizerSection
 from deberta_xl.errors import ConfigError
-from deberta_xl.launch import Launch, device_number, export_launch
+from deberta_xl.launch import Launch, device_number, ranks_of_node
 from deberta_xl.log import logger
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.pipeline import PipelinedModel
+from deberta_xl.rendezvous import export_launch
 from deberta_xl.training.batches import MicroBatch
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
+from deberta_xl.training.roll_call import all_ranks_here
 from deberta_xl.training.timing import StepTimer
 
 
@@ -50,7 +52,8 @@ def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+    with all_ranks_here(launch):
+        deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
 
 
 def quieten_engine() -> None:
@@ -64,8 +67,7 @@ def quieten_engine() -> None:
 def share_cores(launch: Launch) -> None:
     """Divide the cores among the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or launch.world_size
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(here)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_of_node(launch)))
 
 
 def check_precision(precision: str) -> None:

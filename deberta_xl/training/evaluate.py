@@ -7,15 +7,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.progress import counted
-from deberta_xl.launch import Launch, device_number, export_launch
+from deberta_xl.data.unigram import cross_entropy
+from deberta_xl.launch import Launch, device_number
 from deberta_xl.model.masked_lm import MaskedLMOutput
+from deberta_xl.rendezvous import export_launch
 from deberta_xl.training.batches import MicroBatch, build_micro_batch
+from deberta_xl.training.roll_call import all_ranks_here
 
 
 def join_ranks(launch: Launch) -> torch.device:
@@ -26,7 +30,8 @@ def join_ranks(launch: Launch) -> torch.device:
         torch.cuda.set_device(device)  # before the ranks meet: nccl takes the current one
     if launch.world_size > 1:
         export_launch(launch)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with all_ranks_here(launch):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         # Left to the interpreter's end, its threads now and then abort a process that has done its work.
         atexit.register(dist.destroy_process_group)
     return device
@@ -41,8 +46,8 @@ class Evaluation(NamedTuple):
     """Share of labelled tokens guessed right."""
     num_labels: int
     """Labelled tokens."""
-    unigram_entropy: float
-    """Entropy of the labelled tokens' own distribution, nats: the loss of the best guess that reads no context."""
+    unigram_entropy: float | None
+    """Cross-entropy of the labels under the training set's unigram, nats: the loss of a guess that reads no context."""
     label_L: Tensor
     """This rank's labels, on the host."""
     guess_L: Tensor
@@ -111,12 +116,14 @@ def evaluate(
     rank: int = 0,
     size: int = 1,
     group: dist.ProcessGroup | None = None,
+    log_unigram: np.ndarray | None = None,
     guard: Callable[[Iterator[MicroBatch]], Iterator[MicroBatch]] = iter,
 ) -> Evaluation:
     """Evaluate what `predict` says of rows in their order, under fixed masks.
 
-    `guard` is what the batches go through on their way, and may end the evaluation. Collective over the `size` ranks of
-    `group` (all ranks by default) when there are several.
+    `log_unigram` is `data/unigram.py`'s of the training set, where `unigram_entropy` is wanted. `guard` is what the
+    batches go through on their way, and may end the evaluation. Collective over the `size` ranks of `group` (all ranks
+    by default) when there are several.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     label_counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
@@ -134,10 +141,5 @@ def evaluate(
         dist.all_reduce(label_counts, group=group)
     num_labels = int(label_counts.sum())
     loss, accuracy = (sums / num_labels).tolist()  # not numbers where nothing was masked
-    return Evaluation(loss, accuracy, num_labels, entropy(label_counts), torch.cat(labels), torch.cat(guesses))
-
-
-def entropy(counts: Tensor) -> float:
-    """Entropy in nats of the distribution given by counts; 0 without any."""
-    shares = counts[counts > 0].double() / max(1, int(counts.sum()))
-    return float(-(shares * shares.log()).sum())
+    unigram = None if log_unigram is None else cross_entropy(label_counts.cpu().numpy(), log_unigram)
+    return Evaluation(loss, accuracy, num_labels, unigram, torch.cat(labels), torch.cat(guesses))

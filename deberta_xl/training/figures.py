@@ -40,7 +40,7 @@ def save_loss_curve(metrics_file: Path, picture: Path) -> None:
     entropies = [line["valid_unigram_entropy"] for line in lines if "valid_unigram_entropy" in line]
     if entropies:
         axes.axhline(
-            entropies[-1], color="grey", linestyle="--", linewidth=1, label="unigram entropy (reads no context)"
+            entropies[-1], color="grey", linestyle="--", linewidth=1, label="training unigram (reads no context)"
         )
     axes.set_xlabel("step")
     axes.set_ylabel("masked-LM loss (nats per token)")

@@ -75,7 +75,7 @@ class Pretraining:
         saved_step = state.step
         is_evaluated = not self.owes_evaluation() or self.evaluate(writer, agreement)
         batches = prefetch(self.batches(), STEPS_AHEAD)
-        self.stop.watch_interrupts()
+        self.stop.training_begins()
         self.engine.train()
         while state.step < config.train.steps:
             step = state.step + 1
@@ -203,6 +203,7 @@ class Pretraining:
                 rank=self.groups.grid.data_parallel_rank,
                 size=self.groups.grid.data_parallel_size,
                 group=self.groups.data_group,
+                log_unigram=None if writer is None else self.data.log_unigram,
                 guard=partial(agreement.until_stopped, stop=self.stop),
             )
         except StopRequested:
@@ -229,7 +230,7 @@ class Pretraining:
             writer.write_figure(step, "valid/confusion", confusion_figure(result.label_L, result.guess_L, piece_of))
         save_loss_curve(self.folder.metrics, self.folder.path / "loss.png")
         rank_zero(
-            "step %d  validation loss %.4f (unigram entropy %.4f)  perplexity %.2f  accuracy %.1f %%",
+            "step %d  validation loss %.4f (unigram of the training set: %.4f)  perplexity %.2f  accuracy %.1f %%",
             step, result.loss, result.unigram_entropy, result.perplexity, 100 * result.accuracy,
         )  # fmt: skip
 

@@ -25,8 +25,9 @@ import torch.distributed as dist
 
 from deberta_xl.command_line import build_parser
 from deberta_xl.errors import ConfigError
-from deberta_xl.launch import Launch, device_number, export_launch, node_name, read_launch
+from deberta_xl.launch import Launch, device_number, node_name, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
+from deberta_xl.rendezvous import export_launch
 
 PORT_SHIFT = -10000
 """From training's port to the pre-flight's: a late rank must not meet the other one's ranks."""

@@ -18,7 +18,7 @@ import torch
 from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_config, to_toml
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.durable import replace_file
+from deberta_xl.durable import remove, replace_file
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import logger
@@ -60,6 +60,21 @@ class RunFolder:
         copy = Tokenizer.load(tokenizer)
         with writing(self.tokenizer):
             copy.save(self.tokenizer)
+
+    def is_unused(self) -> bool:
+        """Whether no start has got as far as preparing this folder."""
+        return not self.config.exists()
+
+    def discard(self) -> None:
+        """Remove what a start makes before its first step; the folder, too, where nothing else is in it."""
+        files = (self.config, self.environment, self.owner, self.state_file)
+        folders = (self.tensorboard, self.tokenizer, self.heartbeat, self.checkpoints)
+        for path in (*files, *folders, *self.log.glob("rank-*.log")):
+            with contextlib.suppress(OSError):  # another rank's last sign of life may come in between
+                remove(path)
+        for folder in (self.log, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def write_latest(self, checkpoint: Path) -> None:
         """Note which checkpoint was saved last."""

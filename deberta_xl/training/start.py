@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -11,10 +12,12 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
+from deberta_xl.checkpoint.agreement import on_rank_zero, rank_and_size
 from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
 from deberta_xl.checkpoint.store import load_checkpoint
 from deberta_xl.config import RunConfig
 from deberta_xl.deepspeed_config import DeepSpeedConfig
+from deberta_xl.errors import UserError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch
 from deberta_xl.log import log_to_file, rank_zero
@@ -46,10 +49,24 @@ class Start(NamedTuple):
 
     groups: Groups
     folder: RunFolder
+    is_first: bool
+    """Whether the folder was nobody's before."""
     newest: Path | None
     """The checkpoint to go on from; None for a new run."""
     ownership: Ownership
     heartbeat: Heartbeat
+
+    @contextlib.contextmanager
+    def undone_when_refused(self) -> Iterator[None]:
+        """A refusal (UserError) inside leaves no run folder behind, where this start has made it."""
+        try:
+            yield
+        except UserError:
+            if self.is_first and not self.ownership.is_lost():
+                self.heartbeat.close()  # on every rank: it would write on
+                if rank_and_size()[0] == 0:
+                    self.folder.discard()
+            raise
 
 
 def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any], last_step: int) -> Start:
@@ -67,12 +84,13 @@ def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any], last_step: int
         "zero_stage": engine.zero_stage,
         "precision": engine.precision,
     }
+    is_first = on_rank_zero(folder.is_unused)
     taken = take_over(
         folder, config, inputs.tokenizer_folder, fingerprints=fingerprints, last_step=last_step, facts=facts
     )
     log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
     torch.manual_seed(config.train.seed)
-    return Start(build_groups(inputs.grid), folder, *taken)
+    return Start(build_groups(inputs.grid), folder, is_first, *taken)
 
 
 def start_engine(

@@ -96,7 +96,7 @@ class Finetuning:
         if self.owes_evaluation and self.evaluate(writer, agreement):
             self.save()
         batches = prefetch(self.batches(), STEPS_AHEAD)
-        self.stop.watch_interrupts()
+        self.stop.training_begins()
         self.engine.train()
         while not self.is_finished:
             step = state.step + 1

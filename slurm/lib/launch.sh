@@ -32,6 +32,7 @@ launch() {
   local entry_point=$1 status=0
   shift
   asked='' training_pid='' bad_nodes=''
+  PATH=${DEBERTA_XL_PATH:-$PATH} # slurm/submit.sh has kept the programs of the script's other lines away
   [[ -n ${SLURM_NTASKS:-} ]] || refuse "not inside a SLURM job; start this script with sbatch or slurm/submit.sh"
   run_folder=$(last_value run.folder "$@")
   [[ -n $run_folder ]] || refuse "run.folder=FOLDER is missing from the arguments"
@@ -136,7 +137,8 @@ prepare_environment() {
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 10000))
   MASTER_ADDR=$(address_of "${NODE_NAMES%% *}")
   : "${OMP_NUM_THREADS:=${SLURM_CPUS_PER_TASK:-1}}"
-  export NODE_NAMES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+  NUM_RANKS=$SLURM_NTASKS
+  export NUM_RANKS NODE_NAMES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 }
 
 address_of() { # address_of NODE: its name where that can be looked up, else the address slurm uses
@@ -146,18 +148,25 @@ address_of() { # address_of NODE: its name where that can be looked up, else the
 }
 
 check_tasks() {
-  local per_node=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / num_nodes))} gpus=${SLURM_GPUS_ON_NODE:-}
+  local per_node=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / num_nodes))} gpus=${SLURM_GPUS_ON_NODE:-} asked_for
   ((per_node * num_nodes == SLURM_NTASKS)) ||
-    refuse "$SLURM_NTASKS tasks do not spread evenly over $num_nodes nodes; use --nodes and --ntasks-per-node"
-  [[ -z $gpus ]] || ((per_node <= gpus)) ||
-    refuse "$per_node ranks but $gpus GPUs on a node; one rank drives one GPU: use --ntasks-per-node=$gpus, or more --gres"
-  [[ -z $gpus ]] || ((per_node == gpus)) || say "warning: $per_node ranks leave $((gpus - per_node)) of $gpus GPUs of a node idle"
+    refuse "$(count "$SLURM_NTASKS" task) do not spread evenly over $(count "$num_nodes" node); use --nodes and --ntasks-per-node"
+  asked_for=$(job_field TresPerNode)$(job_field TresPerJob)
+  [[ -n $gpus && $asked_for == *gpu* ]] || return 0 # an exclusive job is given GPUs that it did not ask for
+  ((per_node <= gpus)) ||
+    refuse "$(count "$per_node" rank) but $(count "$gpus" GPU) on a node; one rank drives one GPU: use --ntasks-per-node=$gpus, or more --gres"
+  if [[ $asked_for =~ gpu[^,]*[:=]([0-9]+) ]]; then gpus=${BASH_REMATCH[1]}; fi
+  ((per_node >= gpus)) || say "warning: $(count "$per_node" rank) leave $((gpus - per_node)) of $(count "$gpus" GPU) of a node idle"
+}
+
+count() { # count NUMBER NOUN: "1 node", "2 nodes"
+  if (($1 == 1)); then echo "1 $2"; else echo "$1 $2s"; fi
 }
 
 prepare_run_folder() {
   { mkdir -p "$run_folder/slurm" && replace slurm/probe "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"; } ||
     refuse "run.folder=$run_folder cannot be written; choose another folder, or make room"
-  say "run folder $run_folder; $SLURM_NTASKS ranks on $NODE_NAMES; they meet at $MASTER_ADDR:$MASTER_PORT"
+  say "run folder $run_folder; $(count "$SLURM_NTASKS" rank) on $NODE_NAMES; they meet at $MASTER_ADDR:$MASTER_PORT"
 }
 
 # Here first: what is wrong everywhere is said once.
@@ -180,7 +189,8 @@ check_node() { # check_node ROOT RUN_FOLDER PROBE NUM CONTAINER... ENTRY_POINT A
     complain "run.folder=$folder is not the folder that the first node sees; choose one that all nodes share" || return
   command -v "${container[0]:-python}" >/dev/null ||
     complain "there is no ${container[0]:-python}; put the environment on a file system that all nodes share" || return
-  said=$(RANK=0 LOCAL_RANK=0 WORLD_SIZE=$SLURM_NTASKS "${container[@]}" python "$1" --check "${@:2}" 2>&1) ||
+  # As rank 0 of the training step, wherever this is: the step of this check counts nodes.
+  said=$(SLURM_STEP_ID='' RANK=0 LOCAL_RANK=0 WORLD_SIZE=$NUM_RANKS "${container[@]}" python "$1" --check "${@:2}" 2>&1) ||
     complain "$(tail -n 1 <<<"$said")" || return
 }
 

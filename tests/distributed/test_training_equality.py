@@ -140,7 +140,7 @@ def train_as_shipped(dataset: SmallDataset, folder: str, name: str, tensor_paral
 
 
 def evaluate_under_zero_3(dataset: SmallDataset, max_samples: int) -> tuple[float, ...]:
-    """Loss, accuracy, labels and entropy of an untrained model whose every parameter is cut up over the ranks."""
+    """Loss, accuracy, labels and unigram of an untrained model whose every parameter is cut up over the ranks."""
     case = Case(stage=3, accumulation=1)
     model = MaskedLanguageModel(architecture(dataset.tokenizer.vocab_size), seed=3)
     engine = build_engine(model, case.optimizer, settings(case, 4))
@@ -149,6 +149,7 @@ def evaluate_under_zero_3(dataset: SmallDataset, max_samples: int) -> tuple[floa
     result = evaluate(
         predict_with(engine, engine.device), valid, vocab_size=dataset.tokenizer.vocab_size, device=engine.device,
         max_samples=max_samples, micro_batch_size=4, rank=torch.distributed.get_rank(), size=get_world_size(),
+        log_unigram=open_data(dataset).log_unigram,
     )  # fmt: skip
     return result.loss, result.accuracy, result.num_labels, result.unigram_entropy
 

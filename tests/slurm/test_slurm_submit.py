@@ -71,6 +71,9 @@ def test_a_chain_is_n_jobs_of_one_name_that_are_not_requeued(submit: Submit, big
     answer = submit(options=["--chain", "3", "--hold"])
     assert answer.returncode == 0, answer.stdout
     numbers = re.findall(r"Submitted batch job (\d+)", answer.stdout)
+    log, board = f"tail -F pretrain-1.5b-first-{numbers[-1]}.out", "tensorboard --logdir "
+    assert log in answer.stdout.splitlines()[-1]
+    assert board in answer.stdout.splitlines()[-1]
     jobs = [big_lab.job(number) for number in numbers]
     big_lab.run("scancel", *numbers)
     assert [job["JobName"] for job in jobs] == ["pretrain-1.5b-first"] * 3
@@ -101,12 +104,75 @@ def test_what_cannot_work_is_refused_before_it_is_queued(
     assert not queue(big_lab)
 
 
-@pytest.mark.parametrize("option", ["--partition=nowhere", "--gres=gpu:9", "--nodes=32"])
-def test_resources_that_the_cluster_does_not_have_are_refused(submit: Submit, big_lab: Lab, option: str):
-    answer = submit(options=[option])
-    assert answer.returncode == 2
-    assert "the scheduler would not take this job" in answer.stdout
+SHORT = {
+    "--partition=nowhere": "there is no partition nowhere; choose one of: main urgent",
+    "--gres=gpu:9": "9 GPUs asked per node, 8 there: --gres=gpu:8",
+    "--nodes=32": "32 nodes asked, 16 there: --nodes=16",
+    "--cpus-per-task=13": "104 cores asked per node (8 x 13), 96 there: --cpus-per-task=12",
+    "--mem=4T": "4194304 MiB of memory per node asked, 2000000 there: --mem=2000000M",
+}
+
+
+@pytest.mark.parametrize(("option", "words"), SHORT.items())
+def test_resources_that_the_cluster_does_not_have_are_named_with_what_to_type(
+    big_lab: Lab, checkout: Path, option: str, words: str
+):
+    command = ["bash", "slurm/submit.sh", "--ntasks-per-node=8", "--cpus-per-task=12", option, "slurm/preprocess.sh"]
+    answer = big_lab.run(*command, cwd=checkout, extra=user_environment())
+    assert answer.returncode == 2, answer.stdout
+    assert answer.stdout.splitlines()[-1] == f"error: the scheduler would not take this job: {words}"
     assert not queue(big_lab)
+
+
+OWN = """#!/bin/bash
+#SBATCH --job-name=own
+#SBATCH --output=%x-%j.log
+touch first
+. slurm/lib/launch.sh
+folder=$(python -c 'open("second", "w")') && TOUCH=1 touch third
+launch deberta_xl/pretrain.py --config debug --deepspeed_config deepspeed_configs/cpu_debug.json "$@"
+"""
+DRY = {
+    "preprocess": ("slurm/preprocess.sh", "--input", "text.txt", "--tokenizer", "tokenizer", "--output", "data"),
+    "convert": ("--mem=1G", "slurm/convert.sh", "--to", "huggingface", "run", "exported"),
+    "a script without launch": ("other.sh",),
+    "a script that does more than to launch": ("own.sh", "run.folder=runs/own"),
+}
+
+
+@pytest.mark.parametrize("arguments", DRY.values(), ids=DRY)
+def test_nothing_of_any_script_is_done_before_it_is_queued(
+    big_lab: Lab, small_dataset: SmallDataset, tmp_path: Path, arguments: tuple[str, ...]
+):
+    checkout = make_checkout(tmp_path / "checkout")
+    (checkout / "other.sh").write_text("#!/bin/bash\ntouch done\n")
+    (checkout / "own.sh").write_text(OWN)
+    before = sorted(checkout.rglob("*"))
+    data = [f"data.train={small_dataset.train}"] if "own.sh" in arguments else []
+    command = ["bash", "slurm/submit.sh", "--dry-run", *arguments, *data]
+    answer = big_lab.run(*command, cwd=checkout, extra=user_environment())
+    assert answer.returncode == 0, answer.stdout
+    assert answer.stdout.splitlines()[-1] == "== dry run: nothing was queued"
+    assert sorted(checkout.rglob("*")) == before
+    assert not queue(big_lab)
+
+
+def test_an_array_is_logged_under_the_numbers_of_its_tasks(big_lab: Lab, checkout: Path):
+    command = ["bash", "slurm/submit.sh", "--hold", "--array=3-5", "--nodes=1", "slurm/preprocess.sh"]
+    answer = big_lab.run(*command, cwd=checkout, extra=user_environment())
+    (number,) = re.findall(r"Submitted batch job (\d+)", answer.stdout)
+    log = big_lab.job(number)["StdOut"]
+    big_lab.run("scancel", number)
+    assert f"preprocess-{number}_" in log
+    assert f"tail -F preprocess-{number}_3.out" in answer.stdout.splitlines()[-1]
+    assert answer.stdout.splitlines()[0] == "== slurm/preprocess.sh on 1 node x 1 rank"
+
+
+def test_submit_explains_itself(checkout: Path):
+    said = subprocess.run(["bash", "slurm/submit.sh", "--help"], cwd=checkout, capture_output=True, text=True)
+    assert said.returncode == 0
+    assert said.stdout.startswith("Check a job, then queue it.")
+    assert "set -" not in said.stdout
 
 
 def test_a_run_that_does_not_fit_the_memory_is_refused(submit: Submit):
@@ -136,7 +202,7 @@ def refused(cluster: Cluster, folder: Path, *arguments: str, options: list[str] 
 
 
 def test_more_ranks_than_gpus_are_refused_in_the_job(cluster: Cluster, tmp_path: Path):
-    text = refused(cluster, tmp_path / "run", options=["--ntasks-per-node=9"])
+    text = refused(cluster, tmp_path / "run", options=["--ntasks-per-node=9", "--gres=gpu:8"])
     assert "9 ranks but 8 GPUs on a node" in text
 
 

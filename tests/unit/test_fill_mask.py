@@ -12,12 +12,12 @@ import pytest
 import sentencepiece
 import torch
 
+from deberta_xl.command_line import run_tool
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.foreign_config import to_huggingface_config
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.checkpoint.tokenizer_export import huggingface_tokenizer
-from deberta_xl.command_line import run_tool
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.fill_mask import FillMaskError, encode_with_masks, fill_mask, find_tokenizer, put
 from deberta_xl.pretrained import DebertaForMaskedLM

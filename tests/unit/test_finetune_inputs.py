@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from small_dataset import SmallDataset
 from small_task import finetune_arguments, write_encoder, write_sentences
 
+from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.config_file import load_config, preset_names, to_toml
 from deberta_xl.errors import UserError
 from deberta_xl.finetune import parse_arguments
@@ -135,3 +139,35 @@ def test_an_epoch_is_measured_once_and_never_a_step_before_the_end(examples, bat
     ends = [step for step in range(1, total + 1) if train.ends_epoch(step, examples)]
     assert ends == sorted({-(-examples * epoch // batch) for epoch in range(1, epochs + 1)})
     assert ends[-1] == total
+
+
+def test_a_models_folder_as_configuration_is_the_model_to_start_from(encoder, sentences, tmp_path):
+    arguments = finetune_arguments(encoder, sentences, tmp_path / "run")
+    arguments[arguments.index("--config") + 1] = str(encoder)
+    alone = [word for word in arguments if word not in ("--init", str(encoder))]
+    alone[alone.index("--config") + 1 : alone.index("--config") + 1] = [str(encoder)]
+    for given in (arguments, alone):
+        assert read_inputs(parse_arguments(given)).config.train.init == str(encoder)
+    arguments[arguments.index("--init") + 1] = str(tmp_path)
+    with pytest.raises(UserError, match="the architecture of the one it starts from"):
+        read_inputs(parse_arguments(arguments))
+
+
+def test_weights_that_lack_a_tensor_are_refused_before_a_run_folder_is_made(encoder, sentences, tmp_path):
+    shutil.copytree(encoder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "manifest.json").unlink()
+    tensors = load_file(encoder / "model.safetensors")
+    del tensors["encoder.layers.1.attention.key_proj.bias"]
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors")
+    arguments = finetune_arguments(tmp_path / "damaged", sentences, tmp_path / "run")
+    with pytest.raises(UserError, match=r"train\.init: .*no tensor for encoder\.layers\.1\.attention\.key_proj\.bias"):
+        read_inputs(parse_arguments(arguments))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_head_takes_the_activation_behind_cls_of_the_model_it_starts_from(encoder, sentences, tmp_path):
+    convert(encoder, tmp_path / "hub", Conversion(to="huggingface"))
+    path = tmp_path / "hub" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pooler_hidden_act": "tanh"}))
+    inputs = read_inputs(parse_arguments(finetune_arguments(tmp_path / "hub", sentences, tmp_path / "run")))
+    assert inputs.head.head.pooler_act == "tanh"

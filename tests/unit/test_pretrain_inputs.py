@@ -8,18 +8,21 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from safetensors.torch import load_file, save_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from small_dataset import NAMES, PIECES, SPECIALS, SmallDataset, documents
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
+from deberta_xl.config_file import load_run_config, to_toml
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import UserError
 from deberta_xl.log import logger
+from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.pretrain import Inputs, parse_arguments, read_inputs
-from deberta_xl.pretrained import DebertaForMaskedLM
+from deberta_xl.pretrained import DebertaForMaskedLM, load_initial_weights, peek
 
 ENGINE = Path(__file__).parent.parent.parent / "deepspeed_configs" / "cpu_debug.json"
 SIZES = {
@@ -141,3 +144,64 @@ def test_a_dataset_without_its_tokenizer_asks_for_that_one_and_never_for_a_new_o
     assert "train_tokenizer" not in str(caught.value)
     small_dataset.tokenizer.save(tmp_path / "train.tokenizer")
     assert read(dataset, tmp_path / "run", weights).tokenizer.fingerprint == small_dataset.tokenizer.fingerprint
+
+
+# A model's folder as configuration, and what its files must hold.
+
+
+def without(source: Path, folder: Path, beginning: str | tuple[str, ...]) -> Path:
+    """A Hugging Face folder of the weights in `source`, without the tensors whose names begin so."""
+    convert(source, folder, Conversion(to="huggingface"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if not n.startswith(beginning)}, folder / "model.safetensors")
+    return folder
+
+
+def read_from_folder(dataset: SmallDataset, folder: Path, run_folder: Path, *overrides: str) -> Inputs:
+    """What a start with `--config folder` finds."""
+    files = [f"data.train={dataset.train}", f"run.folder={run_folder}"]
+    return read_inputs(
+        parse_arguments(["--config", str(folder), "--deepspeed_config", str(ENGINE), *files, *overrides])
+    )
+
+
+@pytest.mark.parametrize("kind", ["native", "huggingface", "microsoft"])
+def test_a_models_folder_is_a_configuration_of_its_architecture(small_dataset, weights, tmp_path, kind):
+    convert(weights, tmp_path / kind, Conversion(to=kind))
+    folder = tmp_path / kind
+    inputs = read_from_folder(small_dataset, folder, tmp_path / "run", f"train.init={folder}", "train.steps=7")
+    there = peek(folder)[1]
+    assert inputs.architecture == there
+    assert (inputs.config.model.sequence_length, inputs.config.train.steps) == (48, 7)
+    # The run's own configuration repeats it.
+    (tmp_path / "again.toml").write_text(to_toml(inputs.config))
+    assert load_run_config(tmp_path / "again.toml") == inputs.config
+
+
+def test_a_preset_comes_before_a_folder_of_its_name(small_dataset, weights, tmp_path, monkeypatch):
+    shutil.copytree(weights, tmp_path / "debug")
+    monkeypatch.chdir(tmp_path)
+    assert read_from_folder(small_dataset, Path("debug"), tmp_path / "run").architecture.num_layers == 4
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="--config: empty"):
+        read_from_folder(small_dataset, Path("empty"), tmp_path / "run")
+
+
+def test_weights_that_lack_a_tensor_are_refused_before_a_run_folder_is_made(small_dataset, weights, tmp_path):
+    folder = without(weights, tmp_path / "hub", "deberta.encoder.layer.1.attention.self.key_proj")
+    with pytest.raises(UserError, match=r"no tensor for: encoder\.layers\.1\.attention\.key_proj"):
+        read(small_dataset, tmp_path / "run", folder)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_without_positions_or_head_begin_with_fresh_ones_and_a_warning(
+    small_dataset, weights, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(logger, "propagate", True)
+    folder = without(weights, tmp_path / "hub", ("deberta.embeddings.position_embeddings", "lm_predictions"))
+    inputs = read(small_dataset, tmp_path / "run", folder)
+    assert "lacks absolute positions (zeros instead) and a masked-LM head (a new one instead)" in caplog.text
+    model = MaskedLanguageModel(inputs.architecture)
+    load_initial_weights(model, folder)
+    assert not model.embeddings.position.weight.any()
+    assert model.head.dense.weight.std() > 0

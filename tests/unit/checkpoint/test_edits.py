@@ -125,7 +125,7 @@ def test_new_rows_start_as_the_mean_and_the_old_ones_predict_as_before(native, t
     caplog.set_level("INFO", "deberta_xl")
     model = edited(tmp_path, vocab_size=VOCAB_SIZE + 5)
     assert model.config.vocab_size == VOCAB_SIZE + 5
-    assert "5 are new and start as the mean" in caplog.text
+    assert "5 as the mean of all rows" in caplog.text
     table = native.embeddings.word.weight
     assert torch.equal(model.embeddings.word.weight[:VOCAB_SIZE], table)
     # The mean is formed in float64 and rounded once.
@@ -143,14 +143,28 @@ def test_rows_follow_their_pieces_to_another_tokenizer(native, tokenizers, tmp_p
     assert Tokenizer.load(tmp_path / "edited" / "tokenizer").fingerprint == new.fingerprint
     assert new.mask_id != old.mask_id
     known = {old.id_to_piece(i): i for i in range(old.mask_id + 1)}
-    mean = native.embeddings.word.weight.double().mean(0).float()
+    table = native.embeddings.word.weight
     fresh = 0
     for number in range(new.mask_id + 1):
-        row = model.embeddings.word.weight[number]
-        origin = known.get(new.id_to_piece(number))
-        fresh += origin is None
-        assert torch.equal(row, mean if origin is None else native.embeddings.word.weight[origin])
+        piece = new.id_to_piece(number)
+        parts = [known[piece]] if piece in known else parts_of(old, piece)
+        fresh += piece not in known
+        assert torch.equal(model.embeddings.word.weight[number], table[parts].double().mean(0).float())
+        assert torch.equal(model.head.bias[number], native.head.bias[parts].double().mean(0).float())
     assert 0 < fresh < 200
+    # Spare ids have no text.
+    assert torch.equal(model.embeddings.word.weight[-1], table.double().mean(0).float())
+
+
+def parts_of(old: Tokenizer, piece: str) -> list[int]:
+    """The old pieces of a new one: alone it is a word, and inside a word it has no mark before it."""
+    text = piece.replace("▁", " ").strip()
+    ids = old.encode(text).tolist() if piece.startswith("▁") else old.encode("0" + text).tolist()
+    shown = [old.id_to_piece(i) for i in ids]
+    if not piece.startswith("▁"):
+        assert shown[0] in ("▁0", "▁")
+        ids = ids[1 if shown[0] == "▁0" else 2 :]
+    return ids
 
 
 def test_a_smaller_vocabulary_and_an_unknown_one_are_refused(native, tokenizers, tmp_path):

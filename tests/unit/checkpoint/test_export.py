@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 from small_checkpoint import no_file_larger_than, write_state
 
+from deberta_xl.command_line import run_tool
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
@@ -23,7 +24,6 @@ from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.checkpoint.native_config import native_config
 from deberta_xl.checkpoint.rank_file import KINDS
 from deberta_xl.checkpoint.tokenizer_export import huggingface_tokenizer
-from deberta_xl.command_line import run_tool
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.python_corpus import python_corpus
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer

@@ -80,7 +80,7 @@ def test_strict_stops_at_the_first_bad_record_and_leaves_nothing(corpus, tokeniz
 def test_input_without_text_is_refused_and_leaves_nothing(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
     (tmp_path / "b.txt").write_text("\n\n \n")
-    with pytest.raises(CorpusError, match=r"no document \(1 bad records\): .*a\.jsonl:1: no key 'text'"):
+    with pytest.raises(CorpusError, match=r"no document \(1 bad record\): .*a\.jsonl:1: no key 'text'"):
         preprocess([tmp_path / "a.jsonl", tmp_path / "b.txt"], Preprocessing(tokenizer, tmp_path / "data"))
     (tmp_path / "b.txt").write_text("kalo mine")
     with pytest.raises(CorpusError, match="leaves a dataset empty"):

@@ -51,7 +51,7 @@ def test_text_becomes_a_tokenizer_and_a_dataset(tmp_path, texts):
     train, valid = TokenStore(tmp_path / "data/train"), TokenStore(tmp_path / "data/valid")
     assert len(train) + len(valid) == 350
     assert f"data/train: {len(train)} documents, {train.num_tokens:,} tokens" in made.stdout
-    assert "1 bad records" in made.stdout
+    assert "skipped: 1 bad record, 0 documents" in made.stdout
     assert "b.jsonl:51: invalid JSON" in made.stderr
     assert sorted(p.name for p in (tmp_path / "data").iterdir() if p.name.startswith("train")) == [
         "train.bin", "train.idx", "train.manifest.json", "train.tokenizer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.config import DataSection
+from deberta_xl.data.errors import TokenStoreError
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.launch import Launch
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.training import evaluate as module
-from deberta_xl.training.evaluate import entropy, evaluate, evaluation_batches, join_ranks, predict_with
+from deberta_xl.training.evaluate import evaluate, evaluation_batches, join_ranks, predict_with
 
 CPU = torch.device("cpu")
 
@@ -41,6 +43,7 @@ def test_a_rank_that_sees_only_its_own_gpu_takes_it_before_it_meets_the_others(m
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", acts.append)
     monkeypatch.setattr(module, "export_launch", lambda launch: None)
+    monkeypatch.setattr(module, "all_ranks_here", lambda launch: contextlib.nullcontext())
     monkeypatch.setattr(module.dist, "init_process_group", acts.append)
     monkeypatch.setattr(module.atexit, "register", lambda action: None)
     assert join_ranks(Launch(rank=3, world_size=4, local_rank=3)) == torch.device("cuda", 0)
@@ -60,13 +63,16 @@ def test_ranks_cover_every_row_once_in_equally_many_batches(data, max_samples, m
 def test_an_untrained_model_is_as_good_as_guessing(data):
     vocab_size = data.tokenizer.vocab_size
     options = {"vocab_size": vocab_size, "device": CPU, "max_samples": 12, "micro_batch_size": 5}
+    options["log_unigram"] = data.log_unigram
     result = evaluate(predict_with(build_model(vocab_size), CPU), data, **options)
     # Fresh logits have a spread of about 0.1.
     assert result.loss == pytest.approx(math.log(vocab_size), abs=0.05)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert result.num_labels == len(result.label_L) == len(result.guess_L)
     assert result.accuracy == (result.label_L == result.guess_L).double().mean().item()
-    assert 3 < result.unigram_entropy < math.log(vocab_size)
+    expected = -data.log_unigram[result.label_L.numpy()].mean()
+    assert result.unigram_entropy == pytest.approx(expected)
+    assert 3 < expected < math.log(vocab_size)
     assert result[:4] == evaluate(predict_with(build_model(vocab_size), CPU), data, **options)[:4], "masks are fixed"
 
 
@@ -81,6 +87,9 @@ def test_a_text_too_short_to_be_masked_has_no_loss_rather_than_a_perfect_one(sma
     assert result.num_labels == 0
     assert math.isnan(result.loss)
     assert math.isnan(result.perplexity)
+    with pytest.raises(TokenStoreError, match=r"short cannot be evaluated: no token of its 1 rows \(1 tokens in all\)"):
+        data.check_held_out(0)
+    data.check_training()  # another epoch may choose it
 
 
 def test_the_batch_size_does_not_matter(data):
@@ -89,8 +98,3 @@ def test_the_batch_size_does_not_matter(data):
     one, many = (evaluate(predict_with(model, CPU), data, micro_batch_size=micro, **options) for micro in (1, 12))
     assert one.loss == pytest.approx(many.loss, rel=1e-6)
     assert one.num_labels == many.num_labels
-
-
-def test_entropy_of_simple_counts():
-    assert entropy(torch.tensor([3, 3, 0, 0])) == pytest.approx(math.log(2))
-    assert entropy(torch.zeros(4, dtype=torch.int64)) == 0

@@ -21,6 +21,7 @@ from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder
+from deberta_xl.training.start import Start
 from deberta_xl.training.state import TrainState, check_fingerprints, check_last_step
 
 
@@ -222,3 +223,31 @@ def test_the_state_advances_by_whole_steps():
     state.advance(8)
     state.advance(8)
     assert (state.step, state.consumed_samples) == (2, 16)
+
+
+@pytest.mark.parametrize("had_a_file", [False, True])
+def test_a_refused_start_leaves_no_run_folder_but_what_was_there(source, tmp_path, had_a_file):
+    folder = RunFolder(tmp_path / "run")
+    if had_a_file:
+        write_files(folder.path, {"slurm/nodes": b"node1", "log/job.out": b"started"})
+    before = sorted(tmp_path.rglob("*"))
+    is_first = folder.is_unused()
+    folder.prepare(load_run_config("debug"), source, {})
+    folder.owner.write_text("me\n")
+    (folder.log / "rank-00000.log").touch()
+    ownership = Ownership(folder.owner, "me")
+    start = Start(None, folder, is_first, None, ownership, Heartbeat(folder.heartbeat, 0, ownership))
+    with pytest.raises(ConfigError), start.undone_when_refused():
+        raise ConfigError("no such weights")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refused_start_leaves_a_folder_that_a_run_had_used_or_that_another_start_has_taken(source, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(load_run_config("debug"), source, {})
+    folder.owner.write_text("another\n")
+    for is_first in (folder.is_unused(), True):
+        start = Start(None, folder, is_first, None, Ownership(folder.owner, "me" if is_first else "another"), None)
+        with pytest.raises(ConfigError), start.undone_when_refused():
+            raise ConfigError("no such weights")
+        assert folder.config.exists()

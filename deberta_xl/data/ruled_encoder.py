@@ -1,0 +1,149 @@
+"""Text to ids under `TextRules`, in the order in which transformers applies them.
+
+The text is cut at added tokens that are not `normalized`; what is between is lower-cased, brought into SentencePiece's
+normal form, cut at the `normalized` ones, then at punctuation; every part is a beginning of a word to SentencePiece.
+Which occurrences of an added token count is decided by the `tokenizers` library itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import sentencepiece
+import tokenizers
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
+from tokenizers import normalizers, pre_tokenizers
+
+from deberta_xl.data.text_rules import AddedToken, TextRules
+from deberta_xl.data.words import WORD_MARK
+
+#: A name that no text has, for what is between added tokens.
+BETWEEN = "\uffff"
+#: Nothing combines with it, so what follows it is normalised as if it stood alone, and keeps a space at its beginning.
+GUARD = "0"
+
+
+class Part(NamedTuple):
+    """A part of a text: an added token, or what is between two of them."""
+
+    token_id: int | None
+    start: int
+    stop: int
+
+
+class Token(NamedTuple):
+    """An id, and the characters of the text that it stands for."""
+
+    id: int
+    start: int
+    stop: int
+
+
+class Places(NamedTuple):
+    """A text made of another one."""
+
+    text: str
+    origin: Sequence[int]
+    """For each character, and behind the last one, its place in the original; [len(text) + 1]."""
+
+
+def plain_processor(spm_model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """The pieces of a model for text that is normalised already, with U+2581 for spaces."""
+    model = ModelProto.FromString(spm_model)
+    as_it_is = NormalizerSpec(
+        name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=False
+    )
+    model.normalizer_spec.CopyFrom(as_it_is)
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+class Cutter:
+    """Finds added tokens in a text."""
+
+    def __init__(self, tokens: Sequence[AddedToken]):
+        self.ids = {token.content: token.id for token in tokens}
+        self.engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({BETWEEN: 0}, unk_token=BETWEEN))
+        self.engine.add_tokens(
+            [
+                tokenizers.AddedToken(
+                    t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=False
+                )
+                for t in tokens
+            ]
+        )
+
+    def __call__(self, text: str) -> Iterator[Part]:
+        """The parts of a text, in order and without gaps."""
+        if not self.ids:
+            if text:
+                yield Part(None, 0, len(text))
+            return
+        found = self.engine.encode(text, add_special_tokens=False)
+        for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            yield Part(self.ids[self.engine.id_to_token(number)] if number else None, start, stop)
+
+
+class RuledEncoder:
+    """SentencePiece's ids between added tokens."""
+
+    def __init__(self, spm_model: bytes, processor: sentencepiece.SentencePieceProcessor, rules: TextRules):
+        self.processor, self.rules = processor, rules
+        self.pieces = plain_processor(spm_model)
+        self.begins_words = ModelProto.FromString(spm_model).normalizer_spec.add_dummy_prefix
+        self.lowercase = normalizers.Lowercase()
+        self.punctuation = pre_tokenizers.Punctuation("isolated")
+        self.in_text = Cutter([token for token in rules.added if not token.normalized])
+        found = [token for token in rules.added if token.normalized]
+        self.in_normal_form = Cutter([t._replace(content=self.normalize(t.content).text) for t in found])
+
+    def __call__(self, text: str, *, follows_mask: bool = False) -> Iterator[Token]:
+        """The tokens of a text; with `follows_mask` its beginning begins a word only where it has a space."""
+        for part in self.in_text(text):
+            if part.token_id is not None:
+                yield Token(part.token_id, part.start, part.stop)
+                continue
+            normal = self.normalize(text[part.start : part.stop])
+            normal = normal._replace(origin=[part.start + place for place in normal.origin])
+            for inner in self.in_normal_form(normal.text):
+                start, stop = normal.origin[inner.start], normal.origin[inner.stop]
+                if inner.token_id is not None:
+                    yield Token(inner.token_id, start, stop)
+                    continue
+                for first, last in self.words(normal.text[inner.start : inner.stop]):
+                    first, last = inner.start + first, inner.start + last
+                    is_first = part.start == first == 0
+                    wants_mark = not (follows_mask if is_first else self.rules.first_word_only)
+                    yield from self.encode(normal, first, last, wants_mark=wants_mark)
+
+    def normalize(self, text: str) -> Places:
+        """SentencePiece's normal form, with spaces for U+2581; a space at the beginning stays."""
+        lowered = self.lower(text) if self.rules.lower_case else Places(text, range(len(text) + 1))
+        normal, origin = self.processor.normalize(GUARD + lowered.text, with_offsets=True)
+        begin = normal.index(GUARD) + 1
+        places = [lowered.origin[place - 1] for place in origin[begin:]]
+        return Places(normal[begin:].replace(WORD_MARK, " "), places)
+
+    def lower(self, text: str) -> Places:
+        """The text in lower case, character by character as `tokenizers` does it."""
+        pieces = [self.lowercase.normalize_str(character) for character in text]
+        origin = [number for number, piece in enumerate(pieces) for _ in piece]
+        return Places("".join(pieces), [*origin, len(text)])
+
+    def words(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where the parts are that punctuation leaves: all of the text, unless it splits."""
+        if not self.rules.split_by_punct:
+            yield 0, len(text)
+            return
+        for _, place in self.punctuation.pre_tokenize_str(text):
+            yield place
+
+    def encode(self, normal: Places, start: int, stop: int, *, wants_mark: bool) -> Iterator[Token]:
+        """The pieces of normalised text."""
+        text = normal.text[start:stop].replace(" ", WORD_MARK)
+        has_mark = self.begins_words and wants_mark and not text.startswith(WORD_MARK)
+        place = start - has_mark
+        for piece in self.pieces.encode(WORD_MARK * has_mark + text, return_type="proto").pieces:
+            end = place + len(piece.surface)
+            yield Token(piece.id, normal.origin[max(place, start)], normal.origin[max(end, start)])
+            place = end
