@@ -20,6 +20,9 @@ from pathlib import Path
 
 import torch
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.checkpoint.lazy import LazyTensor
 from deberta_xl.checkpoint.manifest import FileFacts, read_manifest
 from deberta_xl.checkpoint.native_config import native_config

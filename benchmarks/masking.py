@@ -5,10 +5,16 @@ python benchmarks/masking.py
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deberta_xl.command_line import build_parser
 from deberta_xl.config import DataSection
 from deberta_xl.data.masking import Masker
 from deberta_xl.data.random_numbers import derive
@@ -43,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    build_parser(__doc__).parse_args()
     main()

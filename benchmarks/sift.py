@@ -5,12 +5,18 @@ python benchmarks/sift.py
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deberta_xl.command_line import build_parser
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.config_file import load_run_config
 from deberta_xl.finetune_config import SiftSection
@@ -121,4 +127,5 @@ def print_times() -> None:
 
 
 if __name__ == "__main__":
+    build_parser(__doc__).parse_args()
     main()

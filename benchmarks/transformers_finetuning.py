@@ -28,6 +28,9 @@ from transformers import (
     TrainingArguments,
 )
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.config_file import load_config
 from deberta_xl.data.task_labels import encode_labels, labels_of

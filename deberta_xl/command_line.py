@@ -20,7 +20,10 @@ be_quick_while_importing()
 def build_parser(documentation: str) -> argparse.ArgumentParser:
     """A parser whose --help shows a tool's docstring as it is written."""
     take_any_character()  # --help is shown before a tool's work begins
-    return argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # No shell expands the ~ of `--output=~/x` and of quoted patterns.
+    parser.register("type", Path, lambda text: Path(text).expanduser())
+    return parser
 
 
 def run_tool(

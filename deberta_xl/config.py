@@ -13,7 +13,7 @@ from typing import Literal
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.errors import ConfigError
-from deberta_xl.strict import at_least, divisors, frozen, positive, probability
+from deberta_xl.strict import UserPath, at_least, divisors, frozen, positive, probability
 
 
 @frozen
@@ -49,7 +49,7 @@ class ModelSection(DebertaConfig):
 class RunSection:
     """`run`: where the run keeps everything."""
 
-    folder: str = "runs/default"
+    folder: UserPath = "runs/default"
     """Configuration, metrics, TensorBoard files, checkpoints. The same command in the same folder resumes."""
 
 
@@ -57,9 +57,9 @@ class RunSection:
 class DataSection:
     """`data`: what is read and how it is masked."""
 
-    train: str | None = None
+    train: UserPath | None = None
     """Prefix of the training dataset (PREFIX.bin, PREFIX.idx, PREFIX.manifest.json, PREFIX.tokenizer/)."""
-    valid: str | None = None
+    valid: UserPath | None = None
     """Prefix of the held-out dataset; none when unset."""
     attend_across_documents: bool = False
     """Let attention, convolution and positions run across the documents of a packed row, as the original did."""
@@ -103,7 +103,7 @@ class TrainSection:
     """Sequences in one forward on one data-parallel rank."""
     max_grad_norm: float = 1.0
     """Clipping bound of the global gradient norm; 0 does not clip."""
-    init: str | None = None
+    init: UserPath | None = None
     """Checkpoint whose weights to start from (a run, step or weights folder); fresh weights when unset."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import tomllib
 import types
 import typing
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from deberta_xl.config import RunConfig
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.settings_file import read_toml
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -51,11 +53,7 @@ def load_config(preset: str | Path, overrides: typing.Sequence[str], root: type[
     Raises ConfigError naming the key, the nearest valid one and where it stands.
     """
     path = find_preset(str(preset), root)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    return complete_config(tree, str(path), overrides, root)
+    return complete_config(read_toml(path), str(path), overrides, root)
 
 
 def complete_config(tree: dict[str, Any], source: str, overrides: typing.Sequence[str], root: type[Config]) -> Config:
@@ -68,15 +66,16 @@ def complete_config(tree: dict[str, Any], source: str, overrides: typing.Sequenc
 
 def find_preset(name: str, root: type = RunConfig) -> Path:
     """The file behind a preset's name or path."""
-    path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
-    if not path.is_file():
+    path = Path(name).expanduser() if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if not os.path.isfile(path):
         raise ConfigError(f"--config {name}: no such preset or file; {nearest(name, preset_names(root))}")
     return path
 
 
 def model_folder(name: str, root: type = RunConfig) -> Path | None:
     """The folder of a model that `--config` names instead of a preset; presets come first."""
-    return Path(name) if name not in preset_names(root) and Path(name).is_dir() else None
+    folder = os.path.expanduser(name)
+    return Path(folder) if name not in preset_names(root) and os.path.isdir(folder) else None
 
 
 def section_types(root: type = RunConfig) -> dict[str, type]:
@@ -147,6 +146,8 @@ def parse_value(section: str, key: str, text: str, root: type = RunConfig) -> An
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return {"true": True, "false": False}.get(text.lower(), text)
+    except (ValueError, RecursionError) as error:  # Python's limits, on digits of a number too
+        raise ConfigError(f"override {section}.{key}={text[:40]}…: {error}") from None
     return parsed["value"] if len(parsed) == 1 else text
 
 

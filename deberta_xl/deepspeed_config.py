@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import typing
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from deberta_xl.deepspeed_schema import REFUSED, EngineSettings, Section
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import rank_zero
+from deberta_xl.settings_file import read_settings
 
 SHIPPED_CONFIGS = Path(__file__).parent.parent / "deepspeed_configs"
 
@@ -111,7 +113,7 @@ def load_deepspeed_config(path: str | Path, run: RunConfig | FinetuneConfig) -> 
 
     Raises ConfigError naming the key, what is allowed or nearest, and the file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     tree = read_json_object(path)
     check_keys(path, tree, EngineSettings)
     try:
@@ -134,16 +136,20 @@ def load_deepspeed_config(path: str | Path, run: RunConfig | FinetuneConfig) -> 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a strict JSON file: no comments, trailing commas, NaN or duplicate keys."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"--deepspeed_config {path}: no such file; {shipped_configs()}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_settings(path, "JSON")
         tree = json.loads(text, object_pairs_hook=unique_keys(path, text), parse_constant=refuse_constant(path))
-    except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{place}: {explain_syntax(error)}") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # Python's limits, on digits of a number too
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no JSON object but {type(tree).__name__}; it must look like {{...}}")
     return tree

@@ -77,6 +77,9 @@ def run_command(
     except UserError as error:
         complain_once_per_node(error)
         sys.exit(2)
+    except OSError as error:  # a file that may not be read, or a name that no system has
+        complain_once_per_node(UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     if arguments.check:

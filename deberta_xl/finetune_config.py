@@ -20,7 +20,7 @@ from deberta_xl.config import (
     TrainSection,
 )
 from deberta_xl.errors import ConfigError
-from deberta_xl.strict import at_least, divisors, frozen, positive, probability
+from deberta_xl.strict import UserPath, at_least, divisors, frozen, positive, probability
 
 PAD_MULTIPLE = 8
 """Rows of a batch are padded to the longest of them, rounded up to a multiple of this."""
@@ -30,9 +30,9 @@ PAD_MULTIPLE = 8
 class TaskSection:
     """`task`: what is learned, from which files."""
 
-    name: str | None = None
+    name: UserPath | None = None
     """A built-in task, or the path of a TOML file that describes one (docs/finetuning.md)."""
-    data: str | None = None
+    data: UserPath | None = None
     """Folder with the task's files."""
     valid_share: float = 0.0
     """Hold out this share of the training examples, where there is no validation file; those with an equal first text

@@ -42,7 +42,7 @@ ENCODER = ("embeddings.", "encoder.")
 
 def find_finetuned(directory: str | Path) -> Path:
     """The folder with the weights behind what a user named, verified: of a run, its best weights."""
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
     directory = best_or_itself(directory)

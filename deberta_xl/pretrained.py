@@ -58,7 +58,7 @@ class DebertaForMaskedLM(MaskedLanguageModel):
 
 def find_pretrained(directory: str | Path) -> Path:
     """The folder with the weights behind what a user named, verified: of a run, its newest whole checkpoint."""
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a folder")
     return directory if is_foreign_folder(directory) else find_weights_folder(directory)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, TypeVar, dataclass_transform
+import os
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import AfterValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from deberta_xl.errors import ConfigError
@@ -14,6 +15,20 @@ from deberta_xl.errors import ConfigError
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
 
 Class = TypeVar("Class", bound=type)
+
+
+def own_path(text: str) -> str:
+    """A path that a user wrote, with `~` as the home it stands for: in `key=~/x` and in files no shell does that.
+
+    Raises ValueError for what no system takes for a path.
+    """
+    if "\0" in text:
+        raise ValueError("a path holds no NUL")
+    return os.path.expanduser(text)
+
+
+UserPath = Annotated[str, AfterValidator(own_path)]
+"""The type of a setting that is a path."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -60,6 +60,7 @@ FLOORS = {
     "log": Floor(0, "0"),
     "output_file": Floor(0, "0"),
     "rendezvous": Floor(0, "0"),
+    "settings_file": Floor(0, "0"),
     "signs": Floor(0, "0"),
     "stop_request": Floor(0, "0"),
     "strict": Floor(0, "0"),

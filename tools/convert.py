@@ -29,6 +29,9 @@ import time
 from pathlib import Path
 from typing import get_args
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.config import DataSection, RunConfig
 from deberta_xl.config_file import load_run_config

@@ -14,16 +14,20 @@ import json
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.data.errors import CorpusError
 from deberta_xl.data.python_corpus import python_corpus
 from deberta_xl.output_file import check_output, is_stream, report_stream, write_output
+from deberta_xl.strict import own_path
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__)
-    parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="file to write")
+    parser.add_argument("--output", type=own_path, required=True, metavar="FILE.jsonl", help="file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args(arguments)
 

@@ -14,6 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.fill_mask import Guess, fill_mask, load_tokenizer
 from deberta_xl.pretrained import DebertaForMaskedLM

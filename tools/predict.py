@@ -15,6 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.errors import ConfigError
 from deberta_xl.launch import read_launch

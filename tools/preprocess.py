@@ -24,6 +24,9 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, report_bad_records, run_tool
 from deberta_xl.data.corpus import expand_inputs, total_size
 from deberta_xl.data.documents import DOCUMENTS
@@ -36,6 +39,7 @@ from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import counted
 from deberta_xl.launch import read_launch
+from deberta_xl.strict import own_path
 
 #: Share of unknown tokens above which the tokenizer does not suit the text.
 MANY_UNKNOWN = 0.01
@@ -48,12 +52,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, or quoted patterns")
     parser.add_argument(
         "--tokenizer",
+        type=own_path,
         required=True,
         metavar="FOLDER",
         help="made by tools/train_tokenizer.py, or a released model's folder",
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="dataset to write")
-    parser.add_argument("--valid_output", "--valid-output", metavar="PREFIX", help="held-out dataset to write as well")
+    parser.add_argument("--output", type=own_path, required=True, metavar="PREFIX", help="dataset to write")
+    parser.add_argument(
+        "--valid_output", "--valid-output", type=own_path, metavar="PREFIX", help="held-out dataset to write as well"
+    )
     parser.add_argument(
         "--valid_share",
         "--valid-share",

@@ -23,10 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.data.corpus import expand_inputs
 from deberta_xl.durable import replace_file
 from deberta_xl.errors import UserError
+from deberta_xl.strict import own_path
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
@@ -54,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where to work (default: quickstart)")
-    parser.add_argument("--corpus", nargs="+", help="your own .txt or .jsonl files (also .gz, .zst)")
+    parser.add_argument("--corpus", type=own_path, nargs="+", help="your own .txt or .jsonl files (also .gz, .zst)")
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help=f"default: {VOCAB_SIZE}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="passed on to training")
     return parser.parse_args(arguments)

@@ -14,15 +14,19 @@ import glob
 import json
 import statistics
 import sys
-import tomllib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, complain, run_tool
 from deberta_xl.errors import UserError
 from deberta_xl.output_file import check_output, write_output
+from deberta_xl.settings_file import read_toml
+from deberta_xl.strict import own_path
 
 IGNORED = {("run", "folder"), ("train", "seed")}
 
@@ -39,7 +43,7 @@ class Run(NamedTuple):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__)
-    parser.add_argument("runs", metavar="RUNS", nargs="+", help="run folders or patterns")
+    parser.add_argument("runs", type=own_path, metavar="RUNS", nargs="+", help="run folders or patterns")
     parser.add_argument("--split", default="valid", help="default: valid")
     parser.add_argument("--output", type=Path, help="write the table as Markdown to this file, too")
     return parser.parse_args(arguments)
@@ -50,7 +54,7 @@ def read_run(folder: Path) -> Run | None:
     results = folder / "results.json"
     if not results.is_file():
         return None
-    tree = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    tree = read_toml(folder / "config.toml")
     settings = {(section, key): value for section, values in tree.items() for key, value in values.items()}
     kept = {key: value for key, value in settings.items() if key not in IGNORED}
     return Run(folder, kept, json.loads(results.read_text(encoding="utf-8")))

@@ -23,6 +23,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # from any folder, also where the package is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from deberta_xl.command_line import build_parser, report_bad_records, run_tool
 from deberta_xl.data.characters import CharacterCounts, listed
 from deberta_xl.data.corpus import expand_inputs, iterate_documents, total_size
@@ -30,6 +33,7 @@ from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer_rules import ALPHABET_CHARACTERS, NORMALIZATIONS, PARTIAL_COVERAGE, TokenizerRules
 from deberta_xl.data.tokenizer_training import MAX_LINES, TrainedTokenizer, train_tokenizer
+from deberta_xl.strict import own_path
 
 SHOWN_CHARACTERS = 20
 BYTE_PIECES = 256
@@ -49,7 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="rows of the model's word table: pieces + [MASK] + spare ids (100 ids are set aside from 10000 on, "
         "8 below). DeBERTa-v2 and v3 have 128100; 8000 suits a few MB of text",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--output", type=own_path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--json_key", "--json-key", default="text", help="key of the text in .jsonl (default: text)")
     parser.add_argument(
         "--max_lines",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import glob
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,7 +42,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
     Raises CorpusError for a pattern without a match, a folder, an unknown suffix.
     """
     files: set[Path] = set()
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):
         found = glob.glob(pattern, recursive=True) or ([pattern] if Path(pattern).exists() else [])
         if not found:
             raise CorpusError(f"--input {pattern}: no such file; quote patterns, for example --input 'corpus/*.jsonl'")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import tomllib
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from deberta_xl.architecture import HeadKind
 from deberta_xl.config_file import nearest
 from deberta_xl.data.label_names import in_plain_sight
 from deberta_xl.errors import ConfigError
+from deberta_xl.settings_file import read_toml
 from deberta_xl.strict import frozen
 
 BUILT_IN = Path(__file__).parent.parent / "configs" / "tasks"
@@ -78,7 +79,7 @@ class Source:
     def paths(self, folder: Path, split: str) -> list[Path]:
         """The files of a split, [] when they are not there."""
         patterns = self.files.get(split, [])
-        patterns = [patterns] if isinstance(patterns, str) else patterns
+        patterns = [os.path.expanduser(p) for p in ([patterns] if isinstance(patterns, str) else patterns)]
         found = [sorted(glob.glob(pattern, root_dir=folder, recursive=True)) for pattern in patterns]
         return [folder / name for names in found for name in names] if all(found) else []
 
@@ -165,14 +166,10 @@ def task_names() -> list[str]:
 
 def load_task(name: str) -> Task:
     """A built-in task, or the one a TOML file describes. Raises ConfigError naming file and key."""
-    path = Path(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
-    if not path.is_file():
+    path = Path(name).expanduser() if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
+    if not os.path.isfile(path):
         raise ConfigError(f"task {name}: no such task or file; {nearest(name, task_names())}")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    return build_task(tree, path)
+    return build_task(read_toml(path), path)
 
 
 def build_task(tree: dict[str, Any], path: Path) -> Task:

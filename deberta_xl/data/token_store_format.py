@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class DatasetPaths(NamedTuple):
 
 def dataset_paths(prefix: str | Path) -> DatasetPaths:
     """The parts of a dataset; its prefix may be written with or without the suffix of one of its files."""
-    text = str(prefix)
+    text = os.path.expanduser(prefix)
     if text.endswith("/") or Path(text).name in ("", ".", ".."):
         raise TokenStoreError(f"{text!r} is a folder, not the prefix of a dataset; for example {Path(text) / 'train'}")
     for suffix in (".bin", ".idx", ".manifest.json"):

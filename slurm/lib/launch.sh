@@ -66,6 +66,8 @@ last_value() { # last_value KEY ARGUMENT...: the value of the last KEY=VALUE
   for argument in "$@"; do
     if [[ $argument == "$key="* ]]; then value=${argument#*=}; fi
   done
+  # shellcheck disable=SC2088
+  if [[ $value == "~/"* ]]; then value=$HOME/${value#*/}; fi # as Python will understand it
   printf '%s' "$value"
 }
 

@@ -4,16 +4,21 @@ import dataclasses
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deberta_xl.command_line import build_parser
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.config import ModelSection, RunConfig, RunSection, TrainSection
 from deberta_xl.config_file import accepts_none, load_run_config, preset_names, section_types, to_toml
+from deberta_xl.data.corpus import expand_inputs
+from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.errors import ConfigError
-from deberta_xl.strict import divisors
+from deberta_xl.finetune_config import TaskSection
+from deberta_xl.strict import divisors, own_path
 
 PAPER_PRESETS = ["base", "large", "xlarge", "xxlarge"]
 
@@ -26,12 +31,71 @@ def test_a_preset_comes_back_equal_from_the_toml_that_is_written_of_it(name, tmp
 
 
 @settings(deadline=None)
-@given(folder=st.text(st.characters(codec="utf-8"), min_size=1))
+@given(folder=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
 def test_any_text_comes_back_equal_from_the_toml(folder, tmp_path_factory):
     config = RunConfig(run=RunSection(folder=folder))
     path = tmp_path_factory.mktemp("toml") / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8", newline="")
     assert load_run_config(path) == config
+
+
+def test_the_home_is_found_in_every_path_of_a_configuration(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text("[data]\ntrain = '~/data/train'\nvalid = '~/data/valid'")
+    config = load_run_config("~/mine.toml", ["run.folder=~/runs/first", "train.init='~/start'"])
+    assert config.run.folder == f"{tmp_path}/runs/first"
+    assert (config.data.train, config.data.valid) == (f"{tmp_path}/data/train", f"{tmp_path}/data/valid")
+    assert config.train.init == f"{tmp_path}/start"
+    assert TaskSection(name="~/task.toml", data="~/files") == TaskSection(
+        name=f"{tmp_path}/task.toml", data=f"{tmp_path}/files"
+    )
+    assert RunSection(folder="a~/b").folder == "a~/b"
+
+
+def test_the_home_is_found_in_what_a_tool_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = build_parser("A tool.")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--prefix", type=own_path)
+    given = parser.parse_args(["--output=~/x", "--prefix=~/y"])
+    assert (given.output, given.prefix) == (tmp_path / "x", f"{tmp_path}/y")
+    (tmp_path / "a.txt").touch()
+    assert expand_inputs(["~/*.txt"]) == [tmp_path / "a.txt"]
+    assert dataset_paths("~/data/train").bin == tmp_path / "data" / "train.bin"
+
+
+def test_settings_may_begin_with_a_byte_order_mark_and_are_no_utf16(tmp_path):
+    text = "[train]\nsteps = 7"
+    path = tmp_path / "config.toml"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert load_run_config(path).train.steps == 7
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(ConfigError, match=r"config\.toml is UTF-.*; settings are UTF-8.*iconv -f UTF-"):
+            load_run_config(path)
+
+
+def test_what_no_system_can_take_is_refused_in_words(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        load_run_config("debug", [f"train.steps={'9' * 5000}"])
+    (tmp_path / "config.toml").write_text(f"[train]\nsteps = {'9' * 5000}")
+    with pytest.raises(ConfigError, match=r"config\.toml is not valid TOML"):
+        load_run_config(tmp_path / "config.toml")
+    for name in ("x" * 300, "x" * 300 + ".toml", "x\0y"):
+        with pytest.raises(ConfigError, match="no such preset or file"):
+            load_run_config(name)
+    with pytest.raises(ConfigError, match="a path holds no NUL"):
+        RunSection(folder="a\0b")
+
+
+@pytest.mark.parametrize("folder", ["tools", "benchmarks"])
+def test_every_script_finds_the_package_of_its_own_checkout(folder):
+    root = Path(__file__).parent.parent.parent
+    for script in (root / folder).glob("*.py"):
+        before, imports, _ = script.read_text().partition("\nfrom deberta_xl")
+        assert imports
+        assert "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))" in before, script
+        assert "parse_" in script.read_text(), f"{script} does not read its arguments: --help would do its work"
 
 
 def test_an_override_that_unsets_a_key_comes_back_unset(tmp_path):
