@@ -33,6 +33,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.checkpoint.card_metadata import KEYS, read_metadata
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
 from deberta_xl.checkpoint.head_facts import HEAD_NAME
@@ -58,6 +59,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--max_shard_size", type=parse_size, metavar="SIZE", help="largest file of weights, e.g. 500MB (default: 5GB)"
     )
     parser.add_argument("--model_card", action="store_true", help="write README.md for the Hub (--to huggingface)")
+    parser.add_argument(
+        "--card", action="append", default=[], metavar="KEY=VALUE",
+        help=f"what the card states, or a TOML file of it: {', '.join(KEYS)} (lists by commas); writes the card",
+    )  # fmt: skip
     parser.add_argument("--generator", type=Path, help="generator of a v3 discriminator (default: the one beside it)")
     check = parser.add_argument_group("comparison of the result with the source, layer by layer")
     check.add_argument("--verify", action="store_true", help="run one text through both; refuse a result that differs")
@@ -98,9 +103,9 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     if is_fine_tuned(arguments.source):
         refuse_for_tasks(arguments)
-        export_task(find_finetuned(arguments.source), arguments.destination, dtype=DTYPES.get(arguments.dtype))
+        export_task(find_finetuned(arguments.source), arguments.destination, read_conversion(arguments))
     else:
-        convert_pretrained(arguments)
+        convert(arguments.source, arguments.destination, read_conversion(arguments))
     files = sorted(path for path in arguments.destination.rglob("*") if path.is_file())
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     names = ", ".join(file.relative_to(arguments.destination).as_posix() for file in files)
@@ -119,7 +124,7 @@ def refuse_for_tasks(arguments: argparse.Namespace) -> None:
             f"--to {arguments.to}: {arguments.source} is fine-tuned for a task; it goes --to huggingface only"
         )
     options = {name: getattr(arguments, name) for name in Edits.__dataclass_fields__}
-    options |= {name: getattr(arguments, name) for name in ("verify", "model_card", "max_shard_size", "generator")}
+    options["generator"] = arguments.generator
     given = [f"--{name}" for name, value in options.items() if value]
     if given:
         raise CheckpointError(
@@ -127,23 +132,23 @@ def refuse_for_tasks(arguments: argparse.Namespace) -> None:
         )
 
 
-def convert_pretrained(arguments: argparse.Namespace) -> None:
-    """Convert a pretrained model."""
+def read_conversion(arguments: argparse.Namespace) -> Conversion:
+    """What is asked for."""
     dtype = DTYPES.get(arguments.dtype)
     tolerance = TOLERANCES[dtype] if arguments.tolerance is None else arguments.tolerance
     changes = {name: getattr(arguments, name) for name in Edits.__dataclass_fields__}
-    conversion = Conversion(
+    return Conversion(
         to=arguments.to,
         source_kind=arguments.source_kind,
         dtype=dtype,
         edits=Edits(**changes),
         shard_bytes=arguments.max_shard_size,
         generator=arguments.generator,
-        with_card=arguments.model_card,
+        with_card=arguments.model_card or bool(arguments.card),
+        metadata=read_metadata(arguments.card),
         tolerance=tolerance if arguments.verify else None,
         show=print,
     )
-    convert(arguments.source, arguments.destination, conversion)
 
 
 if __name__ == "__main__":

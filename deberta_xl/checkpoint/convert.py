@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.card_metadata import CardMetadata
 from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.dialect import Dialect, can_be_fused, write_dialect
 from deberta_xl.checkpoint.edits import Edits, apply_edits, average_of_newest
@@ -60,6 +61,8 @@ class Conversion:
     """The generator of a v3 discriminator that has only deltas."""
     with_card: bool = False
     """Write README.md."""
+    metadata: CardMetadata = field(default_factory=CardMetadata)
+    """What README.md states besides what is recorded."""
     tolerance: float | None = None
     """Compare the destination with the source, and refuse it beyond this difference; None leaves that out."""
     show: Callable[[str], None] = logger.info
@@ -172,7 +175,7 @@ def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, 
     else:
         files |= plain_files(model)
     if conversion.with_card:
-        files["README.md"] = model_card(model).encode()
+        files["README.md"] = model_card(model, tokenizer, conversion.metadata).encode()
     write_files(partial, files)
     write_shards(partial, tensors, shard_bytes=conversion.shard_bytes or DEFAULT_SHARD_BYTES, advance=advance)
 

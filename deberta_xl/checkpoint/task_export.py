@@ -8,21 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deberta_xl.architecture import DebertaConfig, HeadKind
-from deberta_xl.checkpoint.convert import check_expressible
-from deberta_xl.checkpoint.destination import whole_or_nothing
+from deberta_xl.checkpoint.convert import Conversion, check_expressible
+from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.foreign_config import activation_there, to_huggingface_config
 from deberta_xl.checkpoint.foreign_heads import CLASSES, PROBLEMS
 from deberta_xl.checkpoint.head_facts import HeadFacts, read_head
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.model_card import task_card
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.checkpoint.native_config import read_native_config
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
-from deberta_xl.checkpoint.tensor_writer import most_common_type, total_bytes, write_shards
+from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, most_common_type, total_bytes, write_shards
 from deberta_xl.checkpoint.tokenizer_export import json_bytes, tokenizer_files
+from deberta_xl.checkpoint.verify_task import verify_task
 from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME, open_weights
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.durable import write_files
@@ -37,15 +37,21 @@ def to_huggingface(name: str, kind: HeadKind) -> str:
     return name.replace("classifier.", "qa_outputs.") if kind == "span" else name
 
 
-def export_task(source: Path, destination: Path, *, dtype: torch.dtype | None = None) -> None:
+TO_HUGGING_FACE = Conversion(to="huggingface")
+
+
+def export_task(source: Path, destination: Path, conversion: Conversion = TO_HUGGING_FACE) -> None:
     """Write a fine-tuned model, a verified native folder, as a Hugging Face folder: all of it, or nothing.
 
-    Raises CheckpointError when it cannot be expressed there, or when `destination` exists and is not empty.
+    Of `conversion`, what is no change of the model counts. Raises CheckpointError when it cannot be expressed there,
+    when `destination` exists and is not empty, or when its logits differ by more than the tolerance.
     """
+    refuse_existing(destination)
     config, facts = read_native_config(source / CONFIG_NAME), read_head(source)
     named = {to_huggingface(name, facts.head.kind): tensor for name, tensor in open_weights(source).items()}
-    tensors: LazyTensors = in_type(named, dtype)
-    check_expressible(Pretrained(folder=source, kind="native", config=config, tensors=tensors))
+    tensors: LazyTensors = in_type(named, conversion.dtype)
+    model = Pretrained(folder=source, kind="native", config=config, tensors=tensors, tokenizer=source / TOKENIZER_NAME)
+    check_expressible(model)
     if facts.normalized_twice:
         raise CheckpointError(
             f"{source} was trained with sift.entry=normalized_twice, the original's: its embeddings are normalised "
@@ -55,9 +61,13 @@ def export_task(source: Path, destination: Path, *, dtype: torch.dtype | None = 
     tokenizer = Tokenizer.load(source / TOKENIZER_NAME)
     files = {CONFIG_NAME: json_bytes(fields)}
     files |= tokenizer_files(tokenizer, max_length=facts.sequence_length)
+    if conversion.with_card:
+        files["README.md"] = task_card(model, facts, tokenizer, conversion.metadata).encode()
     with whole_or_nothing(destination, total_bytes(tensors)) as partial:
         write_files(partial, files)
-        write_shards(partial, tensors)
+        write_shards(partial, tensors, shard_bytes=conversion.shard_bytes or DEFAULT_SHARD_BYTES)
+        if conversion.tolerance is not None:
+            verify_task(model, partial, conversion.tolerance, conversion.show)
 
 
 def head_fields(config: DebertaConfig, facts: HeadFacts) -> dict[str, Any]:
