@@ -87,14 +87,15 @@ class PretrainingData:
 
     def check_training(self) -> None:
         """Raise TokenStoreError when no row can ever have a token to predict."""
+        says_something = self.tokenizer.says_something
         for start in range(0, self.store.num_tokens, CHECKED_TOKENS):
             ids = self.store.read_stream(start, min(start + CHECKED_TOKENS, self.store.num_tokens))
             # Ids outside the vocabulary are refused where they are met.
-            if not np.all(self.tokenizer.special[np.clip(ids, 0, self.tokenizer.vocab_size - 1)]):
+            if np.any(says_something[np.clip(ids, 0, self.tokenizer.vocab_size - 1)]):
                 return
         raise TokenStoreError(
             f"dataset {self.store.prefix} holds nothing to learn from: all of its {self.store.num_tokens:,} tokens are "
-            "[UNK] or other special ones; make it anew with a tokenizer that knows its characters"
+            "[UNK], spaces or special ones; make it anew with a tokenizer that knows its characters"
         )
 
     def check_held_out(self, max_samples: int) -> None:

@@ -77,6 +77,8 @@ class Cuts(NamedTuple):
     """Span examples left out of training: their answer is not in the text where it is said to be."""
     total: int
     """Examples."""
+    unreached: int = 0
+    """Span examples to train on whose answer no window holds."""
 
 
 class TaskData:
@@ -100,8 +102,14 @@ class TaskData:
         self.features = [feature for number, example in enumerate(self.examples) for feature in framer(number, example)]
         self.lengths = np.array([feature.length for feature in self.features])
         self.check_options(where)
-        self.cuts = Cuts(framer.truncated, framer.mismatched, len(self.examples))
+        unreached = self.count_unreached() if is_training and task.head == "span" else 0
+        self.cuts = Cuts(framer.truncated, framer.mismatched, len(self.examples), unreached)
+        ids = [row.input_ids for feature in self.features for row in feature.rows]
+        num_unknown = sum(np.count_nonzero(row == tokenizer.unk_id) for row in ids)
+        self.unknown_share = num_unknown / max(1, sum(np.count_nonzero(row >= tokenizer.unk_id) for row in ids))
+        self.says_something = any(map(np.any, map(tokenizer.says_something.__getitem__, ids)))
         missing = sum(example.label is None for example in self.examples)
+        self.check_words(where, sequence_length)
         if is_training:
             self.check_training(where)
         elif 0 < missing < len(self.examples):
@@ -115,6 +123,30 @@ class TaskData:
         if any(feature.label is None for feature in self.features):
             number = next(feature.example for feature in self.features if feature.label is None)
             raise TaskDataError(f"{where}: example {self.examples[number].id} has no label; training needs all of them")
+        if not self.says_something:
+            raise TaskDataError(
+                f"{where}: all of the text is empty, or [UNK] to the model's tokenizer; start from a model that knows "
+                "its script"
+            )
+        if self.cuts.unreached and all(feature.label == (0, 0) for feature in self.features):
+            raise TaskDataError(
+                f"{where}: none of {self.cuts.unreached} answers fits into a window, so that only `no answer` could be "
+                "learned; give a larger model.sequence_length"
+            )
+
+    def check_words(self, where: str, sequence_length: int) -> None:
+        """Refuse words with labels of which none fits."""
+        labels = [feature.label for feature in self.features if feature.label is not None]
+        if self.task.head == "token" and labels and not any(map(len, labels)):
+            raise TaskDataError(
+                f"{where}: not even the first word of any of {len(labels)} examples fits into "
+                f"model.sequence_length={sequence_length}; give a larger one, or split the text into words"
+            )
+
+    def count_unreached(self) -> int:
+        """Examples with an answer that no window holds."""
+        framed = {feature.example for feature in self.features if self.examples[feature.example].label}
+        return len(framed - {feature.example for feature in self.features if feature.label != (0, 0)})
 
     def check_options(self, where: str) -> None:
         """Refuse examples with more or fewer options than the first one: a batch has equally many of each."""

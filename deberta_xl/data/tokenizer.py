@@ -85,6 +85,13 @@ class Tokenizer:
         """Ids that begin a word wherever they stand, bool `[vocab_size]`."""
         return self.word_flags & BEGINS > 0
 
+    @property
+    def says_something(self) -> np.ndarray:
+        """Ids that something can be learned from, bool `[vocab_size]`: not the specials, and not a space alone."""
+        table = ~self.special
+        table[self.processor.piece_to_id(WORD_MARK)] = False
+        return table
+
     def check(self, source: str) -> None:
         """Refuse a model without DeBERTa's special ids, or a table too small for its pieces."""
         found = tuple(self.processor.id_to_piece(i) for i in range(min(self.num_pieces, len(SPECIAL_PIECES))))

@@ -24,6 +24,7 @@ from deberta_xl.log import rank_zero
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.batches import micro_batch_keys, step_batches
+from deberta_xl.training.empty_steps import EmptySteps
 from deberta_xl.training.engine import StepResult, run_step, set_learning_rate
 from deberta_xl.training.evaluate import Evaluation, Predict, evaluate, predict_with
 from deberta_xl.training.figures import confusion_figure, prediction_table, save_loss_curve
@@ -38,6 +39,10 @@ from deberta_xl.training.schedule import learning_rate
 from deberta_xl.training.signals import Agreement, StopRequested
 from deberta_xl.training.state import TrainState
 
+NO_LABELS = (
+    "give longer rows (model.sequence_length, or longer text), more of them (train.global_batch_size), or a larger "
+    "data.mask_probability; or is nearly all of the text [UNK]?"
+)
 STEPS_AHEAD = 2
 """Steps whose batches are prepared in the background."""
 
@@ -71,6 +76,7 @@ class Pretraining:
         recorder = Recorder(self.engine, config, self.architecture, self.data.num_rows, self.groups, writer)
         profiler = StepProfiler(config.train.profile_steps(), self.folder.profile, self.launch.rank)
         agreement = Agreement()
+        empty_steps = EmptySteps(config.train.steps, NO_LABELS)
         grid = self.groups.grid
         saved_step = state.step
         is_evaluated = not self.owes_evaluation() or self.evaluate(writer, agreement)
@@ -88,6 +94,7 @@ class Pretraining:
             num_labels, is_stopping = agreement.before_step(counted, self.stop)
             if is_stopping:
                 break
+            empty_steps.check(step, num_labels)
             profiler.before_step(step)
             rate = self.learning_rate(step)
             set_learning_rate(self.engine, rate)

@@ -23,8 +23,9 @@ from deberta_xl.training.timing import StepTimer
 class Recorder:
     """Sums step results on the device; every `train.log_interval` steps reduces them over the ranks and writes.
 
-    `loss` is the mean of the steps since the last logged one, and so are `accuracy` and the throughput; `grad_norm`,
-    `learning_rate`, the step's time and its split are the logged step's own.
+    `loss` is the mean of the steps since the last logged one (of those with labels: where none of them has any,
+    logging waits for the next logged step), and so are `accuracy` and the throughput; `grad_norm`, `learning_rate`, the
+    step's time and its split are the logged step's own.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Recorder:
     def reset(self) -> None:
         """Begin a new interval now; also after an evaluation or a checkpoint, whose time is not training's."""
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        self.num_steps = self.num_labels = 0
+        self.num_steps = self.num_labelled_steps = self.num_labels = 0
         self.start = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
@@ -76,9 +77,10 @@ class Recorder:
         self.sums += torch.stack([result.loss.double(), result.num_correct.double()])
         self.num_labels += num_labels
         self.num_steps += 1
+        self.num_labelled_steps += num_labels > 0
         if self.writer is not None:
             self.writer.finish_step(state.step)
-        if self.is_logged(state.step):
+        if self.is_logged(state.step) and self.num_labelled_steps:
             values = self.interval_metrics(state) | {"learning_rate": rate}
             if self.groups.grid.num_stages == 1:  # nodes with other stages have other work
                 values |= self.node_times.metrics(state.step, self.timer.seconds["forward"])
@@ -102,7 +104,7 @@ class Recorder:
         flops_per_step = step_flops(self.architecture, train.global_batch_size, length, labels_per_step)
         flops = flops_per_step * self.num_steps / seconds
         return {
-            "loss": loss_sum / (self.num_steps * self.groups.grid.data_parallel_size),
+            "loss": loss_sum / (self.num_labelled_steps * self.groups.grid.data_parallel_size),
             "accuracy": num_correct / max(1, self.num_labels),
             "grad_norm": gradient_norm(self.engine),
             "loss_scale": loss_scale(self.engine),

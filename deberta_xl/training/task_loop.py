@@ -30,6 +30,7 @@ from deberta_xl.log import rank_zero
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.batches import micro_batch_keys
+from deberta_xl.training.empty_steps import EmptySteps
 from deberta_xl.training.engine import set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
@@ -45,6 +46,7 @@ from deberta_xl.training.task_recorder import TaskRecorder
 from deberta_xl.training.task_state import TaskState
 from deberta_xl.training.task_step import run_task_step
 
+NO_LABELS = "the words that carry labels are cut from these examples; give a larger model.sequence_length"
 STEPS_AHEAD = 2
 """Steps whose batches are prepared in the background."""
 VALID = "valid"
@@ -92,6 +94,7 @@ class Finetuning:
         writer = self.open_metrics()
         recorder = TaskRecorder(self.engine, config, len(self.train_data), self.total_steps, self.groups, writer)
         agreement = Agreement()
+        empty_steps = EmptySteps(self.total_steps, NO_LABELS)
         saved_step = state.step
         if self.owes_evaluation and self.evaluate(writer, agreement):
             self.save()
@@ -109,6 +112,7 @@ class Finetuning:
             num_items, is_stopping = agreement.before_step(counted, self.stop)
             if is_stopping:
                 break
+            empty_steps.check(step, num_items)
             rate = self.learning_rate(step)
             set_learning_rate(self.engine, rate)
             losses = run_task_step(
@@ -124,7 +128,8 @@ class Finetuning:
                 timer=recorder.timer,
             )
             state.advance(config.train.global_batch_size)
-            recorder.record(state, losses, sum(batch.input_ids_BS.numel() for batch in micro_batches), rate)
+            num_tokens = sum(batch.input_ids_BS.numel() for batch in micro_batches)
+            recorder.record(state, losses, num_tokens, rate, has_labels=num_items > 0)
             aside = time.perf_counter()
             is_best = self.is_evaluated and self.evaluate(writer, agreement)
             if is_best or self.is_due(config.checkpoint.interval) or self.is_finished:

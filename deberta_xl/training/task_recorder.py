@@ -39,7 +39,7 @@ class TaskRecorder:
     def reset(self) -> None:
         """Begin a new interval now."""
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
-        self.num_steps = 0
+        self.num_steps = self.num_labelled_steps = 0
         self.start = time.perf_counter()
 
     def pause(self, seconds: float) -> None:
@@ -54,14 +54,18 @@ class TaskRecorder:
         """Before a step's data are asked for."""
         self.timer.begin_step(is_exact=self.is_logged(step))
 
-    def record(self, state: TaskState, losses: TaskLosses, num_tokens: int, rate: float) -> None:
-        """Take in a finished step, in which this rank read `num_tokens`; collective on logged steps."""
+    def record(self, state: TaskState, losses: TaskLosses, num_tokens: int, rate: float, *, has_labels: bool) -> None:
+        """Take in a finished step, in which this rank read `num_tokens`; collective on logged steps.
+
+        Losses are means of the steps with labels; where none had any, logging waits for the next logged step.
+        """
         tokens = torch.tensor(num_tokens, dtype=torch.float64, device=self.engine.device)
         self.sums += torch.stack([*(loss.double() for loss in losses), tokens])
         self.num_steps += 1
+        self.num_labelled_steps += has_labels
         if self.writer is not None:
             self.writer.finish_step(state.step)
-        if self.is_logged(state.step):
+        if self.is_logged(state.step) and self.num_labelled_steps:
             values = self.interval_metrics(state) | {"learning_rate": rate}
             if self.writer is not None:
                 self.writer.write(state.step, values)
@@ -75,7 +79,7 @@ class TaskRecorder:
         dist.all_reduce(self.sums, group=self.groups.data_group)
         total, task, adversarial, tokens = self.sums.tolist()
         seconds = time.perf_counter() - self.start
-        steps = self.num_steps * self.groups.grid.data_parallel_size
+        steps = self.num_labelled_steps * self.groups.grid.data_parallel_size
         return {
             "loss": total / steps,
             "task_loss": task / steps,

@@ -184,6 +184,32 @@ def test_answers_that_are_not_in_their_text_are_left_out_and_counted(small_datas
         data_of(task_of("span"), [wrong], small_dataset.tokenizer)
 
 
+def test_a_split_of_whose_labels_none_fits_is_refused(small_dataset):
+    long = "implementation" * 9
+    words = [Example("0", (long, "x"), ("A", "B")), Example("1", ("x", long), ("B", "A"))]
+    assert data_of(task_of("token"), words, small_dataset.tokenizer).cuts.truncated == 2  # one word of four fits
+    for is_training in (True, False):
+        with pytest.raises(TaskDataError, match="not even the first word of any of 1 examples fits"):
+            data_of(task_of("token"), words[:1], small_dataset.tokenizer, is_training=is_training)
+    start = PASSAGE.index("a list")
+    answers = [
+        Example("0", (PASSAGE, "What?"), ((start, PASSAGE[start:]),)),
+        Example("1", (PASSAGE, "?"), ((start, "a"),)),
+    ]
+    data = data_of(task_of("span"), answers, small_dataset.tokenizer)
+    assert (data.cuts.unreached, data.cuts.mismatched) == (1, 0)
+    with pytest.raises(TaskDataError, match="none of 1 answers fits into a window"):
+        data_of(task_of("span"), answers[:1], small_dataset.tokenizer)
+
+
+def test_text_that_the_tokenizer_knows_nothing_of_is_refused_for_training_and_counted(small_dataset):
+    examples = [Example("0", ("ख",), 1.0), Example("1", ("ग",), 2.0)]
+    with pytest.raises(TaskDataError, match=r"here: all of the text is empty, or \[UNK\] to the model"):
+        data_of(task_of("regression"), examples, small_dataset.tokenizer)
+    assert 0.3 < data_of(task_of("regression"), examples, small_dataset.tokenizer, is_training=False).unknown_share <= 1
+    assert data_of(task_of("regression"), [Example("0", ("names",), 1.0)], small_dataset.tokenizer).unknown_share == 0
+
+
 def test_places_of_pieces_are_those_of_their_characters(small_dataset):
     text = "Un café,  ½ ﬁne — naïve names"
     ids, places = small_dataset.tokenizer.encode_with_places(text)

@@ -82,12 +82,11 @@ def test_the_cross_entropy_of_few_labels_is_that_of_the_distribution_they_come_f
 
 
 def test_a_dataset_of_unknown_characters_is_refused_before_training(tokenizer, tmp_path):
-    write(tmp_path / "unknown", [np.full(300, tokenizer.unk_id)], tokenizer=tokenizer)
+    text = np.tile([tokenizer.piece_to_id("▁"), tokenizer.unk_id], 150)
+    write(tmp_path / "unknown", [text], tokenizer=tokenizer)
     data = PretrainingData(TokenStore(tmp_path / "unknown"), tokenizer, DataSection(), 32, seed=1)
     with pytest.raises(TokenStoreError, match=r"nothing to learn from: all of its 300 tokens are \[UNK\]"):
         data.check_training()
-    with pytest.raises(TokenStoreError, match="cannot be evaluated"):
-        data.check_held_out(0)
 
 
 def test_one_piece_among_unknown_ones_is_enough_to_begin(tokenizer, tmp_path):
