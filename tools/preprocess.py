@@ -37,6 +37,7 @@ from deberta_xl.data.spread_preprocessing import Communicator, preprocess_spread
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.data.words import LONGEST_WORD
 from deberta_xl.errors import counted
 from deberta_xl.launch import read_launch
 from deberta_xl.strict import own_path
@@ -170,6 +171,12 @@ def report(summary: Summary, seconds: float) -> None:
         f"{counted(summary.empty_documents, 'document')} without tokens"
     )
     print(f"unknown tokens: {share:.3%}; literal special tokens kept as text: {summary.literal_specials:,}")
+    words = summary.words
+    in_parts = words.in_long_words / words.num_tokens
+    print(
+        f"words: {words.num_tokens / words.num_words:.2f} tokens on average, {words.longest:,} the longest; those of "
+        f"more than {LONGEST_WORD}, {in_parts:.1%} of the tokens, are masked in parts"
+    )
     if share > MANY_UNKNOWN:
         print("warning: the tokenizer lacks many characters of this text; train one on it", file=sys.stderr)
 

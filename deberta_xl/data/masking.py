@@ -33,16 +33,11 @@ import numpy as np
 
 from deberta_xl.config import DataSection
 from deberta_xl.data.random_numbers import derive, uniform
-from deberta_xl.data.words import begins_in_rows
+from deberta_xl.data.words import LONGEST_WORD, PART, begins_in_rows
 
 # Shapes: B rows, S tokens of a row, T maskable tokens of the batch, U words of the batch, W windows of a row,
 # G max_ngram. Purposes of the random streams of a row:
 LENGTHS, PLACES, ORDER, ROTATION, ARC, REPLACEMENT, WORD_ORDER, RESCUE = range(8)
-
-LONGEST_WORD = 8
-"""Tokens of a word that is masked as a whole; English words have fewer, even with a small vocabulary."""
-PART = 3
-"""Tokens of the parts into which longer ones are cut: what words that are not in the vocabulary usually have."""
 
 
 class Words(NamedTuple):

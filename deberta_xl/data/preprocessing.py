@@ -27,6 +27,7 @@ from deberta_xl.data.errors import CorpusError, DataError
 from deberta_xl.data.text_rules import TextRules
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
+from deberta_xl.data.words import WordLengths, word_lengths
 from deberta_xl.errors import counted
 from deberta_xl.interruption import ENDING
 
@@ -57,6 +58,7 @@ class TokenBatch(NamedTuple):
     is_held_out: np.ndarray
     """bool `[documents]`: goes to the held-out dataset."""
     counts: Counter
+    words: WordLengths
     bad: list[str]
     num_bytes: int
 
@@ -76,6 +78,8 @@ class Summary:
     """Lines of the documents, blank ones aside."""
     literal_specials: int = 0
     """Times that the text itself says [CLS], [MASK], …: kept as ordinary text."""
+    words: WordLengths = field(default_factory=WordLengths)
+    """Of the words that are masked."""
     inputs: list[dict[str, Any]] = field(default_factory=list)
     reported: list[str] = field(default_factory=list)
     """`file:line: reason` of the first bad records."""
@@ -90,6 +94,7 @@ class Summary:
         self.empty_documents += batch.counts["empty"]
         self.lines += batch.counts["lines"]
         self.literal_specials += batch.counts["literal"]
+        self.words = self.words.plus(batch.words)
         self.bad_records += len(batch.bad)
         self.reported += batch.bad[: MAX_REPORTED - len(self.reported)]
 
@@ -120,11 +125,13 @@ class BatchTokenizer:
             lines=sum(text.count("\n") + 1 for text in texts),
             literal=sum(text.count(piece) for text in texts for piece in (*SPECIAL_PIECES, MASK_PIECE)),
         )
+        lengths = np.array([documents[n].size for n in filled], np.int64)
         return TokenBatch(
             ids,
-            np.array([documents[n].size for n in filled], np.int64),
+            lengths,
             np.array([is_held_out(texts[n], self.valid_share) for n in filled], bool),
             counts,
+            word_lengths(self.tokenizer.word_flags[ids], lengths),
             bad,
             batch.num_bytes,
         )

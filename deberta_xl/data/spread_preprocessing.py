@@ -154,6 +154,7 @@ def joined_summary(parts: Sequence[Summary]) -> Summary:
         total.bad_records += part.bad_records
         total.lines += part.lines
         total.literal_specials += part.literal_specials
+        total.words = total.words.plus(part.words)
         total.inputs += part.inputs
         total.reported += part.reported[: MAX_REPORTED - len(total.reported)]
     return total

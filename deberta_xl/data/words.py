@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import functools
 import unicodedata
+from typing import NamedTuple
 
 import numpy as np
 from fontTools.unicodedata import script_extension
 
 WORD_MARK = "\u2581"
+
+LONGEST_WORD = 8
+"""Tokens of a word that is masked as a whole; English words have fewer, even with a small vocabulary."""
+PART = 3
+"""Tokens of the parts into which longer ones are cut: what words that are not in the vocabulary usually have."""
 
 BEGINS, JOINS, ENDS = 1, 2, 4
 """Flags of a piece: begins a word; never begins one; whatever follows it begins one, unless that joins."""
@@ -89,3 +95,32 @@ def begins_in_rows(flags_BS: np.ndarray) -> np.ndarray:
     begins_BS = flags_BS & BEGINS > 0
     begins_BS[:, 1:] |= (flags_BS[:, :-1] & ENDS > 0) & (flags_BS[:, 1:] & JOINS == 0)
     return begins_BS
+
+
+class WordLengths(NamedTuple):
+    """How long the words of some text are, in tokens."""
+
+    num_words: int = 0
+    num_tokens: int = 0
+    longest: int = 0
+    in_long_words: int = 0
+    """Tokens in words of more than LONGEST_WORD."""
+
+    def plus(self, other: WordLengths) -> WordLengths:
+        """Of both texts."""
+        words, tokens, longest, in_long_words = other
+        return WordLengths(
+            self.num_words + words,
+            self.num_tokens + tokens,
+            max(self.longest, longest),
+            self.in_long_words + in_long_words,
+        )
+
+
+def word_lengths(flags_T: np.ndarray, document_lengths: np.ndarray) -> WordLengths:
+    """Of documents whose pieces' flags stand back to back."""
+    begins_T = begins_in_rows(flags_T[None])[0]
+    begins_T[np.cumsum(document_lengths) - document_lengths] = True
+    length_U = np.diff(np.flatnonzero(begins_T), append=flags_T.size)
+    in_long_words = length_U[length_U > LONGEST_WORD].sum()
+    return WordLengths(length_U.size, flags_T.size, int(length_U.max(initial=0)), int(in_long_words))

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deberta_xl.config import DataSection
-from deberta_xl.data.masking import LONGEST_WORD, PART, Masker
+from deberta_xl.data.masking import Masker
 from deberta_xl.data.random_numbers import derive
+from deberta_xl.data.words import LONGEST_WORD, PART
 
 PIECES, MASK, VOCAB = 1000, 1000, 1040
 STYLES = ["unbiased", "original"]

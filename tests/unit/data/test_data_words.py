@@ -11,12 +11,22 @@ from stores import write
 
 from deberta_xl.config import DataSection
 from deberta_xl.data.loader import Batch, PretrainingData
-from deberta_xl.data.masking import LONGEST_WORD, PART, Masker, find_words
+from deberta_xl.data.masking import Masker, find_words
 from deberta_xl.data.random_numbers import derive
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_training import train_tokenizer
-from deberta_xl.data.words import BEGINS, ENDS, JOINS, begins_in_rows, word_flags
+from deberta_xl.data.words import (
+    BEGINS,
+    ENDS,
+    JOINS,
+    LONGEST_WORD,
+    PART,
+    WordLengths,
+    begins_in_rows,
+    word_flags,
+    word_lengths,
+)
 
 OTHERS_BEGIN = BEGINS | ENDS
 
@@ -80,6 +90,14 @@ def test_words_longer_than_the_limit_are_cut_into_parts_and_others_stay_whole(le
     assert words.row_U.tolist() == [0] * (len(parts) + 1) + [1] * (len(parts) + 1)
     assert np.array_equal(words.word_T, np.repeat(np.arange(len(words.length_U)), words.length_U))
     assert find_words(maskable, begins, segments).length_U.tolist() == [length, 3] * 2
+
+
+def test_the_lengths_of_words_are_counted_over_documents():
+    flags = np.array([BEGINS, 0, 0, BEGINS, ENDS, 0, *[0] * 12, BEGINS], np.uint8)
+    assert word_lengths(flags, np.array([2, 17])) == WordLengths(5, 19, 13, 13)
+    nothing = word_lengths(flags[:0], np.zeros(0, np.int64))
+    assert nothing == WordLengths()
+    assert nothing.plus(WordLengths(2, 9, 5, 0)).plus(WordLengths(3, 19, 13, 13)) == WordLengths(5, 28, 13, 13)
 
 
 class Masks(NamedTuple):
