@@ -156,8 +156,14 @@ def keep_best_weights(run: Finetuning) -> None:
     """Write the best weights alone, without the optimizer's state, into the run folder's `best`. Collective."""
     from deberta_xl.checkpoint.agreement import on_rank_zero
     from deberta_xl.finetuned import replace_best
+    from deberta_xl.training.heartbeat import Heartbeat
 
+    # Reading and writing a model takes a while, which the run's own heartbeat has not lived to see.
+    heartbeat = Heartbeat(run.folder.heartbeat, run.launch.rank, run.ownership)
+    heartbeat.mark(run.state.step, "best weights")
     on_rank_zero(lambda: replace_best(run.folder.path, run.state.best_step))
+    heartbeat.mark(run.state.step, "done")
+    heartbeat.close()
 
 
 def main() -> None:

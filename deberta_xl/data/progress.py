@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from deberta_xl import signs
 from deberta_xl.data.screen import Pace, screen
-from deberta_xl.durations import duration
 from deberta_xl.log import current_rank, logger
 
 SHOWN_AFTER_SECONDS = 1.0
@@ -40,8 +39,7 @@ class Work:
 
     def left(self) -> str:
         """The time left, as far as it is known."""
-        seconds = self.pace.seconds_left(self.total) if self.total else None
-        return "" if seconds is None else f"{duration(seconds)} left"
+        return self.pace.left(self.total) if self.total else ""
 
     def count(self) -> str:
         """`120/1,000 batches`; nothing for work that is not counted in anything people know."""

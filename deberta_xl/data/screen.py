@@ -6,6 +6,7 @@ left out piece by piece. Beside the work a thread of rich's draws, a few times a
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from deberta_xl.durations import duration
 
 REFRESHES_PER_SECOND = 4
 GAP = "  "
@@ -50,6 +53,13 @@ class Pace:
         per_unit = (now - start) / (done - reached)
         waited = min(time.monotonic() - now, per_unit)
         return max(0.0, (total - done) * per_unit - waited)
+
+    def left(self, total: float) -> str:
+        """The time left in words, empty as long as nobody knows it."""
+        seconds = self.seconds_left(total)
+        if seconds is None:
+            return ""
+        return f"{math.ceil(seconds)} s left" if seconds < 10 else f"{duration(seconds)} left"
 
 
 class Line(Protocol):

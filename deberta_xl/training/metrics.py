@@ -136,8 +136,7 @@ class TrainingLine:
 
     def left(self) -> str:
         """The time left at the pace of this start's own steps, with the evaluations and checkpoints between them."""
-        seconds = self.pace.seconds_left(self.total)
-        return "" if seconds is None else f"{duration(seconds)} left"
+        return self.pace.left(self.total)
 
     def first(self) -> Sequence[str]:
         """What must be known."""
