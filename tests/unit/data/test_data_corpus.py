@@ -1,12 +1,14 @@
 import gzip
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import zstandard
 
 from deberta_xl.data import corpus
-from deberta_xl.data.compressed import CountingFile, unpacked
+from deberta_xl.data.compressed import CountingFile, ZstandardFile, unpacked
 from deberta_xl.data.corpus import TextFile, expand_inputs, iterate_documents, total_size
 from deberta_xl.data.errors import CorpusError
 
@@ -117,6 +119,75 @@ def test_zstandard_files_of_several_frames_are_read_to_the_end(tmp_path):
     assert unpacked(CountingFile(path), ".zst").read() == b"".join(parts)
     path.write_bytes(b"")
     assert unpacked(CountingFile(path), ".zst").read() == b""
+
+
+def zeros(num_blocks: int) -> bytes:
+    """A Zstandard frame of 128 KiB of zeros for each block of four bytes, as a compressor writes regular text."""
+    header = b"\x28\xb5\x2f\xfd" + bytes([0, 7 << 3])  # no content size, a window of 128 KiB
+    block = lambda is_last: (2**17 << 3 | 1 << 1 | is_last).to_bytes(3, "little") + b"\0"  # noqa: E731
+    return header + block(0) * (num_blocks - 1) + block(1)
+
+
+def test_a_small_zstandard_file_that_stands_for_a_large_one_is_unpacked_block_by_block(tmp_path):
+    path = tmp_path / "zeros.txt.zst"
+    path.write_bytes(zstandard.compress(b"first\n\n") + zeros(400) + zstandard.compress(b"\n\nlast\n"))
+    file = ZstandardFile(CountingFile(path))
+    buffer = bytearray(2**20)
+    assert max(file.readinto(memoryview(buffer)) for _ in range(300)) <= 2**17
+    good, bad = documents_of(path)
+    assert good == ["first", "last"]
+    assert bad == ["3: a line of more than 16 MiB"]
+
+
+@pytest.mark.full
+def test_three_gigabytes_in_96_kilobytes_need_little_memory(tmp_path):
+    path = tmp_path / "zeros.txt.zst"
+    path.write_bytes(zeros(3 * 2**13))
+    program = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from deberta_xl.data.corpus import iterate_documents\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (300 * 2**20,) * 2)\n"
+        "print(list(iterate_documents([Path(sys.argv[1])], report=lambda bad: print(bad.rpartition(':')[2]))))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    assert done.stdout == " a line of more than 16 MiB\n[]\n"
+
+
+def test_skippable_frames_checksums_and_long_windows_are_read(tmp_path):
+    path = tmp_path / "frames.txt.zst"
+    skippable = b"\x5a\x2a\x4d\x18" + (200_000).to_bytes(4, "little") + bytes(200_000)
+    checked = zstandard.ZstdCompressor(write_checksum=True).compress(b"one\n" * 50_000)
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    unsized = unsized.compress(b"two\n") + unsized.flush()
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=27, enable_ldm=True)
+    long = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    long = long.compress(b"three\n" * 300_000) + long.flush()
+    empty = zstandard.compress(b"")
+    path.write_bytes(skippable + checked + empty + unsized + skippable + long)
+    expected = b"one\n" * 50_000 + b"two\n" + b"three\n" * 300_000
+    assert unpacked(CountingFile(path), ".zst").read() == expected
+    for cut in (3, 7, 100_000, len(skippable) + 5, len(skippable) + len(checked) - 2):
+        path.write_bytes((skippable + checked)[:cut])
+        with pytest.raises(EOFError, match="cut off"):
+            unpacked(CountingFile(path), ".zst").read()
+
+
+def test_a_window_that_no_zstandard_tool_asks_for_is_an_error(tmp_path):
+    path = tmp_path / "wide.txt.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes([0, 22 << 3]) + b"\x01\0\0")  # 4 GiB
+    with pytest.raises(CorpusError, match=r"wide\.txt\.zst is damaged or not what its name says: .*too much memory"):
+        list(iterate_documents([path]))
+
+
+def test_gzip_files_of_several_members_are_read_and_what_stands_behind_them_is_an_error(tmp_path):
+    path = tmp_path / "members.txt.gz"
+    packed = gzip.compress(b"one\n\n") + gzip.compress(b"two\n")
+    path.write_bytes(packed + bytes(512))  # padding, as tapes have it
+    assert list(iterate_documents([path])) == ["one", "two"]
+    path.write_bytes(packed + b"garbage")
+    with pytest.raises(CorpusError, match=r"members\.txt\.gz is damaged"):
+        list(iterate_documents([path]))
 
 
 @pytest.mark.parametrize("packing", PACKERS)
