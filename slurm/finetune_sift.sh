@@ -42,6 +42,7 @@ folder=$(last_value run.folder "${arguments[@]}")
 folder=${folder:-runs/finetune-sift}
 # slurm/submit.sh checks an array by its first task.
 if [[ -n $sweep && -n ${DEBERTA_XL_CHECK:-} ]]; then SLURM_ARRAY_TASK_ID=1; fi
+check_numbers SLURM_ARRAY_TASK_ID
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   lines=('') seed=$SLURM_ARRAY_TASK_ID
   if [[ -n $sweep ]]; then

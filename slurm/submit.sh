@@ -78,7 +78,7 @@ if can_check_job "$script"; then
   [[ -n $run_folder ]] || exit 0 # the run is done
   # The fullest stage's.
   needed=$(sed -n 's/.*each rank.* parameters, \([0-9.]*\) GiB .*/\1/p' <<<"$said" | sort -n | tail -n 1)
-  if [[ -n ${GPU_MEMORY_GIB:-} && -n $needed ]] && awk "BEGIN { exit !($needed > 0.9 * $GPU_MEMORY_GIB) }"; then
+  if [[ -n ${GPU_MEMORY_GIB:-} && -n $needed ]] && awk -v needed="$needed" -v memory="$GPU_MEMORY_GIB" 'BEGIN { exit !(needed > 0.9 * memory) }'; then
     fail "an estimated $needed GiB per rank does not fit GPU_MEMORY_GIB=$GPU_MEMORY_GIB: use a smaller train.micro_batch_size, train.activation_checkpointing=true, parallel.tensor_parallel_size, or ZeRO-3"
   fi
 else

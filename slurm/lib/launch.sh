@@ -14,6 +14,7 @@
 #     this shell got TERM          exit: scancel, which means it, or a preemption, after which slurm requeues by itself
 #     another job took the folder  exit: that one goes on
 #     all ranks refuse to start    exit 2: a user's error that only they could find
+#     STATE says diverged          exit 2: the same command would come to the same end; a chain's other jobs do nothing
 #     STATE says stopped           requeue: the time limit (USR1), or a preemption that only the ranks were told of
 #     anything else, a crash       requeue, but at most MAX_CRASHES times in a row without a new checkpoint
 
@@ -41,6 +42,8 @@ launch() {
     exit 0
   fi
   find_python
+  check_numbers MAX_CRASHES SLURM_NTASKS SLURM_JOB_NUM_NODES SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_NTASKS_PER_NODE \
+    SLURM_GPUS_ON_NODE SLURM_CPUS_PER_TASK
   if [[ -n ${DEBERTA_XL_CHECK:-} ]]; then
     check_submission "$entry_point" "$@"
     exit 0
@@ -60,6 +63,21 @@ launch() {
   conclude "$status"
 }
 
+# Bash takes what stands in arithmetic for an expression, and runs the commands in its subscripts. So nothing that was
+# read from a file or the environment may come there before it has gone through here or check_numbers.
+number() { # number TEXT DEFAULT: TEXT where it is a whole number of at most 9 digits, else DEFAULT; in decimal
+  if [[ $1 =~ ^[0-9]{1,9}$ ]]; then printf '%d' "$((10#$1))"; else printf '%s' "$2"; fi
+}
+
+check_numbers() { # check_numbers NAME...: refuse variables that are set and hold something else
+  local name value
+  for name in "$@"; do
+    value=$(number "${!name:-0}" '')
+    [[ -n $value ]] || refuse "$name=${!name} is not a whole number of at most 9 digits"
+    if [[ -n ${!name:-} ]]; then printf -v "$name" '%s' "$value"; fi
+  done
+}
+
 last_value() { # last_value KEY ARGUMENT...: the value of the last KEY=VALUE
   local key=$1 value='' argument
   shift
@@ -72,7 +90,7 @@ last_value() { # last_value KEY ARGUMENT...: the value of the last KEY=VALUE
 }
 
 read_line() { # read_line FILE: first line of a file of the run folder, nothing when there is none
-  head -n 1 "$run_folder/$1" 2>/dev/null || true
+  [[ ! -f $run_folder/$1 ]] || head -c 4096 "$run_folder/$1" 2>/dev/null | head -n 1 || true
 }
 
 replace() { # replace FILE LINE: write a file of the run folder in one piece
@@ -126,10 +144,11 @@ name_job() {
 }
 
 check_crashes() {
-  local before=()
-  read -r -a before <<<"$(read_line slurm/crashes)"
-  [[ -z ${DEBERTA_XL_CHAIN:-} || ${before[0]:-} != "$DEBERTA_XL_CHAIN" ]] || ((before[1] < ${MAX_CRASHES:-3})) ||
-    refuse "this chain of jobs has crashed ${before[1]} times in a row without a new checkpoint; the rest of it does nothing"
+  local chain count
+  read -r chain count _ <<<"$(read_line slurm/crashes)"
+  count=$(number "$count" 0)
+  [[ -z ${DEBERTA_XL_CHAIN:-} || $chain != "$DEBERTA_XL_CHAIN" ]] || ((count < ${MAX_CRASHES:-3})) ||
+    refuse "this chain of jobs has crashed $count times in a row without a new checkpoint; the rest of it does nothing"
 }
 
 prepare_environment() {
@@ -255,6 +274,10 @@ conclude() { # conclude STATUS: how the job ends
     say "error: $run_folder belongs to $owner; this job ends" >&2
     exit 1
   fi
+  if [[ $state == diverged ]]; then
+    replace slurm/crashes "${DEBERTA_XL_CHAIN:-$SLURM_JOB_ID} ${MAX_CRASHES:-3} $(read_line LATEST)"
+    refuse "the run has diverged; do what the ranks said above, then submit the command again"
+  fi
   if [[ -n $training_pid && $status == "$REFUSED" ]]; then
     refuse "the ranks cannot start; mend what they said above, then submit the same command"
   fi
@@ -268,10 +291,10 @@ conclude() { # conclude STATUS: how the job ends
 }
 
 count_crash() { # false when it is enough
-  local chain=${DEBERTA_XL_CHAIN:-$SLURM_JOB_ID} latest before=() count=1
+  local chain=${DEBERTA_XL_CHAIN:-$SLURM_JOB_ID} latest last_chain last_count last_latest count=1
   latest=$(read_line LATEST)
-  read -r -a before <<<"$(read_line slurm/crashes)"
-  if [[ ${before[0]:-} == "$chain" && ${before[2]:-} == "$latest" ]]; then count=$((before[1] + 1)); fi
+  read -r last_chain last_count last_latest <<<"$(read_line slurm/crashes)"
+  if [[ $last_chain == "$chain" && $last_latest == "$latest" ]]; then count=$(($(number "$last_count" 0) + 1)); fi
   replace slurm/crashes "$chain $count $latest"
   say "crash $count of at most ${MAX_CRASHES:-3} in a row without a new checkpoint"
   ((count < ${MAX_CRASHES:-3})) || {
