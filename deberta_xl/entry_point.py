@@ -13,14 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from deberta_xl.data.screen import screen
-from deberta_xl.errors import ConfigError, PeerError, UserError
+from deberta_xl.errors import ConfigError, Diverged, PeerError, UserError
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero, take_any_character
 from deberta_xl.rendezvous import meeting_point
 from deberta_xl.stop_request import StopRequest
 
 REFUSED = 4
-"""Exit status of ranks that a user's error ends before the first step: another start would end there, too.
+"""Exit status of ranks that a user's error ends before the first step, or that have diverged: another start would end
+there, too.
 
 Not 2, which Python gives when it cannot open a script; `slurm/lib/launch.sh` knows this number."""
 
@@ -100,6 +101,9 @@ def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None
         if ended == "done":
             conclude(run)
         rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
+    except Diverged as error:
+        report_divergence(run, rank, error)
+        leave(REFUSED)
     except UserError as error:
         logger.error("rank %d, %s: %s", rank, place(run), error)
         # Later ones may pass, as a full disk does: such a run has crashed, and may be started again.
@@ -114,6 +118,22 @@ def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None
         traceback.print_exc()
         logger.error("rank %d failed at %s: %s: %s", rank, place(run), type(error).__name__, error)
         leave(1)
+
+
+def report_divergence(run: Any, rank: int, error: Diverged) -> None:
+    """Say once what all ranks have found, with the way out, and note in the run folder that nothing else will help."""
+    from deberta_xl.checkpoint.agreement import on_rank_zero
+
+    def note() -> None:
+        logger.error("%s: %s. %s", place(run), error, run.safeguard.way_out())
+        run.folder.write_state("diverged")
+
+    try:
+        on_rank_zero(note)  # no rank leaves before it is done: a launcher kills the others then
+    except UserError as problem:
+        logger.error("rank %d: %s", rank, problem)
+    run.heartbeat.mark(run.state.step, "stopped")
+    run.heartbeat.close()
 
 
 def choose_accelerator() -> None:

@@ -16,6 +16,13 @@ class UserError(ValueError):
     """
 
 
+class Diverged(UserError):
+    """A training run has no finite values any more, which the same command would come to again. Raised on all ranks.
+
+    The message says what is not finite; `training/safeguard.py` knows the way out.
+    """
+
+
 class ConfigError(UserError):
     """What a user wrote cannot be run; the message names the key, the value and the way out."""
 

@@ -115,6 +115,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
 
     from deberta_xl.checkpoint.native_config import native_config
     from deberta_xl.checkpoint.weights import TOKENIZER_NAME
+    from deberta_xl.training.safeguard import Safeguard
     from deberta_xl.training.sift import build_sift
     from deberta_xl.training.start import start_engine, start_run
     from deberta_xl.training.task_loop import Finetuning
@@ -142,6 +143,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
         state=state,
         heartbeat=start.heartbeat,
         ownership=start.ownership,
+        safeguard=Safeguard(state, start.newest, start.folder.checkpoints, config.checkpoint.keep),
         stop=stop,
         checkpoint_files={
             "config.json": json.dumps(native_config(inputs.architecture), indent=2).encode(),

@@ -205,6 +205,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
     from deberta_xl.checkpoint.weights import TOKENIZER_NAME
     from deberta_xl.parallel.pipeline import PipelinedModel
     from deberta_xl.training.loop import Pretraining
+    from deberta_xl.training.safeguard import Safeguard
     from deberta_xl.training.start import start_engine, start_run
     from deberta_xl.training.state import TrainState
 
@@ -228,6 +229,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Pretraining:
         state=state,
         heartbeat=start.heartbeat,
         ownership=start.ownership,
+        safeguard=Safeguard(state, start.newest, start.folder.checkpoints, config.checkpoint.keep),
         stop=stop,
         checkpoint_files={
             "config.json": json.dumps(native_config(inputs.architecture), indent=2).encode(),

@@ -60,6 +60,7 @@ from deberta_xl.checkpoint.rank_file import (
 )
 from deberta_xl.data.progress import progress
 from deberta_xl.durable import sync, write_files
+from deberta_xl.errors import Diverged
 from deberta_xl.parallel.pipeline import PipelinedModel, is_copy
 from deberta_xl.parallel.shard import shard_of
 
@@ -83,10 +84,13 @@ def save_checkpoint(
     is written to a hidden folder beside, forced to the disk and renamed, so there is never half a checkpoint under its
     name.
 
-    Raises CheckpointError on every rank when any rank fails (RuntimeError when the cause is a bug); earlier
-    checkpoints are then as they were.
+    Raises, on every rank, Diverged when a weight or a moment is not finite, and CheckpointError when any rank fails
+    (RuntimeError when the cause is a bug); earlier checkpoints are then as they were.
     """
     assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "gradients are being accumulated"
+    broken = [name for name in gathered(lambda: _not_finite(engine, tensor_parallel)) if name is not None]
+    if broken:
+        raise Diverged(f"step {state['step']} was not saved: {broken[0]} holds values that are not finite numbers")
     folder: Path | None = None
     try:
         folder = on_rank_zero(lambda: make_partial_folder(checkpoints, state["step"]))
@@ -173,6 +177,18 @@ def _local_fragments(engine: DeepSpeedEngine, tensor_parallel: tuple[int, int]) 
         place = piece.shard and (piece.shard.size, piece.shard.rank)
         assert place in (None, tensor_parallel), f"{piece.name} is {piece.shard} on {tensor_parallel}"
     return fragments
+
+
+def _not_finite(engine: DeepSpeedEngine, tensor_parallel: tuple[int, int]) -> str | None:
+    """The first parameter, in words, of which this rank holds a weight or a moment that is not finite."""
+    fragments = _local_fragments(engine, tensor_parallel)
+    create_adam_state(engine)
+    for kind in KINDS:
+        for piece, values in fragment_values(engine, fragments, kind):
+            # Both are not numbers where any value is not; nothing of the parameter's size is made for it.
+            if piece.numel and not all(bound.isfinite() for bound in values.aminmax()):
+                return piece.name if kind == "master" else f"Adam's {kind} of {piece.name}"
+    return None
 
 
 def _snapshot(engine: DeepSpeedEngine, fragments: Sequence[Fragment]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ predictions do not define (equal predictions) is None, never 0 or NaN.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import warnings
@@ -74,9 +75,11 @@ def check_defined(task: Task, labels: Sequence[str], examples: Sequence[Example]
 
 
 def is_better(metric: Metric, value: float | None, best: float | None) -> bool:
-    """Whether a value beats the best one so far; None beats nothing."""
-    if value is None or best is None:
-        return value is not None
+    """Whether a value beats the best one so far; None, and what is not a finite number, beats nothing."""
+    if value is None or not math.isfinite(value):
+        return False
+    if best is None or not math.isfinite(best):
+        return True
     return value < best if metric in SMALLER_IS_BETTER else value > best
 
 

@@ -1,32 +1,57 @@
-"""Ends a run that learns nothing any more: one whose loss or gradient stays without a finite value."""
+"""What a loss that explodes, and steps without finite values, look like from outside."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
-from deberta_xl.errors import UserError
+from deberta_xl.log import logger
+from deberta_xl.training.state import TrainState
 
-PATIENCE = 30
-"""Logged steps in a row; the search for fp16's loss scale takes 16 steps at most."""
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed loss, per logged step."""
+ALARM, RELIEF = 1.0, 0.5
+"""Nats above the best smoothed loss at which a warning is given, and below which another one may follow."""
 
 
-class Divergence:
-    """Looks at the metrics of logged steps, which are the same on every rank."""
+class Explosion:
+    """Warns when the smoothed training loss, finite as it may be, has risen far above what it was."""
 
-    def __init__(self) -> None:
-        self.first_step = self.num_steps = 0
+    def __init__(self, num_classes: int):
+        self.guessing = math.log(num_classes)
+        self.smoothed: float | None = None
+        self.best = math.inf
+        self.is_told = False
 
-    def check(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Raises UserError when loss or gradient norm have not been finite for PATIENCE logged steps in a row."""
-        if all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
-            self.num_steps = 0
+    def check(self, step: int, loss: float) -> None:
+        """Take in the loss of a logged step."""
+        if not math.isfinite(loss):
             return
-        self.first_step = step if self.num_steps == 0 else self.first_step
-        self.num_steps += 1
-        if self.num_steps == PATIENCE:
-            raise UserError(
-                f"loss or gradient have not been finite since step {self.first_step}: the run has diverged. Remove the "
-                f"checkpoints from step {self.first_step} on, and start again with a lower optimizer.learning_rate or "
-                "a longer warm-up"
-            )
+        past = loss if self.smoothed is None else self.smoothed
+        self.smoothed = SMOOTHING * past + (1 - SMOOTHING) * loss
+        self.best = min(self.best, self.smoothed)
+        if self.smoothed > self.best + ALARM and not self.is_told:
+            self.is_told = True
+            logger.warning(
+                "step %d: the loss has risen to %.2f (smoothed) from %.2f at its best, and knowing nothing gives %.2f: "
+                "if it does not come down again, go back to an earlier checkpoint with a lower "
+                "optimizer.learning_rate, or a longer warm-up",
+                step, self.smoothed, self.best, self.guessing,
+            )  # fmt: skip
+        elif self.smoothed < self.best + RELIEF:
+            self.is_told = False
+
+
+class SkippedSteps:
+    """Says at logged steps what was skipped since the last one."""
+
+    def __init__(self, state: TrainState):
+        self.told = state.skipped_steps
+
+    def tell(self, state: TrainState, num_steps: int) -> None:
+        """A warning where any of the last `num_steps` had no finite gradient."""
+        new, self.told = state.skipped_steps - self.told, state.skipped_steps
+        if new:
+            logger.warning(
+                "step %d: the gradient was not finite in %d of the last %d steps (%d in all)",
+                state.step, new, num_steps, state.skipped_steps,
+            )  # fmt: skip

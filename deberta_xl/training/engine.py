@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import resource
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -19,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from deberta_xl.config import OptimizerSection
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, Diverged
 from deberta_xl.launch import Launch, device_number, ranks_of_node
 from deberta_xl.log import logger
 from deberta_xl.model.dropout import DropoutKey
@@ -124,6 +125,21 @@ class StepResult(NamedTuple):
     """Labelled positions guessed right."""
 
 
+@contextlib.contextmanager
+def scaler_in_words() -> Iterator[None]:
+    """Makes a user's error of the bare Exception with which DeepSpeed ends a search for fp16's loss scale."""
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise Diverged(
+            "the gradient overflows float16 even at the lowest loss scale (fp16.min_loss_scale): loss or weights are "
+            "not finite, or too large for fp16"
+        ) from error
+
+
+@scaler_in_words()
 def run_step(
     engine: deepspeed.DeepSpeedEngine,
     micro_batches: Sequence[MicroBatch],
@@ -167,6 +183,19 @@ def run_step(
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     """Global norm of the last step's gradient, before clipping."""
     return float(engine.get_global_grad_norm())
+
+
+def update_is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether the last step's gradient was finite, on all ranks alike. DeepSpeed has waited for the answer already.
+
+    Under `bf16.check_grad_overflow: false` it has not, so the norm is read, for which the device is waited for.
+    """
+    if engine.optimizer.overflow:
+        return False
+    if engine.bfloat16_enabled() and not getattr(engine.optimizer, "check_grad_overflow", True):
+        norm = gradient_norm(engine)
+        return math.isfinite(norm) and norm >= 0  # -1 is DeepSpeed's word for a norm that is none
+    return True
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:

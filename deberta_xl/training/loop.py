@@ -13,7 +13,6 @@ import torch
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.agreement import on_rank_zero
-from deberta_xl.checkpoint.folders import prune_checkpoints
 from deberta_xl.checkpoint.store import save_checkpoint
 from deberta_xl.config import RunConfig
 from deberta_xl.data.loader import PretrainingData, prefetch
@@ -25,7 +24,7 @@ from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.batches import micro_batch_keys, step_batches
 from deberta_xl.training.empty_steps import EmptySteps
-from deberta_xl.training.engine import StepResult, run_step, set_learning_rate
+from deberta_xl.training.engine import StepResult, run_step, set_learning_rate, update_is_finite
 from deberta_xl.training.evaluate import Evaluation, Predict, evaluate, predict_with
 from deberta_xl.training.figures import confusion_figure, prediction_table, save_loss_curve
 from deberta_xl.training.heartbeat import Heartbeat
@@ -35,6 +34,7 @@ from deberta_xl.training.pipelined import predict_in_pipeline, run_pipeline_step
 from deberta_xl.training.profiling import StepProfiler
 from deberta_xl.training.recorder import Recorder
 from deberta_xl.training.run_folder import RunFolder, State
+from deberta_xl.training.safeguard import Safeguard
 from deberta_xl.training.schedule import learning_rate
 from deberta_xl.training.signals import Agreement, StopRequested
 from deberta_xl.training.state import TrainState
@@ -63,6 +63,7 @@ class Pretraining:
     state: TrainState
     heartbeat: Heartbeat
     ownership: Ownership
+    safeguard: Safeguard
     stop: StopRequest
     checkpoint_files: Mapping[str, Any]
     """What rides along in every checkpoint: config.json and the tokenizer."""
@@ -73,12 +74,12 @@ class Pretraining:
         """Train to the last step or until asked to stop; how it ended."""
         config, state = self.config, self.state
         writer = self.open_metrics()
-        recorder = Recorder(self.engine, config, self.architecture, self.data.num_rows, self.groups, writer)
+        recorder = Recorder(self.engine, config, self.architecture, state, self.data.num_rows, self.groups, writer)
         profiler = StepProfiler(config.train.profile_steps(), self.folder.profile, self.launch.rank)
         agreement = Agreement()
         empty_steps = EmptySteps(config.train.steps, NO_LABELS)
         grid = self.groups.grid
-        saved_step = state.step
+        saved_step, owes_checkpoint = state.step, False
         is_evaluated = not self.owes_evaluation() or self.evaluate(writer, agreement)
         batches = prefetch(self.batches(), STEPS_AHEAD)
         self.stop.training_begins()
@@ -107,17 +108,21 @@ class Pretraining:
                 heartbeat=self.heartbeat,
                 timer=recorder.timer,
             )
-            state.advance(config.train.global_batch_size)
+            state.advance(config.train.global_batch_size, is_finite=update_is_finite(self.engine))
             recorder.record(state, result, num_labels, rate)
             profiler.after_step(step)
+            self.safeguard.after_step()
             aside = time.perf_counter()
-            if self.is_due(config.checkpoint.interval):
+            owes_checkpoint |= self.is_due(config.checkpoint.interval)
+            if owes_checkpoint and self.safeguard.may_save():
                 self.save()
-                saved_step = state.step
+                saved_step, owes_checkpoint = state.step, False
             if self.is_due(config.evaluation.interval):
                 is_evaluated = self.evaluate(writer, agreement)
             recorder.pause(time.perf_counter() - aside)
-        if saved_step != state.step:
+        if state.step >= config.train.steps:
+            self.safeguard.check_end()
+        if saved_step != state.step and self.safeguard.may_save():
             self.save()
         return self.finish(writer, is_evaluated=is_evaluated)
 
@@ -170,7 +175,7 @@ class Pretraining:
         )
 
     def save(self) -> None:
-        """Write a checkpoint and drop the oldest ones. Collective."""
+        """Write a checkpoint; the safeguard will drop the oldest ones. Collective."""
         step = self.state.step
         self.heartbeat.mark(step, "checkpoint")
         start = time.perf_counter()
@@ -184,7 +189,7 @@ class Pretraining:
             tensor_parallel=(self.groups.grid.tensor_parallel_size, self.groups.grid.tensor_parallel_rank),
         )
         on_rank_zero(lambda: self.folder.write_latest(folder))
-        prune_checkpoints(folder, self.config.checkpoint.keep)
+        self.safeguard.saved(folder)
         rank_zero("checkpoint %s written in %s", folder, duration(time.perf_counter() - start))
 
     def owes_evaluation(self) -> bool:
@@ -248,6 +253,8 @@ class Pretraining:
     def finish(self, writer: MetricsWriter | None, *, is_evaluated: bool) -> State:
         """Close the files and say how the run ended. Collective."""
         ended: State = "done" if self.state.step >= self.config.train.steps and is_evaluated else "stopped"
+        if ended == "done":
+            self.safeguard.prune()
         self.heartbeat.mark(self.state.step, ended)
         torch.distributed.barrier()
         if writer is not None:

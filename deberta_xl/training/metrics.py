@@ -151,12 +151,14 @@ def described(values: Mapping[str, float | None]) -> list[str]:
     """The values of a training step that people look at, the most important first."""
     shown = [
         ("loss", "loss {:.4f}"),
+        ("skipped_steps", "{} skipped"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("accuracy", "accuracy {:.1%}"),
         ("learning_rate", "lr {:.2e}"),
         ("grad_norm", "grad norm {:.3f}"),
     ]
-    return [form.format(values[name]) for name, form in shown if values.get(name) is not None]
+    hidden = () if values.get("skipped_steps") else ("skipped_steps",)
+    return [form.format(values[name]) for name, form in shown if values.get(name) is not None and name not in hidden]
 
 
 def drop_lines_after(metrics_file: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.pipeline import StageInput
 from deberta_xl.training.batches import MicroBatch
-from deberta_xl.training.engine import StepResult
+from deberta_xl.training.engine import StepResult, scaler_in_words
 from deberta_xl.training.evaluate import Prediction
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.timing import StepTimer
@@ -23,6 +23,7 @@ BATCHES_PER_STAGE = 4
 """Held-out batches that go through the pipeline at once, for each stage: a fifth of the time is idle at most."""
 
 
+@scaler_in_words()
 def run_pipeline_step(
     engine: deepspeed.PipelineEngine,
     micro_batches: Sequence[MicroBatch],

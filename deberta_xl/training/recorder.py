@@ -12,7 +12,7 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.config import RunConfig
 from deberta_xl.model.flops import peak_flops, step_flops
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.training.divergence import Divergence
+from deberta_xl.training.divergence import Explosion, SkippedSteps
 from deberta_xl.training.engine import StepResult, gradient_norm, highest_memory_gib, loss_scale
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.state import TrainState
@@ -33,6 +33,7 @@ class Recorder:
         engine: deepspeed.DeepSpeedEngine,
         config: RunConfig,
         architecture: DebertaConfig,
+        state: TrainState,
         num_rows: int,
         groups: Groups,
         writer: MetricsWriter | None,
@@ -43,7 +44,8 @@ class Recorder:
         self.timer = StepTimer(engine.device)
         self.node_times = NodeTimes(engine.device)
         self.peak = self.device_peak()
-        self.divergence = Divergence()
+        self.explosion = Explosion(architecture.vocab_size)
+        self.skipped = SkippedSteps(state)
         self.reset()
 
     def device_peak(self) -> float | None:
@@ -87,7 +89,8 @@ class Recorder:
             if self.writer is not None:
                 self.writer.write(state.step, values)
                 self.writer.show_step(state.step, values)
-            self.divergence.check(state.step, values)
+                self.skipped.tell(state, self.num_steps)
+                self.explosion.check(state.step, values["loss"])
             self.reset()
 
     def interval_metrics(self, state: TrainState) -> dict[str, float | None]:
@@ -108,6 +111,7 @@ class Recorder:
             "accuracy": num_correct / max(1, self.num_labels),
             "grad_norm": gradient_norm(self.engine),
             "loss_scale": loss_scale(self.engine),
+            "skipped_steps": state.skipped_steps,
             "tokens_per_second": samples * length / seconds,
             "samples_per_second": samples / seconds,
             "model_flops_per_second": flops,

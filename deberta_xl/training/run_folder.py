@@ -23,7 +23,7 @@ from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import logger
 
-State = Literal["running", "stopped", "done"]
+State = Literal["running", "stopped", "diverged", "done"]
 PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "tensorboard")
 
 
@@ -95,7 +95,7 @@ class RunFolder:
             logger.warning("%s, the checkpoint saved last, is missing; using %s", self.checkpoints / saved, newest)
 
     def write_state(self, state: State) -> None:
-        """`running`, `stopped` (asked to, will resume) or `done`."""
+        """`running`, `stopped` (asked to, will resume), `diverged` (a person has to change something) or `done`."""
         write_text(self.state_file, state + "\n")
 
 

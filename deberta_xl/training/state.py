@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deberta_xl.errors import ConfigError
+
+WINDOW = 100
+"""The last steps, of which those without a finite gradient are remembered one by one."""
 
 
 @dataclass
@@ -17,11 +20,28 @@ class TrainState:
     """Optimizer updates made."""
     consumed_samples: int = 0
     """Rows seen since the first step; where the data stands."""
+    skipped_steps: int = 0
+    """Steps whose gradient was not finite: DeepSpeed leaves such an update out."""
+    lately_skipped: list[int] = field(default_factory=list)
+    """Those of them that are among the last WINDOW steps."""
 
-    def advance(self, num_samples: int) -> None:
+    @property
+    def spared_step(self) -> int:
+        """The step whose checkpoint is kept however old it is; 0 for none."""
+        return 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the last step had a finite gradient."""
+        return self.step not in self.lately_skipped
+
+    def advance(self, num_samples: int, *, is_finite: bool = True) -> None:
         """One more step over `num_samples` rows."""
         self.step += 1
         self.consumed_samples += num_samples
+        self.skipped_steps += not is_finite
+        skipped = self.lately_skipped if is_finite else [*self.lately_skipped, self.step]
+        self.lately_skipped = [step for step in skipped if step > self.step - WINDOW]
 
 
 def check_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

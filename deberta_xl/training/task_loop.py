@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from deberta_xl.checkpoint.agreement import on_rank_zero
-from deberta_xl.checkpoint.folders import prune_checkpoints
 from deberta_xl.checkpoint.manifest import step_folder_name
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
 from deberta_xl.config import ScheduleSection
 from deberta_xl.data.loader import prefetch
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_metrics import evaluate_metrics
-from deberta_xl.data.task_predictions import Prediction, predictions_of
+from deberta_xl.data.task_predictions import Prediction, PredictionError, predictions_of
 from deberta_xl.data.task_submission import jsonl, submission
+from deberta_xl.errors import Diverged
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
@@ -31,11 +31,12 @@ from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.batches import micro_batch_keys
 from deberta_xl.training.empty_steps import EmptySteps
-from deberta_xl.training.engine import set_learning_rate
+from deberta_xl.training.engine import set_learning_rate, update_is_finite
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder, State, write_text, writing
+from deberta_xl.training.safeguard import Safeguard
 from deberta_xl.training.schedule import learning_rate
 from deberta_xl.training.sift import Sift
 from deberta_xl.training.signals import Agreement, StopRequested
@@ -72,6 +73,7 @@ class Finetuning:
     state: TaskState
     heartbeat: Heartbeat
     ownership: Ownership
+    safeguard: Safeguard
     stop: StopRequest
     checkpoint_files: Mapping[str, Any]
     """What rides along in every checkpoint: config.json, head.json and the tokenizer."""
@@ -92,10 +94,10 @@ class Finetuning:
         """Train to the end or until asked to stop; how it ended."""
         config, state, grid = self.config, self.state, self.groups.grid
         writer = self.open_metrics()
-        recorder = TaskRecorder(self.engine, config, len(self.train_data), self.total_steps, self.groups, writer)
+        recorder = TaskRecorder(self.engine, config, state, len(self.train_data), self.total_steps, self.groups, writer)
         agreement = Agreement()
         empty_steps = EmptySteps(self.total_steps, NO_LABELS)
-        saved_step = state.step
+        saved_step, owes_checkpoint = state.step, False
         if self.owes_evaluation and self.evaluate(writer, agreement):
             self.save()
         batches = prefetch(self.batches(), STEPS_AHEAD)
@@ -127,16 +129,20 @@ class Finetuning:
                 heartbeat=self.heartbeat,
                 timer=recorder.timer,
             )
-            state.advance(config.train.global_batch_size)
+            state.advance(config.train.global_batch_size, is_finite=update_is_finite(self.engine))
             num_tokens = sum(batch.input_ids_BS.numel() for batch in micro_batches)
             recorder.record(state, losses, num_tokens, rate, has_labels=num_items > 0)
+            self.safeguard.after_step()
             aside = time.perf_counter()
             is_best = self.is_evaluated and self.evaluate(writer, agreement)
-            if is_best or self.is_due(config.checkpoint.interval) or self.is_finished:
+            owes_checkpoint |= is_best or self.is_due(config.checkpoint.interval) or self.is_finished
+            if owes_checkpoint and self.safeguard.may_save():
                 self.save()
-                saved_step = state.step
+                saved_step, owes_checkpoint = state.step, False
             recorder.pause(time.perf_counter() - aside)
-        if saved_step != state.step:
+        if self.is_finished:
+            self.safeguard.check_end()
+        if saved_step != state.step and self.safeguard.may_save():
             self.save()
         return self.finish(writer, agreement)
 
@@ -187,7 +193,7 @@ class Finetuning:
         return self.groups.grid.tensor_parallel_size, self.groups.grid.tensor_parallel_rank
 
     def save(self) -> None:
-        """Write a checkpoint and drop older ones, but not the best. Collective."""
+        """Write a checkpoint; the safeguard will drop older ones, but not the best. Collective."""
         self.heartbeat.mark(self.state.step, "checkpoint")
         on_rank_zero(self.ownership.check)
         folder = save_checkpoint(
@@ -198,8 +204,7 @@ class Finetuning:
             tensor_parallel=self.tensor_parallel,
         )
         on_rank_zero(lambda: self.folder.write_latest(folder))
-        best = step_folder_name(self.state.best_step) if self.state.best_step else None
-        prune_checkpoints(folder, self.config.checkpoint.keep, spared=best)
+        self.safeguard.saved(folder)
 
     def predict(self, data: TaskData, agreement: Agreement) -> list[Prediction]:
         """Predictions for a split, on every rank. Raises StopRequested when asked to stop meanwhile. Collective."""
@@ -217,9 +222,11 @@ class Finetuning:
                 group=self.groups.data_group,
                 guard=partial(agreement.until_stopped, stop=self.stop),
             )
+            return predictions_of(data, logits)
+        except PredictionError as error:
+            raise Diverged(str(error)) from error
         finally:
             self.engine.train()
-        return predictions_of(data, logits)
 
     def metrics_of(self, data: TaskData, found: list[Prediction]) -> dict[str, float | None]:
         """The task's metrics, computed on rank 0 for all. Collective."""
@@ -253,6 +260,7 @@ class Finetuning:
         """Close the files and say how the run ended; at its end, write what the best weights predict. Collective."""
         ended: State = "done" if self.is_finished and not self.owes_evaluation else "stopped"
         if ended == "done":
+            self.safeguard.prune()
             try:
                 self.conclude(agreement)
             except StopRequested:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.training.divergence import Divergence
+from deberta_xl.training.divergence import SkippedSteps
 from deberta_xl.training.engine import gradient_norm, highest_memory_gib, loss_scale
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.task_state import TaskState
@@ -25,6 +25,7 @@ class TaskRecorder:
         self,
         engine: deepspeed.DeepSpeedEngine,
         config: FinetuneConfig,
+        state: TaskState,
         num_features: int,
         total_steps: int,
         groups: Groups,
@@ -33,7 +34,7 @@ class TaskRecorder:
         self.engine, self.config, self.groups, self.writer = engine, config, groups, writer
         self.num_features, self.total_steps = num_features, total_steps
         self.timer = StepTimer(engine.device)
-        self.divergence = Divergence()
+        self.skipped = SkippedSteps(state)
         self.reset()
 
     def reset(self) -> None:
@@ -70,7 +71,7 @@ class TaskRecorder:
             if self.writer is not None:
                 self.writer.write(state.step, values)
                 self.writer.show_step(state.step, values)
-            self.divergence.check(state.step, values)
+                self.skipped.tell(state, self.num_steps)
             self.reset()
 
     def interval_metrics(self, state: TaskState) -> dict[str, float | None]:
@@ -86,6 +87,7 @@ class TaskRecorder:
             "adversarial_loss": adversarial / steps if self.config.sift.weight else None,
             "grad_norm": gradient_norm(self.engine),
             "loss_scale": loss_scale(self.engine),
+            "skipped_steps": state.skipped_steps,
             "tokens_per_second": tokens / seconds,
             "samples_per_second": self.num_steps * self.config.train.global_batch_size / seconds,
             **split,

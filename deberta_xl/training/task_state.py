@@ -22,12 +22,20 @@ class TaskState(TrainState):
     evaluated_step: int = 0
     """Step of the last evaluation that was finished."""
 
+    @property
+    def spared_step(self) -> int:
+        """That of the best weights."""
+        return self.best_step
+
     def take(self, metric: Metric, value: float | None) -> bool:
         """Take in an evaluation of this step; whether these are the best weights so far.
 
-        The first evaluation's are, even where its predictions leave the metric undefined.
+        The first evaluation's are, even where its predictions leave the metric undefined. Weights that may not be saved
+        now, after a step without a finite gradient, are not taken in.
         """
         self.evaluated_step = self.step
+        if not self.is_finite:
+            return False
         if self.best_step == 0 or is_better(metric, value, self.best_value):
             self.best_step, self.best_value, self.num_waited = self.step, value, 0
             return True

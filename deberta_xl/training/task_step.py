@@ -12,6 +12,7 @@ from torch import Tensor
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.heads import Predict, TaskModel
 from deberta_xl.model.task_losses import hide_padding, task_loss
+from deberta_xl.training.engine import scaler_in_words
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.sift import Sift
 from deberta_xl.training.task_batches import TaskMicroBatch
@@ -66,6 +67,7 @@ class TaskObjective:
         return TaskLosses(total, task.detach(), adversarial.detach())
 
 
+@scaler_in_words()
 def run_task_step(
     engine: deepspeed.DeepSpeedEngine,
     micro_batches: Sequence[TaskMicroBatch],

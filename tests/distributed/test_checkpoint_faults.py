@@ -20,10 +20,13 @@ from torch import nn
 
 from deberta_xl import durable
 from deberta_xl.checkpoint import store
+from deberta_xl.checkpoint.agreement import gathered
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, prune_checkpoints
+from deberta_xl.checkpoint.fragments import canonical_parameters, engine_fragments, fragment_values
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
 from deberta_xl.checkpoint.weights import read_weights
+from deberta_xl.errors import Diverged
 from deberta_xl.log import configure_logging
 
 TWO_RANKS = Layout(2, 2)
@@ -62,10 +65,19 @@ def save_with_a_small_file_limit_on_rank_1(checkpoints: Path) -> tuple[str, list
     train(engine, 1, 1)
     save_checkpoint(engine, checkpoints, {"step": 3}, extra_files={})
     assert newest_whole_checkpoint(checkpoints, collective=True) == checkpoints / "step-00000003"
+    for kind, words in (("exp_avg_sq", "Adam's exp_avg_sq of "), ("master", "")):
+        pieces = fragment_values(engine, engine_fragments(engine, canonical_parameters(engine)), kind)
+        piece, values = pieces[len(pieces) // 2]
+        if distributed.get_rank() == 1:
+            values[-1] = float("nan")
+        name = list(filter(None, gathered(lambda piece=piece: piece.name)))[1]
+        reason_of_all = f"step 4 was not saved: {words}{re.escape(name)} holds values that are not finite numbers"
+        with pytest.raises(Diverged, match=reason_of_all):
+            save_checkpoint(engine, checkpoints, {"step": 4}, extra_files={})
     return told, left
 
 
-def test_a_rank_that_cannot_write_fails_the_save_on_all_ranks_and_leaves_earlier_checkpoints(tmp_path):
+def test_a_rank_that_cannot_write_or_has_weights_that_are_not_finite_fails_the_save_on_all_ranks(tmp_path):
     for told, left in run_ranks(save_with_a_small_file_limit_on_rank_1, 2, tmp_path):
         assert "step 2 was not saved: rank 1:" in told
         assert "File too large" in told

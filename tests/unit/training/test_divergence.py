@@ -1,25 +1,152 @@
-"""A run without finite losses ends; one that finds back, or searches its loss scale, goes on."""
+"""What a run does that has no finite values any more, or whose loss explodes: what is counted, kept, said and ended."""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+from pathlib import Path
 
 import pytest
 
-from deberta_xl.errors import UserError
-from deberta_xl.training.divergence import PATIENCE, Divergence
+from deberta_xl.data.task_metrics import is_better
+from deberta_xl.errors import Diverged
+from deberta_xl.training.divergence import Explosion
+from deberta_xl.training.safeguard import PATIENCE, Safeguard
+from deberta_xl.training.state import WINDOW, TrainState
+from deberta_xl.training.task_state import TaskState
 
 
-@pytest.mark.parametrize("bad", [{"loss": math.nan, "grad_norm": 1.0}, {"loss": 1.0, "grad_norm": math.inf}])
-def test_a_run_that_stays_without_finite_values_ends_with_the_step_where_it_began(bad):
-    divergence = Divergence()
-    for step in range(10, 10 + PATIENCE - 1):
-        divergence.check(step, bad)
-    with pytest.raises(UserError, match="not been finite since step 10"):
-        divergence.check(10 + PATIENCE, bad)
+def make_checkpoint(checkpoints: Path, step: int) -> Path:
+    """A folder with a checkpoint's name."""
+    folder = checkpoints / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    return folder
 
 
-def test_a_finite_step_begins_the_count_anew():
-    divergence = Divergence()
-    for step in range(3 * PATIENCE):
-        divergence.check(step, {"loss": math.nan if step % PATIENCE else 1.0, "grad_norm": 1.0})
+def steps_left(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    return sorted(int(path.name.removeprefix("step-")) for path in checkpoints.iterdir())
+
+
+def walk(state: TrainState, safeguard: Safeguard, finite: list[bool]) -> int:
+    """Make these steps; the one at which the run was ended, 0 if it was not."""
+    for is_finite in finite:
+        state.advance(8, is_finite=is_finite)
+        try:
+            safeguard.after_step()
+        except Diverged:
+            return state.step
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("is_finite", "ended"),
+    [
+        (lambda step: step < 10, 9 + PATIENCE),  # for ever
+        (lambda step: step % 2 == 0, 2 * PATIENCE - 1),  # every second step
+        (lambda step: step % PATIENCE == 0, PATIENCE + 1),  # 29 of 30
+        (lambda step: step % 3 > 0, 3 * PATIENCE),
+        (lambda step: step % 10 > 0, 0),  # now and then
+        (lambda step: step > 17, 0),  # fp16 looks for its loss scale
+        (lambda step: step % 200 > PATIENCE - 2, 0),  # finds back, each time
+    ],
+)
+def test_a_run_ends_after_thirty_steps_of_the_last_hundred_without_finite_gradient(tmp_path, is_finite, ended):
+    state = TrainState()
+    safeguard = Safeguard(state, None, tmp_path, keep=3)
+    assert walk(state, safeguard, [is_finite(step) for step in range(1, 4 * WINDOW)]) == ended
+
+
+def test_skipped_steps_are_part_of_the_state_and_counted_on_by_the_next_start(tmp_path):
+    state = TrainState()
+    assert walk(state, Safeguard(state, None, tmp_path, 3), [True] * 5 + [False] * (PATIENCE - 1) + [True]) == 0
+    saved = json.loads(json.dumps(vars(state)))
+    assert saved["skipped_steps"] == PATIENCE - 1
+    state = TrainState(**saved)
+    assert walk(state, Safeguard(state, None, tmp_path, 3), [False]) == state.step
+
+
+def test_a_state_of_before_skipped_steps_were_counted_is_read():
+    state = TaskState(**{"step": 5, "consumed_samples": 40, "best_step": 3, "best_value": 0.5, "num_waited": 1})
+    assert (state.skipped_steps, state.lately_skipped, state.is_finite) == (0, [], True)
+
+
+def test_a_checkpoint_outdates_others_only_once_an_update_of_its_weights_was_finite(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    state = TrainState(step=10)
+    safeguard = Safeguard(state, None, tmp_path, keep=1)
+    safeguard.saved(make_checkpoint(tmp_path, 10))
+    walk(state, safeguard, [False, False])
+    assert steps_left(tmp_path) == [5, 10]
+    walk(state, safeguard, [True])
+    assert steps_left(tmp_path) == [10]
+
+
+def test_the_best_checkpoint_of_a_fine_tuning_run_is_spared(tmp_path):
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path, step)
+    state = TaskState(step=6, best_step=2)
+    safeguard = Safeguard(state, tmp_path / "step-00000006", tmp_path, keep=1)
+    walk(state, safeguard, [True])
+    assert steps_left(tmp_path) == [2, 6]
+
+
+def test_nothing_is_saved_and_no_run_is_done_after_a_step_without_finite_gradient(tmp_path):
+    state = TrainState(step=19)
+    safeguard = Safeguard(state, None, tmp_path, keep=1)
+    walk(state, safeguard, [False])
+    assert not safeguard.may_save()
+    with pytest.raises(Diverged, match=r"not finite in the run's last step, 20 \(and in 1 of the last 20\)"):
+        safeguard.check_end()
+    walk(state, safeguard, [True])
+    assert safeguard.may_save()
+    safeguard.check_end()
+
+
+def test_the_way_out_names_the_last_good_checkpoint_and_what_stands_in_its_way(tmp_path):
+    checkpoints, state = tmp_path / "checkpoints", TrainState()
+    safeguard = Safeguard(state, None, checkpoints, keep=0)
+    assert safeguard.way_out().startswith("Nothing was saved: start again with a lower optimizer.learning_rate")
+    state.step = 5
+    safeguard.saved(make_checkpoint(checkpoints, 5))
+    walk(state, safeguard, [False])
+    assert f"step-00000005, the only one, never gave a finite gradient. Delete {tmp_path}, or" in safeguard.way_out()
+    walk(state, safeguard, [True])
+    assert safeguard.way_out().startswith(
+        f"The last good checkpoint is {checkpoints}/step-00000005. Start the same command with a lower"
+    )
+    safeguard.saved(make_checkpoint(checkpoints, 7))
+    walk(state, safeguard, [False])
+    assert safeguard.way_out().startswith(
+        f"The last good checkpoint is {checkpoints}/step-00000005. Delete {checkpoints}/step-00000007, whose weights"
+    )
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("metric", ["accuracy", "f1"])
+def test_a_metric_that_is_no_number_never_chooses_weights_and_any_number_beats_it(metric, value):
+    assert not is_better(metric, value, 0.1)
+    assert is_better(metric, 0.1, value)
+
+
+def test_weights_that_may_not_be_saved_are_not_the_best():
+    state = TaskState()
+    state.advance(8, is_finite=False)
+    assert not state.take("accuracy", 0.9)
+    state.advance(8)
+    assert state.take("accuracy", 0.8)
+    assert (state.best_step, state.best_value) == (2, 0.8)
+
+
+def test_a_loss_that_explodes_to_finite_values_is_warned_of_once_with_numbers(caplog):
+    explosion = Explosion(num_classes=32_000)
+    with caplog.at_level(logging.WARNING, "deberta_xl"):
+        for step, loss in enumerate([10.5, *(8 - n / 10 for n in range(60)), 2.3, 2.6, math.nan, 2.2]):
+            explosion.check(step, loss)
+        assert caplog.messages == []
+        for step in range(100, 200):
+            explosion.check(step, 11.0)
+    (told,) = caplog.messages
+    assert told.startswith("step 101: the loss has risen to 4.")
+    assert "and knowing nothing gives 10.37" in told

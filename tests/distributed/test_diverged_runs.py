@@ -1,0 +1,187 @@
+"""Runs that diverge: what is left of their checkpoints, what they say, and how they end, whatever the layout."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from ranks import run_ranks
+from small_dataset import SmallDataset
+from test_pretrain_command import arguments
+
+from deberta_xl import entry_point
+from deberta_xl.entry_point import REFUSED, train_and_report
+from deberta_xl.pretrain import assemble, parse_arguments, read_inputs
+from deberta_xl.stop_request import StopRequest
+from deberta_xl.training.loop import Pretraining
+from deberta_xl.training.safeguard import PATIENCE
+
+OFTEN = ("checkpoint.interval=2", "evaluation.interval=1000", "train.log_interval=10", "schedule.decay=constant")
+
+
+class Left(BaseException):
+    """A rank would have left with a status."""
+
+
+class Run(NamedTuple):
+    """One start of a run."""
+
+    arguments: list[str]
+    is_bad: Callable[[int], bool] = lambda step: False
+    """Steps whose gradient the last rank makes not a number."""
+
+
+class Ending(NamedTuple):
+    """What came of it on one rank."""
+
+    status: int
+    log: str
+
+
+def start(run: Run) -> Ending:
+    """The command on this rank, without its end of the process."""
+    get_accelerator().is_fp16_supported = lambda: True
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    logging.getLogger("deberta_xl").addHandler(handler)
+    status = 0
+
+    def leave(number: int) -> None:
+        raise Left(number)
+
+    true_step = Pretraining.run_step.fget
+
+    def run_step(pretraining: Pretraining) -> Callable:
+        return lambda engine, *given, **named: spoiled(pretraining, true_step(pretraining), engine, *given, **named)
+
+    def spoiled(pretraining: Pretraining, step: Callable, engine: object, *given: object, **named: object) -> object:
+        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        with contextlib.ExitStack() as stack:
+            if is_last and run.is_bad(pretraining.state.step + 1):
+                hook = next(engine.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+                stack.callback(hook.remove)
+            return step(engine, *given, **named)
+
+    with mock.patch.object(entry_point, "leave", leave), mock.patch.object(Pretraining, "run_step", property(run_step)):
+        try:
+            train_and_report(
+                lambda: assemble(read_inputs(parse_arguments(run.arguments)), StopRequest()), lambda _: None
+            )
+        except Left as left:
+            status = left.args[0]
+    logging.getLogger("deberta_xl").removeHandler(handler)
+    return Ending(status, log.getvalue())
+
+
+def start_all(runs: list[Run]) -> list[Ending]:
+    """Several starts, one after the other."""
+    return [start(run) for run in runs]
+
+
+def diverge_and_follow_the_advice(good: Run, wild: Run, again: Run) -> list[tuple[Ending, list[int]]]:
+    """Three starts of a run and the checkpoints after each; before the last one what the second advised is deleted."""
+    folder = Path(good.arguments[-1].removeprefix("run.folder="))
+    ended = []
+    for run in (good, wild, again):
+        if run is again and torch.distributed.get_rank() == 0:
+            shutil.rmtree(re.search(r"Delete (\S+), whose weights never gave", ended[-1][0].log)[1])
+        ended.append((start(run), checkpoints(folder)))
+    return ended
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are left."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+
+
+def skipped(folder: Path) -> list[int]:
+    """The metric of each logged step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["skipped_steps"] for line in lines if "skipped_steps" in line]
+
+
+def test_a_run_that_diverges_keeps_its_good_checkpoint_and_goes_on_by_the_advice_it_gives(
+    small_dataset: SmallDataset, tmp_path: Path
+):
+    often = ("checkpoint.interval=1", "checkpoint.keep=1")
+
+    def run(*overrides: str) -> Run:
+        words = arguments(small_dataset, tmp_path, *OFTEN, *often, *overrides, engine="zero1_bf16")
+        return Run([*words, f"run.folder={tmp_path}"])
+
+    runs = run("train.steps=4"), run("optimizer.learning_rate=1e20", "train.steps=1000"), run("train.steps=5")
+    (first, after_first), (second, after_second), (third, after_third) = run_ranks(
+        diverge_and_follow_the_advice, 2, *runs, backend=None
+    )[0]
+    assert (first.status, after_first) == (0, [4])
+    # Step 5 made the weights that gave no finite gradient any more.
+    assert (second.status, after_second) == (REFUSED, [4, 5])
+    assert f"not finite in {PATIENCE} of the last 35 steps, from step 6 on: the run has diverged" in second.log
+    assert f"The last good checkpoint is {tmp_path}/checkpoints/step-00000004. Delete " in second.log
+    assert (third.status, after_third) == (0, [5])
+    assert "the checkpoint saved last, is missing; using" in third.log
+    assert (tmp_path / "STATE").read_text() == "done\n"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("zero2_bf16", []),
+        ("zero3_bf16", []),
+        ("cpu_debug", ["parallel.tensor_parallel_size=2"]),
+        ("zero1_bf16", ["parallel.pipeline_parallel_size=2"]),
+        ("cpu_debug", ["parallel.pipeline_parallel_size=2"]),
+    ],
+)
+def test_every_engine_counts_holds_back_and_ends_in_the_same_way(small_dataset, tmp_path, engine, options):
+    def run(name: str, num_steps: int, is_bad: Callable[[int], bool]) -> Run:
+        words = (*OFTEN, f"train.steps={num_steps}", *options)
+        return Run(arguments(small_dataset, tmp_path / name, *words, engine=engine), is_bad)
+
+    cases = [
+        run("once", 20, lambda step: step == 15),
+        run("end", 20, lambda step: step > 12),
+        run("ever", 1000, lambda step: step > 4),
+        run("second", 1000, lambda step: step % 2 == 0),
+    ]
+    for endings in run_ranks(start_all, 2, cases, backend=None, timeout=300):
+        assert [ending.status for ending in endings] == [0, REFUSED, REFUSED, REFUSED]
+    assert (skipped(tmp_path / "once"), checkpoints(tmp_path / "once")) == ([0, 0, 1], [16, 18, 20])
+    assert (skipped(tmp_path / "end"), checkpoints(tmp_path / "end")) == ([0, 0, 8], [8, 10, 12])
+    assert (skipped(tmp_path / "ever"), checkpoints(tmp_path / "ever")) == ([0, 6, 16, 26], [2, 4])
+    assert checkpoints(tmp_path / "second") == [55, 57, 59]
+
+
+@pytest.mark.full
+def test_a_nan_that_is_not_looked_for_spoils_no_checkpoint(small_dataset, tmp_path):
+    unchecked = tmp_path / "unchecked.json"
+    settings = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "check_grad_overflow": False}}
+    unchecked.write_text(json.dumps(settings))
+    words = arguments(small_dataset, tmp_path / "run", *OFTEN, "train.steps=1000")
+    words[words.index("--deepspeed_config") + 1] = str(unchecked)
+    (ending,) = run_ranks(start_all, 2, [Run(words, lambda step: step == 15)], backend=None)[0]
+    assert ending.status == REFUSED
+    assert f"not finite in {PATIENCE} of the last 44 steps, from step 15 on" in ending.log
+    assert checkpoints(tmp_path / "run") == [10, 12, 14]
+
+
+@pytest.mark.full
+def test_the_end_of_the_search_for_a_loss_scale_is_told_in_words(small_dataset, tmp_path):
+    words = arguments(small_dataset, tmp_path, *OFTEN, "train.steps=1000", engine="fp16")
+    for (ending,) in run_ranks(start_all, 2, [Run(words, lambda step: step > 4)], backend=None):
+        assert ending.status == REFUSED
+        assert "Traceback" not in ending.log
+    assert (tmp_path / "STATE").read_text() == "diverged\n"
+    assert checkpoints(tmp_path) == [2, 4]
