@@ -21,6 +21,8 @@ from deberta_xl.durations import duration
 
 REFRESHES_PER_SECOND = 4
 GAP = "  "
+FEWEST_CELLS = 16
+"""What is shown of the first piece at least, where it is long."""
 BAR_CELLS = range(10, 31)
 KEPT = 64
 """Times that are remembered of the work so far."""
@@ -78,6 +80,9 @@ class Line(Protocol):
 def compose(line: Line, width: int, *, is_plain: bool = False) -> str:
     """One line of at most `width` cells; with a bar where there is room. `is_plain` keeps to ASCII."""
     pieces = [piece for piece in line.first() if piece]
+    rest = cell_len(GAP.join(["", *pieces[1:]]))
+    if width - rest >= FEWEST_CELLS:
+        pieces[0] = end_of(pieces[0], width - rest, "..." if is_plain else "…")
     text = GAP.join(pieces)
     if cell_len(text) > width:
         return set_cell_size(text, width)
@@ -99,6 +104,15 @@ class SteadyConsole(Console):
     def show_cursor(self, show: bool = True) -> bool:
         """Called by rich, which would hide it."""
         return False
+
+
+def end_of(text: str, width: int, mark: str) -> str:
+    """As much of the end of a text as fits: of a path, its last parts."""
+    if cell_len(text) <= width:
+        return text
+    while cell_len(mark + text) > width:
+        text = text[1:]
+    return mark + text
 
 
 class Screen:

@@ -6,6 +6,7 @@ import logging
 import time
 
 import pytest
+from rich.cells import cell_len
 
 from deberta_xl import signs
 from deberta_xl.data import progress as progress_module
@@ -67,6 +68,19 @@ def test_step_total_and_time_left_are_shown_on_a_terminal_of_any_width(monkeypat
     compose(line, 200, is_plain=True).encode("ascii")
 
 
+def test_a_long_path_in_any_script_never_pushes_the_time_left_off_the_screen(monkeypatch):
+    clock = Clock(monkeypatch)
+    for path in ("/shared/projects/encoders/tasks/GLUE/SST-2, train", "/共有/データ/日本語の文書/感情分析, train"):
+        work = Work(f"tokenising {path}", 100, "examples")
+        clock.now += 61.0
+        work.done = 50
+        work.pace.reach(50)
+        text = compose(work, 39)
+        assert text.endswith(", train 50%  61 s left")
+        assert cell_len(text) <= 39
+        compose(work, 39, is_plain=True)
+
+
 def test_only_this_starts_steps_count_for_the_time_left_however_long_ago_the_last_one_was(monkeypatch):
     clock = Clock(monkeypatch)
     line = TrainingLine(500, 600)
@@ -102,7 +116,7 @@ def test_a_rank_that_works_long_is_heard_by_its_heartbeat_at_every_unit_and_show
 
 
 def test_other_ranks_show_nothing(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(progress_module, "current_rank", lambda: 1)
     monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
     with progress("evaluating", 2) as advance:
         advance()
