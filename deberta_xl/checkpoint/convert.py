@@ -18,7 +18,7 @@ from deberta_xl.checkpoint.card_metadata import CardMetadata
 from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.dialect import Dialect, can_be_fused, write_dialect
 from deberta_xl.checkpoint.edits import Edits, apply_edits, average_of_newest
-from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, read_config_fields
+from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, read_config_fields, stated_length
 from deberta_xl.checkpoint.foreign_config import to_huggingface_config, to_microsoft_config
 from deberta_xl.checkpoint.foreign_fields import other_fields
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
@@ -260,9 +260,8 @@ def trained_length(model: Pretrained) -> int:
     """The longest sequence that a model was trained on, as far as is recorded; the longest it takes otherwise."""
     path = model.folder / STATE_NAME
     prints = json.loads(path.read_bytes()).get("fingerprints", {}) if path.is_file() else {}
-    return min(
-        prints.get("sequence_length") or model.config.max_position_embeddings, model.config.max_position_embeddings
-    )
+    recorded = stated_length(model.folder) if model.kind == "huggingface" else prints.get("sequence_length")
+    return recorded or model.config.max_position_embeddings
 
 
 # The tokenizer

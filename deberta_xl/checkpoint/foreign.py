@@ -21,6 +21,7 @@ CONFIG_NAMES = ("config.json", "model_config.json")
 GENERATOR_CONFIG_NAMES = ("generator_config.json", *CONFIG_NAMES)
 GENERATOR_NAME = "pytorch_model.generator.bin"
 """Where the released v3 folders keep the generator, with `generator_config.json`."""
+LONGEST_STATED = 10**6
 FOREIGN_TYPES = (None, "deberta", "deberta-v2")
 
 
@@ -48,6 +49,15 @@ def is_foreign_folder(folder: Path) -> bool:
     if model_type != MODEL_TYPE and model_type not in FOREIGN_TYPES:
         raise CheckpointError(f"{folder} holds a model of type {model_type!r}, which is not a DeBERTa")
     return model_type in FOREIGN_TYPES
+
+
+def stated_length(folder: Path) -> int | None:
+    """The longest sequence that the tokenizer beside a model lets pass; None where it does not say."""
+    path = folder / "tokenizer_config.json"
+    fields = read_config_fields(folder, (path.name,)) or {}
+    length = fields.get("model_max_length")
+    # transformers writes 10^30 for "any".
+    return length if isinstance(length, int) and 0 < length <= LONGEST_STATED else None
 
 
 def parse_config(fields: dict[str, Any], path: Path) -> DebertaConfig:

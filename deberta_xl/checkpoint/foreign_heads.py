@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from deberta_xl.architecture import Activation, DebertaConfig, HeadConfig, HeadKind
-from deberta_xl.checkpoint.foreign import open_foreign, read_config_fields
+from deberta_xl.checkpoint.foreign import open_foreign, read_config_fields, stated_length
 from deberta_xl.checkpoint.foreign_config import activation
 from deberta_xl.checkpoint.head_facts import HeadFacts
 from deberta_xl.checkpoint.manifest import CheckpointError
@@ -123,7 +123,9 @@ def describe_task(
     labels = label_names(fields, num_labels) if kind in NAMED_CLASSES else []
     metrics = [DEFAULT_METRICS[kind]]
     task = Task(name=folder.name, head=kind, metrics=metrics, labels=labels or None, sources=[Source(files={})])
-    length = min(LONGEST, config.max_position_embeddings)
+    length = stated_length(folder) or min(LONGEST, config.max_position_embeddings)
+    if config.position_biased_input:
+        length = min(length, config.max_position_embeddings)
     return HeadFacts(head, labels, task, length, length // 4, False)
 
 
