@@ -22,6 +22,8 @@ from deberta_xl.log import rank_zero
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 
 Opened = TypeVar("Opened")
+IDLE_TOGETHER = {"conv_act", "conv_groups"}
+"""Of no effect where conv_kernel_size is 0."""
 
 
 class DebertaForMaskedLM(MaskedLanguageModel):
@@ -144,7 +146,7 @@ def computed_by(config: DebertaConfig) -> dict[str, object]:
     and another rule than the original's for buckets only where a sequence can be longer than the reach.
     """
     idle = {"model_type", "hidden_dropout", "attention_dropout", "initializer_range"}
-    idle |= set() if config.conv_kernel_size else {"conv_act", "conv_groups"}
+    idle |= set() if config.conv_kernel_size else IDLE_TOGETHER
     is_within_reach = config.relative_reach >= config.max_position_embeddings or not config.position_buckets
     idle |= {"bucket_rule"} if is_within_reach or config.bucket_rule == "original" else set()
     sizes = {
@@ -172,12 +174,14 @@ def load_initial_weights(model: MaskedLanguageModel, folder: Path) -> None:
 def check_same_architecture(here: DebertaConfig, there: DebertaConfig, folder: Path) -> None:
     """Raise ConfigError when the model in `folder` differs from the one to be trained in more than dropout."""
     ours, theirs = computed_by(here), computed_by(there)
-    # What only one of them has to say (of a convolution, say) is the other's configuration, if of no effect there.
-    values = {key: (getattr(there, key), getattr(here, key)) for key in ours.keys() ^ theirs.keys()}
-    values |= {key: (theirs[key], ours[key]) for key in ours.keys() & theirs.keys()}
-    different = {key: values[key] for key in {**ours, **theirs} if values[key][0] != values[key][1]}
+    values = {key: (theirs[key], ours[key]) for key in theirs if key in ours}
+    # What only one of them has to say is of no effect in the other, such as the activation of no convolution.
+    values |= {key: (getattr(there, key), getattr(here, key)) for key in (ours.keys() ^ theirs.keys()) - IDLE_TOGETHER}
+    different = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
     if different:
         pairs = ", ".join(
             f"{key} is {of_theirs} there, {of_ours} here" for key, (of_theirs, of_ours) in different.items()
         )
-        raise ConfigError(f"train.init={folder}: another architecture: {pairs}")
+        raise ConfigError(
+            f"train.init={folder}: another architecture: {pairs}. --config {folder} takes all of that one"
+        )

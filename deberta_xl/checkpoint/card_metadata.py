@@ -63,7 +63,7 @@ def read_metadata(given: Sequence[str]) -> CardMetadata:
         if equals and not option.endswith(".toml"):
             values |= checked({name.strip(): text.strip()}, f"--card {option}")
         else:
-            values |= checked(read_toml(Path(option)), option)
+            values |= checked(read_toml(Path(option).expanduser()), option)
     return CardMetadata(**values)
 
 
