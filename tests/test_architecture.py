@@ -46,6 +46,7 @@ class Floor(NamedTuple):
 
 FLOORS = {
     "architecture": Floor(0, "0"),
+    "child_process": Floor(0, "0"),
     "command_line": Floor(0, "0"),
     "config": Floor(0, "0"),
     "config_file": Floor(0, "0"),

@@ -4,6 +4,9 @@ The text is the English that comes with Python (its language reference and docst
 Everything goes to one folder; what is there already is not made again, and an interrupted training resumes. A folder
 belongs to one text and one vocabulary size, noted in its made-from.json.
 
+Your own text may have any form and script: it is looked at first, and divided into documents, tokenised and asked about
+accordingly. Ctrl-C stops; the same command continues.
+
 examples:
   python tools/quickstart.py --folder quickstart
   python tools/quickstart.py --folder mine --corpus a.txt b.jsonl -- train.steps=300
@@ -17,7 +20,6 @@ import os
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,14 +29,22 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.data.corpus import expand_inputs
+from deberta_xl.child_process import run_to_end
+from deberta_xl.data.corpus import expand_inputs, iterate_documents
+from deberta_xl.data.preprocessing import is_held_out
+from deberta_xl.data.questions import Question, questions
+from deberta_xl.data.text_form import TextForm, look_at
+from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.durable import replace_file
 from deberta_xl.errors import UserError
+from deberta_xl.interruption import Interrupted
 from deberta_xl.strict import own_path
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 VOCAB_SIZE = 4000
+VALID_SHARE = 0.05
+"""That of tools/preprocess.py, too."""
 PYTHON_TEXT = "the English that comes with Python"
 STEPS = 700
 TRAINING = [
@@ -51,7 +61,7 @@ PYTHON_SENTENCES = [
     "The function returns the number [MASK] bytes.",
 ]
 SHOWN_FILES = 5
-SENTENCES = ["It was one of [MASK] first in the world.", "He went to the house [MASK] his father."]
+QUESTIONS = 3
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +69,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where to work (default: quickstart)")
     parser.add_argument("--corpus", type=own_path, nargs="+", help="your own .txt or .jsonl files (also .gz, .zst)")
-    parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, help=f"default: {VOCAB_SIZE}")
+    parser.add_argument("--json_key", default="text", help="key of the text in .jsonl (default: text)")
+    parser.add_argument(
+        "--vocab_size", type=int, help=f"default: {VOCAB_SIZE}, or more for a text of many different characters"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="passed on to training")
     return parser.parse_args(arguments)
 
@@ -75,7 +88,7 @@ def announce(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def execute(*command: str | Path) -> None:
+def execute(*command: str | Path, is_launcher: bool = False) -> None:
     """Show a command as a user would type it, run it, and stop when it fails."""
     words = [str(word) for word in command]
     print(f"$ {shlex.join(words)}", flush=True)
@@ -84,9 +97,15 @@ def execute(*command: str | Path) -> None:
     scripts = Path(sys.executable).parent
     environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
     program = words[0] if words[0] != "python" else sys.executable
-    status = subprocess.run([program, *words[1:]], env=environment).returncode
+    words = [program, *words[1:]]
+    status = run_to_end(words, environment, is_launcher=is_launcher, when_stopping=say_stopping)
     if status:
         raise UserError(f"the command above failed with status {status}; mend it and start the quickstart again")
+
+
+def say_stopping() -> None:
+    """A line for whoever has pressed Ctrl-C and waits."""
+    sys.stderr.write("\nstopping: waiting for what has been started (Ctrl-C again ends it at once)\n")
 
 
 def claim(folder: Path, corpus: list[str] | None, vocab_size: int) -> None:
@@ -111,10 +130,16 @@ def describe(origin: dict[str, Any]) -> str:
     return f"{', '.join(texts[:SHOWN_FILES])}{more} with a vocabulary of {origin['vocab_size']}"
 
 
-def prepare_data(folder: Path, corpus: list[str] | None, vocab_size: int) -> None:
-    """Corpus, tokenizer, training and held-out dataset."""
+def prepare_data(folder: Path, corpus: list[str] | None, vocab_size: int, json_key: str, form: TextForm | None) -> None:
+    """Corpus, tokenizer, training and held-out dataset; `form` is that of a user's own text."""
+    rules, division, key = [], [], []
     if corpus:
         announce(f"1. Text: {' '.join(corpus)}")
+        print(form)
+        key = [] if json_key == "text" else ["--json_key", json_key]
+        rules = ["--allow_smaller", *(["--byte_fallback"] if form.needs_bytes else [])]
+        division = [] if form.documents == "blank_lines" else ["--documents", form.documents]
+        division += [] if form.valid_share == VALID_SHARE else ["--valid_share", str(form.valid_share)]
     else:
         corpus = [str(folder / "corpus.jsonl")]
         if not Path(corpus[0]).exists():
@@ -122,12 +147,14 @@ def prepare_data(folder: Path, corpus: list[str] | None, vocab_size: int) -> Non
             execute("python", "tools/extract_corpus.py", "--output", corpus[0])
     if not (folder / "tokenizer").exists():
         announce("2. Tokenizer: SentencePiece with DeBERTa's special ids")
-        options = ["--vocab_size", str(vocab_size), "--output", folder / "tokenizer"]
+        options = ["--vocab_size", str(vocab_size), *rules, *key, "--output", folder / "tokenizer"]
         execute("python", "tools/train_tokenizer.py", "--input", *corpus, *options)
     if not (folder / "data" / "valid.manifest.json").exists():
-        announce("3. Dataset: tokenised, indexed, memory-mapped; 5 % of the documents held out")
+        share = form.valid_share if form else VALID_SHARE
+        announce(f"3. Dataset: tokenised, indexed, memory-mapped; {share:.0%} of the documents held out")
         outputs = ["--output", folder / "data/train", "--valid_output", folder / "data/valid", "--overwrite"]
-        execute("python", "tools/preprocess.py", "--input", *corpus, "--tokenizer", folder / "tokenizer", *outputs)
+        options = ["--tokenizer", folder / "tokenizer", *division, *key, *outputs]
+        execute("python", "tools/preprocess.py", "--input", *corpus, *options)
 
 
 def train(folder: Path, overrides: list[str]) -> None:
@@ -139,17 +166,40 @@ def train(folder: Path, overrides: list[str]) -> None:
     data = [f"data.train={folder}/data/train", f"data.valid={folder}/data/valid", f"run.folder={folder}/run"]
     launcher = ["deepspeed", "--quiet", "--num_accelerators", str(RANKS), "--master_port", str(port)]
     settings = ["--config", "debug", "--deepspeed_config", "deepspeed_configs/cpu_debug.json"]
-    execute(*launcher, "deberta_xl/pretrain.py", *settings, *data, *TRAINING, *overrides)
+    command = [*launcher, "deberta_xl/pretrain.py", *settings, *data, *TRAINING, *overrides]
+    try:
+        execute(*command, is_launcher=True)
+    except Interrupted as interruption:
+        raise Interrupted(interruption.number, stopped(folder / "run")) from None
 
 
-def use(folder: Path, sentences: list[str]) -> None:
+def stopped(run_folder: Path) -> str:
+    """Where an interrupted training stands."""
+    steps = [int(path.name.removeprefix("step-")) for path in run_folder.glob("checkpoints/step-*[0-9]")]
+    place = f"at step {max(steps)}" if steps else "before its first checkpoint"
+    return f"stopped {place}; the same command continues"
+
+
+def questions_about(corpus: list[str], json_key: str, form: TextForm, tokenizer: Tokenizer) -> list[Question]:
+    """Sentences of documents that were held out, each with a word hidden."""
+    texts = iterate_documents(expand_inputs(corpus), json_key, form.documents)
+    held_out = (text for text in texts if is_held_out(text, form.valid_share))
+    return questions(held_out, tokenizer, QUESTIONS)
+
+
+def use(folder: Path, asked: list[Question]) -> None:
     """Export to Hugging Face's layout and fill masks with the exported model."""
     announce("5. Export to Hugging Face's layout")
     exported = folder / "huggingface"
     shutil.rmtree(exported, ignore_errors=True)  # of an earlier start, which may have ended sooner
     execute("python", "tools/convert.py", "--from", "native", "--to", "huggingface", folder / "run", exported)
+    if not asked:
+        print("\nno held-out sentence is fit for a question")
+        return
     announce("6. Fill the mask, with the exported model")
-    execute("python", "tools/fill_mask.py", exported, *sentences, "--top_k", "5")
+    if asked[0].hidden:
+        print(f"in sentences that were held out; hidden: {', '.join(question.hidden for question in asked)}")
+    execute("python", "tools/fill_mask.py", exported, *(question.text for question in asked), "--top_k", "5")
 
 
 def report(folder: Path, seconds: float) -> None:
@@ -175,12 +225,31 @@ def run(arguments: argparse.Namespace) -> None:
     folder = from_root(arguments.folder)
     corpus = [str(from_root(Path(path))) for path in arguments.corpus] if arguments.corpus else None
     os.chdir(ROOT)
-    claim(folder, corpus, arguments.vocab_size)
-    prepare_data(folder, corpus, arguments.vocab_size)
+    form = look_at(expand_inputs(corpus), arguments.json_key) if corpus else None
+    vocab_size = arguments.vocab_size or (form.vocab_size(VOCAB_SIZE) if form else VOCAB_SIZE)
+    claim(folder, corpus, vocab_size)
+    prepare_data(folder, corpus, vocab_size, arguments.json_key, form)
     train(folder, arguments.overrides)
-    use(folder, SENTENCES if corpus else PYTHON_SENTENCES)
+    asked = [Question(sentence, "") for sentence in PYTHON_SENTENCES]
+    if corpus:
+        asked = questions_about(corpus, arguments.json_key, form, Tokenizer.load(folder / "tokenizer"))
+    use(folder, asked)
     report(folder, time.monotonic() - started)
 
 
+def main() -> int:
+    """Run; what is there after an interruption is told in words, since several commands write it."""
+    return run_tool(whole, parse_arguments(), waits=True)
+
+
+def whole(arguments: argparse.Namespace) -> None:
+    """`run`, with a sentence for an interruption outside of training."""
+    try:
+        run(arguments)
+    except Interrupted as interruption:
+        text = interruption.text or "stopped; what is finished stays, and the same command continues"
+        raise Interrupted(interruption.number, text) from None
+
+
 if __name__ == "__main__":
-    sys.exit(run_tool(run, parse_arguments()))
+    sys.exit(main())

@@ -54,6 +54,7 @@ def test_another_text_or_vocabulary_is_refused_with_what_there_is_and_the_way_ou
 
 def test_a_folder_without_a_note_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "work" / "tokenizer").mkdir(parents=True)
+    Path(text).write_text("\n\n".join(f"Document {n} of many that are long enough." for n in range(600)))
     command = [sys.executable, str(QUICKSTART), "--folder", str(tmp_path / "work")]
     result = subprocess.run([*command, "--corpus", text], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
