@@ -42,6 +42,7 @@ from deberta_xl.checkpoint.pretrained_folder import Kind
 from deberta_xl.checkpoint.task_export import export_task
 from deberta_xl.checkpoint.tensor_files import DTYPES as STORED_DTYPES
 from deberta_xl.checkpoint.verify import TOLERANCES
+from deberta_xl.durations import duration
 from deberta_xl.finetuned import BEST_NAME, find_finetuned
 
 DTYPES = {"float32": STORED_DTYPES["F32"], "bfloat16": STORED_DTYPES["BF16"], "float16": STORED_DTYPES["F16"]}
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     files = sorted(path for path in arguments.destination.rglob("*") if path.is_file())
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     names = ", ".join(file.relative_to(arguments.destination).as_posix() for file in files)
-    print(f"{arguments.destination}: {megabytes:,.1f} MB in {time.monotonic() - started:.1f} s: {names}")
+    print(f"{arguments.destination}: {megabytes:,.1f} MB in {duration(time.monotonic() - started)}: {names}")
 
 
 def is_fine_tuned(source: Path) -> bool:

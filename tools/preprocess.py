@@ -38,6 +38,7 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.words import LONGEST_WORD
+from deberta_xl.durations import duration
 from deberta_xl.errors import counted
 from deberta_xl.launch import read_launch
 from deberta_xl.strict import own_path
@@ -166,7 +167,7 @@ def report(summary: Summary, seconds: float) -> None:
     """Print the summary."""
     share = summary.unknown_tokens / summary.tokens
     print(
-        f"{sum(file['size'] for file in summary.inputs) / 1e6:,.1f} MB in {seconds:.1f} s, "
+        f"{sum(file['size'] for file in summary.inputs) / 1e6:,.1f} MB in {duration(seconds)}, "
         f"{summary.tokens / seconds:,.0f} tokens/s; skipped: {counted(summary.bad_records, 'bad record')}, "
         f"{counted(summary.empty_documents, 'document')} without tokens"
     )

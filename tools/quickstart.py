@@ -36,6 +36,7 @@ from deberta_xl.data.questions import Question, questions
 from deberta_xl.data.text_form import TextForm, look_at
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.durable import replace_file
+from deberta_xl.durations import duration
 from deberta_xl.errors import UserError
 from deberta_xl.interruption import Interrupted
 from deberta_xl.strict import own_path
@@ -207,7 +208,7 @@ def report(folder: Path, seconds: float) -> None:
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(line["loss"] for line in lines if "loss" in line)
     last = [line for line in lines if "valid_loss" in line][-1]
-    announce(f"Done in {seconds / 60:.1f} minutes")
+    announce(f"Done in {duration(seconds)}")
     print(f"training loss at the start  {first:.3f} nats per masked token")
     print(f"validation loss at the end  {last['valid_loss']:.3f} (step {last['step']})")
     print(f"unigram of the training set {last['valid_unigram_entropy']:.3f}: the best possible without reading context")

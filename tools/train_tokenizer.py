@@ -33,6 +33,7 @@ from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer_rules import ALPHABET_CHARACTERS, NORMALIZATIONS, PARTIAL_COVERAGE, TokenizerRules
 from deberta_xl.data.tokenizer_training import MAX_LINES, TrainedTokenizer, train_tokenizer
+from deberta_xl.durations import duration
 from deberta_xl.strict import own_path
 
 SHOWN_CHARACTERS = 20
@@ -156,7 +157,7 @@ def train(arguments: argparse.Namespace) -> None:
     spare = tokenizer.vocab_size - tokenizer.num_pieces - 1
     print(
         f"{arguments.output}: {tokenizer.vocab_size:,} ids = {tokenizer.num_pieces:,} pieces + [MASK] (id "
-        f"{tokenizer.mask_id}) + {spare} spare ids, in {time.monotonic() - started:.0f} s"
+        f"{tokenizer.mask_id}) + {spare} spare ids, in {duration(time.monotonic() - started)}"
     )
     report_characters(TrainedTokenizer.of(tokenizer, rules, counts), rules)
 

@@ -42,7 +42,7 @@ class Work:
         return self.pace.left(self.total) if self.total else ""
 
     def count(self) -> str:
-        """`120/1,000 batches`; nothing for work that is not counted in anything people know."""
+        """`120/1,000 batches`; nothing for work that is not tracked in anything people know."""
         if not self.unit:
             return ""
         return f"{self.done:,}/{self.total:,} {self.unit}" if self.total else f"{self.done:,} {self.unit}"
@@ -78,8 +78,8 @@ def progress(description: str, total: int, unit: str = "") -> Iterator[Callable[
         show.end()
 
 
-def counted(items: Iterable[Item], description: str, total: int, unit: str) -> Iterator[Item]:
-    """The items, each of them counted when the next is asked for."""
+def tracked(items: Iterable[Item], description: str, total: int, unit: str) -> Iterator[Item]:
+    """The items, each of them tracked when the next is asked for."""
     with progress(description, total, unit) as advance:
         for item in items:
             yield item

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deberta_xl.data.progress import counted
+from deberta_xl.data.progress import tracked
 from deberta_xl.data.records import TaskDataError
 from deberta_xl.data.task_labels import encode_labels
 from deberta_xl.data.tasks import Example, Task
@@ -100,7 +100,7 @@ class TaskData:
         self.task, self.labels = task, list(labels)
         self.examples = encode_labels(task, labels, examples, where=where)
         framer = Framer(task, tokenizer, sequence_length, document_stride, is_training=is_training)
-        reading = counted(self.examples, f"tokenising {where}", len(self.examples), "examples")
+        reading = tracked(self.examples, f"tokenising {where}", len(self.examples), "examples")
         self.features = [feature for number, example in enumerate(reading) for feature in framer(number, example)]
         self.lengths = np.array([feature.length for feature in self.features])
         self.check_options(where)

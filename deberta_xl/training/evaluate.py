@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deberta_xl.data.loader import PretrainingData
-from deberta_xl.data.progress import counted
+from deberta_xl.data.progress import tracked
 from deberta_xl.data.unigram import cross_entropy
 from deberta_xl.launch import Launch, device_number
 from deberta_xl.model.masked_lm import MaskedLMOutput
@@ -131,7 +131,7 @@ def evaluate(
     options = {"max_samples": max_samples, "micro_batch_size": micro_batch_size, "rank": rank, "size": size}
     predictions = predict(guard(evaluation_batches(data, **options)))
     num_batches = batches_per_rank(min(data.num_rows, max_samples or data.num_rows), micro_batch_size, size)
-    for label_L, loss_sum, guess_L in counted(predictions, "evaluating", num_batches, "batches"):
+    for label_L, loss_sum, guess_L in tracked(predictions, "evaluating", num_batches, "batches"):
         sums += torch.stack([loss_sum.double(), (guess_L == label_L).sum().double()])
         label_counts += torch.bincount(label_L, minlength=vocab_size)
         labels.append(label_L.cpu())

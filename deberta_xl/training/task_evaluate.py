@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deberta_xl.data.progress import counted
+from deberta_xl.data.progress import tracked
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.model.heads import Perturb
 from deberta_xl.model.task_losses import hide_padding
@@ -50,7 +50,7 @@ def task_logits(
     found: dict[int, np.ndarray] = {}
     batches = guard(feature_batches(data, micro_batch_size, rank=rank, size=size))
     num_batches = batches_per_rank(len(data.lengths), micro_batch_size, size)
-    for numbers in counted(batches, "predicting", num_batches, "batches"):
+    for numbers in tracked(batches, "predicting", num_batches, "batches"):
         batch = build_task_micro_batch(data.batch(numbers), data.task.head, pin=False).to(device)
         logits = model(
             batch.input_ids_BS, batch.segments_BS, batch.token_types_BS, num_options=batch.num_options, perturb=entry

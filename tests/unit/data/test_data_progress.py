@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from deberta_xl import signs
 from deberta_xl.data import progress as progress_module
-from deberta_xl.data.progress import Work, counted, progress
+from deberta_xl.data.progress import Work, progress, tracked
 from deberta_xl.data.screen import Pace, compose, screen
 from deberta_xl.durations import duration
 from deberta_xl.training.metrics import TrainingLine, described
@@ -109,7 +109,7 @@ def test_the_pace_follows_the_later_half_of_the_work_and_remembers_little(monkey
 def test_a_rank_that_works_long_is_heard_by_its_heartbeat_at_every_unit_and_shows_nothing_when_it_is_short(capsys):
     ears = Ears()
     signs.listen(ears)
-    assert list(counted(iter("abc"), "evaluating", 3, "batches")) == ["a", "b", "c"]
+    assert list(tracked(iter("abc"), "evaluating", 3, "batches")) == ["a", "b", "c"]
     signs.listen(None)
     assert ears.moves == 3
     assert capsys.readouterr().err == ""
