@@ -1,21 +1,21 @@
-"""Pictures of a run: its loss curve, the words it confuses, and what it predicts for a few masked texts."""
+"""Pictures of a run: its loss curve, and the words it confuses."""
 
 from __future__ import annotations
 
 import json
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from deberta_xl.training.figure_text import Names, Picture, names_for
 from deberta_xl.training.run_folder import writing
 
 CONFUSION_WORDS = 20
-EXAMPLES = 24
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -50,7 +50,7 @@ def save_loss_curve(metrics_file: Path, picture: Path) -> None:
         figure.savefig(picture, dpi=120)
 
 
-def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> Figure:
+def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> Picture:
     """How often each of the most frequent masked words is taken for which: rows are the truth, shares of the row."""
     labels, guesses = label_L.numpy(), guess_L.numpy()
     words, counts = np.unique(labels, return_counts=True)
@@ -59,26 +59,17 @@ def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int],
     figure = new_figure(9, 8)
     axes = figure.subplots()
     image = axes.imshow(shares.reshape(len(words), len(words)), vmin=0, vmax=1, cmap="viridis")
-    names = [piece_of(int(word)) for word in words]
-    # Pieces are shown as they are: matplotlib takes what stands between two dollars for a formula.
-    axes.set_xticks(range(len(words)), names, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(words)), names, parse_math=False)
+    names = names_for([piece_of(int(word)) for word in words])
+    name_both_axes(axes, names)
     axes.set_xlabel("best guess")
     axes.set_ylabel("masked word")
     figure.colorbar(image, label="share of the row")
-    return figure
+    return Picture(figure, names.legend)
 
 
-def prediction_table(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> str:
-    """The first labelled tokens and the best guesses for them, as a Markdown table."""
-    rows: Sequence[str] = [
-        f"| {literal(piece_of(label))} | {literal(piece_of(guess))} | {'yes' if label == guess else ''} |"
-        for label, guess in zip(label_L[:EXAMPLES].tolist(), guess_L[:EXAMPLES].tolist(), strict=True)
-    ]
-    return "\n".join(["| masked word | best guess | right |", "|---|---|---|", *rows])
-
-
-def literal(piece: str) -> str:
-    """A piece as code in a Markdown table, whatever it is made of: entities mean nothing to Markdown."""
-    characters = (f"&#{ord(c)};" if c in string.punctuation else c for c in piece)
-    return f"<code>{''.join(characters)}</code>"
+def name_both_axes(axes: Axes, names: Names) -> None:
+    """The names at the rows and columns of a square picture."""
+    # Names are shown as they are: matplotlib takes what stands between two dollars for a formula.
+    look = {"fontfamily": names.families, "parse_math": False}
+    axes.set_xticks(range(len(names.shown)), names.shown, rotation=90, **look)
+    axes.set_yticks(range(len(names.shown)), names.shown, **look)

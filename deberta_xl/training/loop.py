@@ -26,8 +26,10 @@ from deberta_xl.training.batches import micro_batch_keys, step_batches
 from deberta_xl.training.empty_steps import EmptySteps
 from deberta_xl.training.engine import StepResult, run_step, set_learning_rate, update_is_finite
 from deberta_xl.training.evaluate import Evaluation, Predict, evaluate, predict_with
-from deberta_xl.training.figures import confusion_figure, prediction_table, save_loss_curve
+from deberta_xl.training.figure_text import legend_table
+from deberta_xl.training.figures import confusion_figure, save_loss_curve
 from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.masked_examples import MaskedExamples
 from deberta_xl.training.metrics import MetricsWriter, has_metric
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.pipelined import predict_in_pipeline, run_pipeline_step
@@ -204,6 +206,7 @@ class Pretraining:
             return True
         self.heartbeat.mark(self.state.step, "evaluation")
         self.engine.eval()
+        examples = MaskedExamples()
         try:
             result = evaluate(
                 self.predict,
@@ -216,7 +219,7 @@ class Pretraining:
                 size=self.groups.grid.data_parallel_size,
                 group=self.groups.data_group,
                 log_unigram=None if writer is None else self.data.log_unigram,
-                guard=partial(agreement.until_stopped, stop=self.stop),
+                guard=lambda batches: examples.watch(agreement.until_stopped(batches, stop=self.stop)),
             )
         except StopRequested:
             rank_zero("the evaluation of step %d is left unfinished; the next start makes it anew", self.state.step)
@@ -224,10 +227,10 @@ class Pretraining:
         finally:
             self.engine.train()
         if writer is not None:
-            self.write_evaluation(writer, result)
+            self.write_evaluation(writer, result, examples)
         return True
 
-    def write_evaluation(self, writer: MetricsWriter, result: Evaluation) -> None:
+    def write_evaluation(self, writer: MetricsWriter, result: Evaluation, examples: MaskedExamples) -> None:
         """One evaluation to console, metrics, TensorBoard and the loss curve."""
         step, piece_of = self.state.step, self.piece_of
         values = {
@@ -238,8 +241,11 @@ class Pretraining:
         }
         writer.write(step, values)
         if len(result.label_L):
-            writer.write_text(step, "valid/predictions", prediction_table(result.label_L, result.guess_L, piece_of))
-            writer.write_figure(step, "valid/confusion", confusion_figure(result.label_L, result.guess_L, piece_of))
+            writer.write_text(step, "valid/predictions", examples.table(result.guess_L, piece_of))
+            confusion = confusion_figure(result.label_L, result.guess_L, piece_of)
+            writer.write_figure(step, "valid/confusion", confusion.figure)
+            if confusion.legend:
+                writer.write_text(step, "valid/confusion_names", legend_table(confusion.legend))
         save_loss_curve(self.folder.metrics, self.folder.path / "loss.png")
         rank_zero(
             "step %d  validation loss %.4f (unigram of the training set: %.4f)  perplexity %.2f  accuracy %.1f %%",

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.tasks import Example, Task
-from deberta_xl.training.figures import new_figure
+from deberta_xl.training.figure_text import Picture, names_for
+from deberta_xl.training.figures import name_both_axes, new_figure
 from deberta_xl.training.run_folder import writing
 
 CALIBRATION_BINS = 10
@@ -23,13 +24,13 @@ COUNTED_CLASSES = 20
 
 def task_figures(
     task: Task, labels: Sequence[str], examples: Sequence[Example], found: Sequence[Prediction]
-) -> dict[str, Figure]:
+) -> dict[str, Picture]:
     """The figures that a kind of task has, by name."""
     if task.head == "classification":
         pairs = [(example.label, p.value) for example, p in zip(examples, found, strict=True)]
         return {
             "confusion": class_confusion(labels, pairs),
-            "calibration": calibration(*confidences(examples, found)),
+            "calibration": Picture(calibration(*confidences(examples, found))),
         }
     if task.head == "token":
         pairs = [
@@ -39,9 +40,9 @@ def task_figures(
         ]
         return {"confusion": class_confusion(labels, pairs)}
     if task.head == "choice":
-        return {"calibration": calibration(*confidences(examples, found))}
+        return {"calibration": Picture(calibration(*confidences(examples, found)))}
     if task.head == "regression":
-        return {"scatter": scatter([e.label for e in examples], [p.value for p in found])}
+        return {"scatter": Picture(scatter([e.label for e in examples], [p.value for p in found]))}
     return {}
 
 
@@ -52,7 +53,7 @@ def confidences(examples: Sequence[Example], found: Sequence[Prediction]) -> tup
     return sure, right
 
 
-def class_confusion(labels: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Figure:
+def class_confusion(labels: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Picture:
     """Rows are the truth; numbers are counts, colours shares of the row. The most frequent classes, where many are."""
     counts = np.zeros((len(labels), len(labels)), int)
     for gold, value in pairs:
@@ -64,15 +65,15 @@ def class_confusion(labels: Sequence[str], pairs: Sequence[tuple[int, int]]) -> 
     figure = new_figure(size + 1, size)
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
-    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(names)), names, parse_math=False)
+    drawn = names_for(names)
+    name_both_axes(axes, drawn)
     axes.set(xlabel="predicted", ylabel="true")
     if len(shown) < len(labels):
         axes.set_title(f"the {len(shown)} most frequent of {len(labels)} classes")
     for (row, column), count in np.ndenumerate(counts) if len(shown) <= COUNTED_CLASSES else ():
         axes.text(column, row, count, ha="center", va="center", color="black" if shares[row, column] > 0.6 else "white")
     figure.colorbar(image, label="share of the row")
-    return figure
+    return Picture(figure, drawn.legend)
 
 
 def calibration_error(sure: np.ndarray, right: np.ndarray) -> float:

@@ -32,6 +32,7 @@ from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.batches import micro_batch_keys
 from deberta_xl.training.empty_steps import EmptySteps
 from deberta_xl.training.engine import set_learning_rate, update_is_finite
+from deberta_xl.training.figure_text import Picture, legend_lines, legend_table
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.ownership import Ownership
@@ -248,13 +249,23 @@ class Finetuning:
         is_best = self.state.take(main, values[main])
         if writer is not None:
             writer.write(step, {f"valid_{name}": value for name, value in values.items()})
-            for name, figure in task_figures(data.task, data.labels, data.examples, found).items():
-                writer.write_figure(step, f"valid/{name}", figure)
-                with writing(picture := self.folder.path / f"{name}.png"):
-                    figure.savefig(picture, dpi=120)
+            for name, picture in task_figures(data.task, data.labels, data.examples, found).items():
+                self.write_picture(writer, name, picture)
             save_metric_curves(self.folder.metrics, data.task.metrics, self.folder.path / "metrics.png")
             rank_zero("step %d  %s%s", step, described(values), "  (best so far)" if is_best else "")
         return is_best
+
+    def write_picture(self, writer: MetricsWriter, name: str, picture: Picture) -> None:
+        """A picture for TensorBoard and the run folder; what its names stand for in a text beside it, said once."""
+        step, legend_file = self.state.step, self.folder.path / f"{name}.txt"
+        writer.write_figure(step, f"valid/{name}", picture.figure)
+        with writing(path := self.folder.path / f"{name}.png"):
+            picture.figure.savefig(path, dpi=120)
+        if picture.legend:
+            if not legend_file.exists():
+                rank_zero("%s.png has no room or no font for some names; %s has them", name, legend_file)
+            writer.write_text(step, f"valid/{name}_names", legend_table(picture.legend))
+            write_text(legend_file, legend_lines(picture.legend))
 
     def finish(self, writer: MetricsWriter | None, agreement: Agreement) -> State:
         """Close the files and say how the run ended; at its end, write what the best weights predict. Collective."""

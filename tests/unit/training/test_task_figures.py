@@ -39,7 +39,7 @@ def test_the_confusion_counts_truth_by_row():
     gold, found = [0, 0, 0, 1], [0, 1, 1, 1]
     examples = [Example(str(n), ("x",), label) for n, label in enumerate(gold)]
     predictions = [Prediction(value, np.array([0.5, 0.5])) for value in found]
-    axes = task_figures(task, ["a", "b"], examples, predictions)["confusion"].axes[0]
+    axes = task_figures(task, ["a", "b"], examples, predictions)["confusion"].figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["1", "2", "0", "1"]
 
 
@@ -48,7 +48,7 @@ def test_many_classes_with_any_name_make_a_picture_of_bounded_size(tmp_path):
     labels = ["$$", "_$x$", *(f"class {n}" for n in range(2000))]
     examples = [Example(str(n), ("x",), n % 60) for n in range(600)]
     predictions = [Prediction(n % 2, np.array([0.5, 0.5])) for n in range(600)]
-    figure = task_figures(task, labels, examples, predictions)["confusion"]
+    figure = task_figures(task, labels, examples, predictions)["confusion"].figure
     figure.savefig(tmp_path / "confusion.png")
     assert max(figure.get_size_inches()) <= 13
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
