@@ -56,7 +56,7 @@ def run_tool(
         return 2
     except Interrupted as interruption:
         end_interrupted(interruption, promised)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the interpreter's end would wait for peers
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # the interpreter's end would wait for peers
             os._exit(interruption.status)
         return interruption.status
     return 0
