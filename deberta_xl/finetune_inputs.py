@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 TRAIN, VALID = "train", "valid"
 DEFAULT_PRESET = "finetune"
-MANY_UNKNOWN = 0.01
-"""Share of unknown tokens above which a tokenizer does not suit a text."""
 SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
 """Options of the command line that stand for keys of the configuration."""
 
@@ -210,11 +208,6 @@ def tokenize(
         rank_zero(
             "%s: %d of %d answers fit into no window of model.sequence_length=%d; trained on as if there were none",
             split, cuts.unreached, cuts.total, config.model.sequence_length, level=logging.WARNING,
-        )  # fmt: skip
-    if data.unknown_share > MANY_UNKNOWN:
-        rank_zero(
-            "%s: %.1f %% of the tokens are [UNK]: the model's tokenizer lacks characters of this text",
-            split, 100 * data.unknown_share, level=logging.WARNING,
         )  # fmt: skip
     return data
 

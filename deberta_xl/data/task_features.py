@@ -24,6 +24,8 @@ from deberta_xl.finetune_config import PAD_MULTIPLE
 from deberta_xl.log import rank_zero
 
 IGNORED = -100
+MANY_UNKNOWN = 0.01
+"""Share of unknown tokens above which a tokenizer does not suit a text."""
 
 
 class Row(NamedTuple):
@@ -110,6 +112,9 @@ class TaskData:
         num_unknown = sum(np.count_nonzero(row == tokenizer.unk_id) for row in ids)
         self.unknown_share = num_unknown / max(1, sum(np.count_nonzero(row >= tokenizer.unk_id) for row in ids))
         self.says_something = any(map(np.any, map(tokenizer.says_something.__getitem__, ids)))
+        if self.unknown_share > MANY_UNKNOWN:
+            text = "%s: %.1f %% of the tokens are [UNK]: the model's tokenizer lacks characters of this text"
+            rank_zero(text, where, 100 * self.unknown_share, level=logging.WARNING)
         missing = sum(example.label is None for example in self.examples)
         self.check_words(where, sequence_length)
         if is_training:

@@ -9,10 +9,11 @@ like any other string, so no document can forge a special id. `tools/preprocess.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,8 @@ class Tokenizer:
     """Text to ids and back. `spm_model` is the serialised SentencePiece model; `vocab_size` counts the whole table;
     `rules` are what is done to a text besides.
 
-    Tables by id, `[vocab_size]`: `word_flags`, uint8, says which begin a word when whole words are masked
-    (`data/words.py`), `original_word_starts`, bool, which do so for the original; `special`, bool, which are never
-    predicted (the specials, those among the added tokens, and the spare ids).
+    `special`, bool `[vocab_size]`: ids that are never predicted (the specials, those among the added tokens, and the
+    spare ids).
     """
 
     pad_id, cls_id, sep_id, unk_id = range(4)
@@ -69,16 +69,32 @@ class Tokenizer:
         ordinary = range(len(SPECIAL_PIECES), self.num_pieces)
         self.special = np.ones(self.vocab_size, bool)
         self.special[ordinary] = False
-        pieces = [self.processor.id_to_piece(i) for i in ordinary]
-        self.original_word_starts = np.ones(self.vocab_size, bool)
-        self.original_word_starts[ordinary] = list(map(begins_word, pieces))
-        bytes_ = (int(piece[1:-1], 16) if self.processor.is_byte(i) else None for i, piece in enumerate(pieces, 4))
-        self.word_flags = np.full(self.vocab_size, BEGINS, np.uint8)
-        self.word_flags[ordinary] = list(map(word_flags, pieces, bytes_))
         for token in self.rules.added:
-            self.special[token.id], self.word_flags[token.id] = token.special, BEGINS
-            self.original_word_starts[token.id] = True
+            self.special[token.id] = token.special
         self.ruled = None if self.rules.is_plain else RuledEncoder(spm_model, self.processor, self.rules)
+
+    @functools.cached_property
+    def word_flags(self) -> np.ndarray:
+        """What each id does to the words around it, uint8 `[vocab_size]`; specials, added and spare ids begin one."""
+        return self.table_of(self.flags_of_piece, BEGINS, np.uint8)
+
+    @functools.cached_property
+    def original_word_starts(self) -> np.ndarray:
+        """Ids that begin a word by the original's rule, bool `[vocab_size]`."""
+        return self.table_of(lambda number: begins_word(self.processor.id_to_piece(number)), True, bool)
+
+    def table_of(self, value_of: Callable[[int], Any], other: Any, dtype: type) -> np.ndarray:
+        """A table by id of what is said of ordinary pieces; `other` for all other ids."""
+        table = np.full(self.vocab_size, other, dtype)
+        ordinary = range(len(SPECIAL_PIECES), self.num_pieces)
+        table[ordinary] = list(map(value_of, ordinary))
+        table[list(self.added)] = other
+        return table
+
+    def flags_of_piece(self, number: int) -> int:
+        """`word_flags` of a piece."""
+        piece = self.processor.id_to_piece(number)
+        return word_flags(piece, int(piece[1:-1], 16) if self.processor.is_byte(number) else None)
 
     @property
     def word_starts(self) -> np.ndarray:

@@ -68,15 +68,16 @@ def word_flags(piece: str, byte: int | None = None) -> int:
     """BEGINS, JOINS and ENDS of a piece; `byte` is what it stands for where the tokenizer falls back to bytes."""
     if byte is not None:
         return flags_of_byte(byte)
-    if not piece:
-        return 0
     flags = BEGINS if begins_word(piece) else 0
+    if piece.removeprefix(WORD_MARK).isascii():
+        return flags
     if joins_before(piece[0]):
         flags |= JOINS
     elif lacks_spaces(piece[0]):
         flags |= BEGINS
-    last = next((character for character in reversed(piece) if not joins_before(character)), piece[-1])
-    return flags | (ENDS if lacks_spaces(last) else 0)
+    while len(piece) > 1 and joins_before(piece[-1]):
+        piece = piece[:-1]
+    return flags | (ENDS if lacks_spaces(piece[-1]) else 0)
 
 
 def flags_of_byte(byte: int) -> int:
