@@ -12,11 +12,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from deberta_xl.config import RunConfig
+from deberta_xl.config_file import Config, preset_names, section_types, to_toml
 from deberta_xl.data.screen import screen
 from deberta_xl.errors import ConfigError, Diverged, PeerError, UserError
+from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero, take_any_character
 from deberta_xl.rendezvous import meeting_point
+from deberta_xl.settings_reference import Help
 from deberta_xl.stop_request import StopRequest
 
 REFUSED = 4
@@ -26,20 +30,37 @@ there, too.
 Not 2, which Python gives when it cannot open a script; `slurm/lib/launch.sh` knows this number."""
 
 
-def build_parser(description: str, example: str, presets: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that every training command has. Overrides may stand anywhere: use `parse_intermixed_args`."""
+def build_parser(description: str, example: str, root: type[Config]) -> argparse.ArgumentParser:
+    """The options that every training command has; `root` is its configuration's class. Use `parse` with it."""
     take_any_character()  # --help is shown before anything else
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=formatter, add_help=False)
+    sections = ", ".join(section_types(root))
     parser.add_argument(
-        "--config", required=True, help=f"preset ({', '.join(presets)}), TOML file, or a model's folder"
+        "-h", "--help", action=Help, root=root, metavar="SECTION",
+        help=f"this help, or the settings of a section ({sections}), of one key (train.steps), or all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", required=True, help=f"preset ({', '.join(preset_names(root))}), TOML file, or a model's folder"
     )
-    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON: ZeRO stage, precision, offload")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON: ZeRO stage, precision, offload (required)")
+    parser.add_argument(
+        "--print-config", "--print_config", action="store_true",
+        help="print the whole configuration as TOML, which --config reads, then exit",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="check everything that can be checked at once, then exit")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --check: describe the run on N ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. train.steps=500")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments; overrides may stand anywhere among them."""
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.deepspeed_config is None and not parsed.print_config:
+        parser.error("the following arguments are required: --deepspeed_config (deepspeed_configs/ has some)")
+    return parsed
 
 
 def launch_of(arguments: argparse.Namespace) -> Launch:
@@ -59,6 +80,7 @@ def launch_of(arguments: argparse.Namespace) -> Launch:
 def run_command(
     arguments: argparse.Namespace,
     *,
+    read_config: Callable[[str, Sequence[str]], RunConfig | FinetuneConfig],
     read_inputs: Callable[[argparse.Namespace], Any],
     print_arithmetic: Callable[[Any], None],
     assemble: Callable[[Any, StopRequest], Any],
@@ -66,12 +88,17 @@ def run_command(
 ) -> None:
     """A training command from its arguments on.
 
-    `read_inputs` raises UserError for what cannot be; with `--check` the run is only described. `assemble` makes the
-    run (`Pretraining`, `Finetuning`), which is trained; `conclude` comes after its last step, not after a stop.
+    `read_config` takes --config and the overrides. `read_inputs` raises UserError for what cannot be; with `--check`
+    the run is only described. `assemble` makes the run (`Pretraining`, `Finetuning`), which is trained; `conclude`
+    comes after its last step, not after a stop.
     """
     configure_logging()
-    stop = StopRequest()
+    stop = None if arguments.print_config else StopRequest()
     try:
+        if arguments.print_config:
+            text = to_toml(read_config(arguments.config, arguments.overrides))
+            sys.stdout.write(text if read_launch().rank == 0 else "")
+            return
         if arguments.ranks is None:
             meeting_point(read_launch())
         inputs = read_inputs(arguments)

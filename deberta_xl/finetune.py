@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from deberta_xl.config_file import preset_names
 from deberta_xl.data.tasks import task_names
 from deberta_xl.durable import below
-from deberta_xl.entry_point import build_parser, run_command
+from deberta_xl.entry_point import build_parser, parse, run_command
 from deberta_xl.finetune_config import FinetuneConfig, SiftSection
-from deberta_xl.finetune_inputs import SHORT_FORMS, Inputs, read_inputs
+from deberta_xl.finetune_inputs import SHORT_FORMS, Inputs, read_config, read_inputs
 from deberta_xl.log import rank_zero
 from deberta_xl.model.parameter_shapes import task_parameter_shapes
 from deberta_xl.parallel.memory import estimate_task_memory
@@ -40,17 +39,18 @@ example:
       run.folder=runs/sst2 train.epochs=3
 
 The same command in the same run folder resumes from its newest whole checkpoint.
-Every key of the presets and of deberta_xl/finetune_config.py can be overridden. docs/finetuning.md has the rest."""
+Every key of the configuration can be overridden: --help SECTION shows them, and docs/settings.md. docs/finetuning.md
+has the rest."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; --task, --data and --init are other words for keys of the configuration."""
     description = "Fine-tune a DeBERTa on DeepSpeed, with SiFT or without."
-    parser = build_parser(description, EXAMPLE, preset_names(FinetuneConfig))
+    parser = build_parser(description, EXAMPLE, FinetuneConfig)
     parser.add_argument("--task", help=f"a TOML file, or one of: {', '.join(task_names())}")
     parser.add_argument("--data", help="folder with the task's files")
     parser.add_argument("--init", help="folder of the pretrained (or fine-tuned) model to start from")
-    parsed = parser.parse_intermixed_args(arguments)
+    parsed = parse(parser, arguments)
     given = {key: getattr(parsed, short) for short, key in SHORT_FORMS.items() if getattr(parsed, short) is not None}
     parsed.overrides += [f"{key}={value}" for key, value in given.items()]
     return parsed
@@ -172,6 +172,7 @@ def main() -> None:
     """The command."""
     run_command(
         parse_arguments(),
+        read_config=read_config,
         read_inputs=read_inputs,
         print_arithmetic=print_arithmetic,
         assemble=assemble,

@@ -22,13 +22,13 @@ if not __package__:
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.config import ModelSection, RunConfig
-from deberta_xl.config_file import complete_config, load_run_config, model_folder, preset_names
+from deberta_xl.config_file import complete_config, load_run_config, model_folder
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.durable import below
-from deberta_xl.entry_point import build_parser, launch_of, run_command
+from deberta_xl.entry_point import build_parser, launch_of, parse, run_command
 from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
@@ -49,13 +49,13 @@ example:
       --deepspeed_config deepspeed_configs/cpu_debug.json data.train=data/wiki run.folder=runs/first train.steps=500
 
 The same command in the same run folder resumes from its newest whole checkpoint.
-Every key of the presets (deberta_xl/configs/*.toml) and of deberta_xl/config.py can be overridden."""
+Every key of the configuration can be overridden: --help SECTION shows them, and docs/settings.md."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     description = "Pretrain a DeBERTa with enhanced mask decoder on DeepSpeed."
-    return build_parser(description, EXAMPLE, preset_names()).parse_intermixed_args(arguments)
+    return parse(build_parser(description, EXAMPLE, RunConfig), arguments)
 
 
 class Inputs(NamedTuple):
@@ -243,6 +243,7 @@ def main() -> None:
     """The command."""
     run_command(
         parse_arguments(),
+        read_config=read_config,
         read_inputs=read_inputs,
         print_arithmetic=print_arithmetic,
         assemble=assemble,

@@ -18,6 +18,7 @@ from deberta_xl.data.corpus import expand_inputs
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import TaskSection
+from deberta_xl.settings_reference import as_markdown
 from deberta_xl.strict import divisors, own_path
 
 PAPER_PRESETS = ["base", "large", "xlarge", "xxlarge"]
@@ -357,3 +358,8 @@ def test_torch_is_not_imported_for_the_configuration():
     program = "import sys, deberta_xl.config_file; print(*sorted({'torch', 'deepspeed', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_page_of_settings_is_what_the_configuration_says():
+    page = (Path(__file__).parent.parent.parent / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == as_markdown(), "write it anew: python tools/settings.py --output docs/settings.md"
