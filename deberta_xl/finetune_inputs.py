@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from deberta_xl.checkpoint.head_facts import HeadFacts
 
 TRAIN, VALID = "train", "valid"
+MANY_SHARED = 0.01
+"""Share of held-out examples whose texts are trained on, above which that is said."""
 DEFAULT_PRESET = "finetune"
 SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
 """Options of the command line that stand for keys of the configuration."""
@@ -86,8 +88,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     for split, of_split in data.items():
         if split == VALID or (split != TRAIN and of_split.is_labelled):
             check_defined(task, labels, of_split.examples, where=f"{config.task.data}, {split}")
-    if "span_f1" in task.metrics:
-        rank_zero("entities are read from tags of the scheme %s", scheme_of(labels).name)
+    report_measures(task, labels, examples)
     head = describe_head(task, labels, architecture, pooling, config)
     if not config.train.fresh_weights and not step_folders(Path(config.run.folder) / "checkpoints"):
         check_weights(config, architecture, head)
@@ -98,6 +99,20 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
         total_steps, config.schedule.for_steps(total_steps), weights,
         fingerprints_of(architecture, head, examples[TRAIN], tokenizer, config),
     )  # fmt: skip
+
+
+def report_measures(task: Task, labels: Sequence[str], examples: Mapping[str, Sequence[Example]]) -> None:
+    """Say what the metrics are of, where that was found out, and how much of what is held out is trained on."""
+    if "span_f1" in task.metrics:
+        rank_zero("entities are read from tags of the scheme %s", scheme_of(labels).name)
+    if "f1" in task.metrics and task.labels is None:
+        rank_zero("f1 is of the label %r, the second of %s", labels[1], ", ".join(labels))
+    trained = {example.texts for example in examples[TRAIN]}
+    for split, found in examples.items():
+        shared = sum(example.texts in trained for example in found) if split != TRAIN else 0
+        if shared > MANY_SHARED * len(found):
+            text = "%s: the texts of %d of %d examples are trained on, too: its metrics tell little of new texts"
+            rank_zero(text, split, shared, len(found), level=logging.WARNING)
 
 
 def read_config(name: str, overrides: Sequence[str]) -> FinetuneConfig:

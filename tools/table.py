@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--split {arguments.split}: the runs have measured {', '.join(splits)}")
     header = ["task", "setting", "metric", "seeds", "mean", "deviation", "best (run)"]
     rows = [header, ["---"] * len(header), *rows_of(runs, arguments.split)]
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    text = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
     print(text, end="")
     if arguments.output is not None:
         write_output(arguments.output, text)

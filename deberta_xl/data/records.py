@@ -118,6 +118,8 @@ def read_table(path: Path, columns: Sequence[str] | None, skips_broken: bool) ->
     with open_text(path, newline="") as file:
         rows = csv.reader(file, **dialect)
         names = list(columns) if columns else next(rows, [])
+        if twice := [name for number, name in enumerate(names) if name and name in names[:number]]:
+            raise TaskDataError(f"{path}: several columns are called {twice[0]!r}; name all columns differently")
         for row in filter(None, whole_rows(rows, path)):
             place = f"{path}:{rows.line_num}"
             if len(row) == len(names):

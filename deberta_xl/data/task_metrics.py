@@ -48,7 +48,8 @@ def evaluate_metrics(
 ) -> dict[str, float | None]:
     """All metrics of the task, by name; None where the predictions leave one undefined."""
     scored = Scored(task, labels, examples, found)
-    return {name: METRICS[name](scored) for name in task.metrics}
+    values = {name: METRICS[name](scored) for name in task.metrics}
+    return {name: value if value is not None and np.isfinite(value) else None for name, value in values.items()}
 
 
 def check_defined(task: Task, labels: Sequence[str], examples: Sequence[Example], *, where: str) -> None:

@@ -110,9 +110,10 @@ def squad(scored: Scored) -> str:
 
 
 def conll(scored: Scored) -> str:
-    """Word and tag a line, a blank line after each sentence."""
+    """Word and tag a line, a blank line after each sentence; a tab between them where a word holds a blank."""
+    separator = "\t" if any(" " in word for example in scored.examples for word in example.texts) else " "
     sentences = []
     for example, tags in zip(scored.examples, scored.values, strict=True):
         named = zip(example.texts, tags, strict=True)
-        sentences.append("".join(f"{word} {scored.labels[tag]}\n" for word, tag in named))
+        sentences.append("".join(f"{word}{separator}{scored.labels[tag]}\n" for word, tag in named))
     return "\n".join(sentences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from small_task import finetune_arguments, write_encoder, write_sentences
 
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.config_file import load_config, preset_names, to_toml
+from deberta_xl.data.tasks import Example, Source, Task
 from deberta_xl.errors import UserError
 from deberta_xl.finetune import parse_arguments
 from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.finetune_inputs import read_inputs
+from deberta_xl.finetune_inputs import read_inputs, report_measures
 from deberta_xl.training.task_state import TaskState
 
 
@@ -171,3 +173,18 @@ def test_a_new_head_takes_the_activation_behind_cls_of_the_model_it_starts_from(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pooler_hidden_act": "tanh"}))
     inputs = read_inputs(parse_arguments(finetune_arguments(tmp_path / "hub", sentences, tmp_path / "run")))
     assert inputs.head.head.pooler_act == "tanh"
+
+
+def test_what_the_metrics_are_of_and_held_out_texts_that_are_trained_on_are_said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("deberta_xl"), "propagate", True)
+    caplog.set_level(logging.INFO, "deberta_xl")
+    source = [Source(files={})]
+    texts = [Example(str(number), (f"text {number}",), "a") for number in range(8)]
+    task = Task(name="t", head="classification", metrics=["f1"], sources=source)
+    report_measures(task, ["fake", "real"], {"train": texts[:4], "valid": texts[3:6], "test": texts[6:]})
+    assert "f1 is of the label 'real'" in caplog.text
+    assert "valid: the texts of 1 of 3 examples are trained on" in caplog.text
+    assert "test:" not in caplog.text
+    task = Task(name="t", head="token", metrics=["span_f1"], sources=source)
+    report_measures(task, ["O", "U-X"], {"train": []})
+    assert "tags of the scheme BILOU" in caplog.text

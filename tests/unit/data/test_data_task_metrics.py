@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,11 @@ def test_f1_of_three_labels_is_refused():
 def test_predictions_that_differ_by_rounding_alone_are_as_good_as_equal():
     found = [1.0, 1.0 + 1e-15, 1.0]
     assert score(task_of("regression", "pearson"), [], [1.0, 2.0, 4.0], found) == {"pearson": None}
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_metric_that_is_no_number_is_undefined():
+    assert score(task_of("regression", "mean_squared_error"), [], [1e200], [-1e200]) == {"mean_squared_error": None}
 
 
 def test_several_labels_of_which_none_comes_leave_f1_undefined():
@@ -152,6 +158,12 @@ def test_submissions_have_the_benchmarks_format(tmp_path, name, found, text):
     task = load_task(name)
     examples = read_split(task, write_task(name, tmp_path), "train")
     assert submission(task, labels_of(task, examples), examples, found) == text
+
+
+def test_words_that_hold_a_blank_are_submitted_with_tabs():
+    task = replace(load_task("conll"), labels=["B-LOC", "O"])
+    examples = [Example("0", ("New York", "is"), None)]
+    assert submission(task, task.labels, examples, [Prediction((0, 1), None)]) == "New York\tB-LOC\nis\tO\n"
 
 
 def test_logits_over_windows_become_the_best_answer(small_dataset, tmp_path):

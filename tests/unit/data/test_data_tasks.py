@@ -248,6 +248,7 @@ BAD = [
     ("wsc", {"train.jsonl": '{"text": "p", "target": {}}\n'}, "is not in the format 'wsc': KeyError"),
     ("sst2", {"train.tsv": "sentence\tlabel\nx\ty\t1\n"}, "train.tsv:2: 3 columns, expected 2"),
     ("sst2", {"train.tsv": "sentence\tlable\nx\t1\n"}, "no column 'label' .* there are: sentence, lable"),
+    ("sst2", {"train.tsv": "sentence\tlabel\tlabel\nx\t1\t0\n"}, "several columns are called 'label'"),
     ("swag", {"train.csv": 'sent1,label\n"a,1\n'}, "not a table with commas and quotes"),
     ("swag", {"train.csv": "sent1,sent2,ending0,ending1,ending2,ending3,label\na,b,c,d,e,f,7\n"}, "option 7 of 0 … 3"),
 ]
