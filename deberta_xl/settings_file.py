@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_xl.errors import ConfigError
+from deberta_xl.small_file import read_small
 
 OTHER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16's, which it begins with
@@ -19,7 +20,10 @@ OTHER_MARKS = (
 
 def read_settings(path: Path, language: str) -> str:
     """The text of a file of settings, without a byte-order mark. Raises ConfigError for what is no UTF-8."""
-    content = path.read_bytes()
+    try:
+        content = read_small(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     encoding = next((name for mark, name in OTHER_MARKS if content.startswith(mark)), None)
     if encoding is None and b"\0" in content[:4096]:
         encoding = "UTF-16LE"  # every other byte of it is zero, at least of the names of keys

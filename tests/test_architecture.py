@@ -64,6 +64,7 @@ FLOORS = {
     "settings_file": Floor(0, "0"),
     "settings_reference": Floor(0, "0"),
     "signs": Floor(0, "0"),
+    "small_file": Floor(0, "0"),
     "stop_request": Floor(0, "0"),
     "strict": Floor(0, "0"),
     "kernels": Floor(1, "1a"),

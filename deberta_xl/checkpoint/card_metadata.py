@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.small_file import read_json, read_small
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -70,7 +70,7 @@ def read_metadata(given: Sequence[str]) -> CardMetadata:
 def read_toml(path: Path) -> dict[str, Any]:
     """The keys of a TOML file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_small(path).decode("utf-8-sig"))
     except OSError as error:
         raise CheckpointError(
             f"--card {path} cannot be read: {error.strerror}; give KEY=VALUE or the path of a TOML file"
@@ -115,7 +115,7 @@ def base_model_of(init: str) -> str:
 def read_field(path: Path, key: str) -> str | None:
     """A text in a file of JSON that may be gone by now."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")).get(key)
+        value = read_json(path).get(key)
     except (OSError, ValueError, AttributeError):
         return None
     return value if isinstance(value, str) else None

@@ -6,7 +6,6 @@ model's. The destination appears whole, verified where asked for, or not at all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE, unread_files
 from deberta_xl.durable import below, write_files
 from deberta_xl.log import logger
+from deberta_xl.small_file import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +259,7 @@ def warn_of_other_buckets(config: DebertaConfig, rule_there: str, why: str) -> N
 def trained_length(model: Pretrained) -> int:
     """The longest sequence that a model was trained on, as far as is recorded; the longest it takes otherwise."""
     path = model.folder / STATE_NAME
-    prints = json.loads(path.read_bytes()).get("fingerprints", {}) if path.is_file() else {}
+    prints = read_json(path).get("fingerprints", {}) if path.is_file() else {}
     recorded = stated_length(model.folder) if model.kind == "huggingface" else prints.get("sequence_length")
     return recorded or model.config.max_position_embeddings
 

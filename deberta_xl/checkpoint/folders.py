@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deberta_xl.checkpoint.agreement import on_rank_zero, rank_and_size, together
 from deberta_xl.checkpoint.manifest import CheckpointError, read_manifest, step_folder_name, step_folders, verify_files
+from deberta_xl.durable import remove
 from deberta_xl.log import logger, rank_zero
 
 
@@ -28,7 +29,7 @@ def make_partial_folder(checkpoints: Path, step: int) -> Path:
 def remove_partial_folders(checkpoints: Path) -> None:
     """Delete what saves that never finished have left."""
     for leftover in checkpoints.glob(".step-*.partial"):
-        shutil.rmtree(leftover)
+        remove(leftover)
 
 
 def newest_whole_checkpoint(checkpoints: Path, *, collective: bool) -> Path | None:

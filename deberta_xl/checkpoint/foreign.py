@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from deberta_xl.checkpoint.native_config import MODEL_TYPE, explain
 from deberta_xl.checkpoint.pretrained_folder import Origin, Pretrained, complete
 from deberta_xl.checkpoint.tensor_files import find_weight_file, open_tensors
 from deberta_xl.data.tokenizer_files import TOKENIZER_FILES
+from deberta_xl.small_file import read_json
 
 CONFIG_NAMES = ("config.json", "model_config.json")
 GENERATOR_CONFIG_NAMES = ("generator_config.json", *CONFIG_NAMES)
@@ -30,7 +30,7 @@ def read_config_fields(folder: Path, names: tuple[str, ...] = CONFIG_NAMES) -> d
     for name in names:
         if (folder / name).is_file():
             try:
-                fields = json.loads((folder / name).read_text(encoding="utf-8"))
+                fields = read_json(folder / name)
             except ValueError as error:
                 raise CheckpointError(f"{folder / name} is not JSON: {error}") from error
             if not isinstance(fields, dict):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from deberta_xl.architecture import HeadConfig
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.tasks import Source, Submission, Task
+from deberta_xl.small_file import read_json
 
 HEAD_NAME = "head.json"
 
@@ -36,7 +37,7 @@ def read_head(folder: Path) -> HeadFacts:
     """What head.json of a fine-tuned folder says. Raises CheckpointError when there is none."""
     path = folder / HEAD_NAME
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         task = fields["task"]
         sources = [Source(**source) for source in task["sources"]]
         task = Task(**task | {"sources": sources, "submission": Submission(**task["submission"])})

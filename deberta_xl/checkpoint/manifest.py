@@ -17,6 +17,7 @@ from deberta_xl import signs
 from deberta_xl.data.progress import progress
 from deberta_xl.durable import sync, write_file
 from deberta_xl.errors import UserError
+from deberta_xl.small_file import read_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -76,7 +77,7 @@ def read_manifest(folder: Path) -> dict[str, FileFacts]:
     """The files of a checkpoint, by path inside it. Raises CheckpointError when there is no usable manifest."""
     path = folder / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_without_repetition)
+        content = read_json(path, object_pairs_hook=_without_repetition)
         if content["format"] != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format {content['format']!r} is not {FORMAT_VERSION}, the one read here")
         files = {name: FileFacts(int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()}
@@ -86,7 +87,7 @@ def read_manifest(folder: Path) -> dict[str, FileFacts]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(f"{path} is damaged: it is no list of files with sizes and hashes") from None
     for name in files:
         inside(folder, name)
@@ -104,7 +105,11 @@ def inside(folder: Path, name: str) -> Path:
     """The path of the file `name` of a checkpoint. Raises CheckpointError when it would lie outside the folder."""
     parts = PurePosixPath(name).parts
     path = folder / name
-    if not parts or ".." in parts or "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        is_outside = not parts or ".." in parts or "\0" in name or not path.resolve().is_relative_to(folder.resolve())
+    except RuntimeError:  # links that lead to each other
+        is_outside = True
+    if is_outside:
         raise CheckpointError(f"{folder / MANIFEST_NAME} names {name!r}, which lies outside its folder: not read")
     return path
 

@@ -18,6 +18,7 @@ from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.names import is_beside_the_model
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.small_file import read_json
 
 STATE_NAME = "state.json"
 RESULTS_NAME = "results.json"
@@ -174,7 +175,7 @@ def data_facts(folder: Path) -> dict[str, Any]:
     """Fingerprints of what a checkpoint was trained on."""
     if not (folder / STATE_NAME).is_file():
         return {}
-    state = json.loads((folder / STATE_NAME).read_bytes())
+    state = read_json(folder / STATE_NAME)
     prints = state.get("fingerprints", {})
     facts = {
         "dataset fingerprint": prints.get("data"),

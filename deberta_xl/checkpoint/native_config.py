@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.small_file import read_json
 
 MODEL_TYPE = "deberta_xl"
 
@@ -22,7 +22,7 @@ def native_config(config: DebertaConfig) -> dict[str, object]:
 def read_native_config(path: Path) -> DebertaConfig:
     """The architecture in a native `config.json`. Raises CheckpointError when there is none in `path`."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         model_type = fields.pop("model_type", None)
         if model_type != MODEL_TYPE:
             raise CheckpointError(f"{path} has model_type {model_type!r}, not {MODEL_TYPE!r}: no configuration of ours")

@@ -19,6 +19,7 @@ from deberta_xl.checkpoint.tensor_files import complain_about_names
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.small_file import read_json
 
 Kind = Literal["native", "huggingface", "microsoft"]
 ORIGIN_NAME = "conversion.json"
@@ -50,7 +51,7 @@ class Origin:
         if not path.is_file():
             return None
         try:
-            facts = json.loads(path.read_bytes())
+            facts = read_json(path)
             return cls(**facts | {"dialect": Dialect(**facts["dialect"]), "fresh": tuple(facts["fresh"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}; delete it if its origin does not matter") from None

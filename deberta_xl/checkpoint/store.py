@@ -12,6 +12,7 @@ number of ranks, tensor-parallel size and number of stages can load what any oth
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -59,10 +60,11 @@ from deberta_xl.checkpoint.rank_file import (
     write_rank_file,
 )
 from deberta_xl.data.progress import progress
-from deberta_xl.durable import sync, write_files
+from deberta_xl.durable import remove, sync, write_files
 from deberta_xl.errors import Diverged
 from deberta_xl.parallel.pipeline import PipelinedModel, is_copy
 from deberta_xl.parallel.shard import shard_of
+from deberta_xl.small_file import read_json
 
 STATE_NAME = "state.json"
 
@@ -123,7 +125,7 @@ def load_checkpoint(
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The caller's `state` in a checkpoint, without loading anything."""
-    state = json.loads((folder / STATE_NAME).read_bytes())
+    state = read_json(folder / STATE_NAME)
     return {key: value for key, value in state.items() if key != "engine"}
 
 
@@ -230,7 +232,8 @@ def _publish(folder: Path, target: Path, files: Mapping[str, FileFacts]) -> Path
         target.rename(replaced)
     folder.rename(target)
     sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove(replaced)
     return target
 
 
@@ -239,7 +242,7 @@ def _read_state_and_index(engine: DeepSpeedEngine, folder: Path) -> tuple[dict[s
     files = read_manifest(folder)
     stored = read_indices(inside(folder, name) for name in files if is_rank_file(name))
     check_shapes(folder, stored, _logical_shapes(engine))
-    return json.loads((folder / STATE_NAME).read_bytes()), stored
+    return read_json(folder / STATE_NAME), stored
 
 
 def _fill_engine(

@@ -6,7 +6,6 @@ beside it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.small_file import read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -82,7 +82,7 @@ def open_shards(index: Path) -> LazyTensors:
 def read_index(index: Path) -> dict[str, str]:
     """Tensor → name of the file beside the index that holds it."""
     try:
-        stated = json.loads(index.read_bytes())["weight_map"]
+        stated = read_json(index)["weight_map"]
         is_table = isinstance(stated, dict) and stated and all(isinstance(value, str) for value in stated.values())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}") from None

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deberta_xl.data.errors import TokenStoreError
+from deberta_xl.small_file import read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -153,7 +154,7 @@ def edges_of(path: Path) -> str:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, checked for its format."""
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
         kind, version, files = manifest["format"], manifest["version"], manifest["files"]
         complete = {"vocab_size", "tokenizer", "documents"} <= manifest.keys() and all(
             {"size", "edges", "block_size", "sha256"} <= files[part].keys() for part in ("bin", "idx")

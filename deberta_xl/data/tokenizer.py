@@ -27,6 +27,7 @@ from deberta_xl.data.text_rules import TextRules
 from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, unread_files
 from deberta_xl.data.words import BEGINS, WORD_MARK, begins_word, word_flags
 from deberta_xl.durable import partial, publish, remove, write_files
+from deberta_xl.small_file import read_json, read_small
 
 #: The specials by id; [MASK] comes after the pieces.
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -144,7 +145,7 @@ class Tokenizer:
         model_path = folder / MODEL_FILE
         if not model_path.is_file():
             raise TokenizerError(f"{folder} holds no {MODEL_FILE}; make a tokenizer with tools/train_tokenizer.py")
-        spm_model = model_path.read_bytes()
+        spm_model = read_small(model_path)
         settings_path = folder / SETTINGS_FILE
         foreign = read_rules(folder, spm_model)
         rules = foreign or PLAIN
@@ -298,7 +299,7 @@ def tokenizer_contents(folder: Path) -> dict[str, bytes]:
 def read_settings(path: Path) -> dict[str, Any]:
     """`tokenizer_settings.json`, checked."""
     try:
-        settings = json.loads(path.read_bytes())
+        settings = read_json(path)
         version = settings["version"]
         complete = {"vocab_size", "spm_sha256"} <= settings.keys()
     except (ValueError, KeyError, TypeError) as error:

@@ -7,11 +7,11 @@ their names is no file.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from deberta_xl.data.errors import TokenizerError
+from deberta_xl.small_file import read_json, read_small
 
 MODEL_FILE = "spm.model"
 SETTINGS_FILE = "tokenizer_settings.json"
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 
 def unread_files(folder: Path) -> dict[str, bytes]:
     """Name → content of a tokenizer's files as they are: for those that are not SentencePiece's (v1's)."""
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return {name: read_small(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -42,7 +42,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        fields = json.loads(path.read_bytes())
+        fields = read_json(path)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is damaged: {error!r}; restore it, or delete it if it does not matter") from None
     if not isinstance(fields, dict):

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from deberta_xl.data.screen import Pace, screen
 from deberta_xl.durable import replace_file
 from deberta_xl.durations import duration
+from deberta_xl.errors import ConfigError
 from deberta_xl.log import logger
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import writing
@@ -165,6 +166,8 @@ def drop_lines_after(metrics_file: Path, step: int) -> None:
     """Remove what an interrupted start logged after the checkpoint that the run now continues from."""
     if not metrics_file.exists():
         return
+    if not metrics_file.is_file():
+        raise ConfigError(f"{metrics_file} is a folder, a pipe or a device, and should be a file: remove it")
     text = metrics_file.read_text(encoding="utf-8", errors="replace")  # a crash may have left any bytes
     kept = [line for line in text.splitlines() if is_up_to(line, step)]
     replace_file(metrics_file, "".join(f"{line}\n" for line in kept))

@@ -8,7 +8,6 @@ published, and no metric written, before another look.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import socket
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import logger
+from deberta_xl.small_file import read_json, read_small
 from deberta_xl.training.heartbeat import beat_file, first_beat, write_beat
 from deberta_xl.training.run_folder import RunFolder, make_folder, write_text, writing
 
@@ -117,7 +117,7 @@ def wait_for_silence(folder: RunFolder, owner: str) -> None:
 def has_ended(folder: RunFolder, before: str, claim: str) -> bool:
     """Whether the start `before` has ended for certain, or is an earlier start of our own job, which slurm replaced."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads(beat_file(folder.heartbeat, 0).read_bytes())["phase"] in ("stopped", "done"):
+        if read_json(beat_file(folder.heartbeat, 0))["phase"] in ("stopped", "done"):
             return True
     old, new = (re.match(r"(?:job (\d+)\.\d+|start) host (\S+) process (\d+)", line) for line in (before, claim))
     if old is None or new is None or (old[1] and old[1] == new[1]):
@@ -128,7 +128,7 @@ def has_ended(folder: RunFolder, before: str, claim: str) -> bool:
 def read_owner(file: Path) -> str:
     """The line of an OWNER file, empty when there is none that can be read."""
     try:
-        return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+        return read_small(file).decode(errors="replace").strip() if file.is_file() else ""
     except OSError:
         return ""
 

@@ -22,6 +22,7 @@ from deberta_xl.durable import remove, replace_file
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import logger
+from deberta_xl.small_file import read_small
 
 State = Literal["running", "stopped", "diverged", "done"]
 PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "safetensors", "tensorboard")
@@ -85,7 +86,7 @@ class RunFolder:
 
         Raises ConfigError when all checkpoints are gone: a run never starts anew by mistake. Warns when the last is.
         """
-        saved = self.latest.read_text(encoding="utf-8").strip() if self.latest.exists() else None
+        saved = read_small(self.latest).decode(errors="replace").strip() if self.latest.is_file() else None
         if saved and newest is None:
             raise ConfigError(
                 f"{self.path} was trained up to {saved}, but {self.checkpoints} holds no checkpoint any more: restore "

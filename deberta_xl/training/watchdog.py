@@ -9,7 +9,6 @@ to no time.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from deberta_xl.command_line import build_parser
 from deberta_xl.log import configure_logging, logger
+from deberta_xl.small_file import read_json
 
 HUNG = 3
 """Exit status when the ranks hang."""
@@ -61,7 +61,7 @@ def read_beats(folder: Path, since: float) -> list[Beat]:
     beats = []
     for path in sorted(folder.glob("rank-*.json")):
         try:
-            alive, content = path.stat().st_mtime, json.loads(path.read_text(encoding="utf-8"))
+            alive, content = path.stat().st_mtime, read_json(path)
         except (OSError, ValueError):
             continue  # being replaced
         if alive >= since:
