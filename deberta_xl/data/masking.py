@@ -223,5 +223,6 @@ def lies_in_arc(
     A word does when a point of it does, which is at the same share of every word of the row: the words at the two ends
     of the arc are then seldom both in or both out. `draws` `[…, 2]`: the arc's place and the share.
     """
-    place = begin + draws[..., 1] * length - draws[..., 0] * total
-    return np.where(place < 0, place + total, place) < arc
+    place = draws[..., 1] * length
+    place += begin - draws[..., 0] * total  # −total … total: once around at most
+    return (place >= 0) & (place < arc) | (place < arc - total)
