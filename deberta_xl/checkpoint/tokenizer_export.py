@@ -11,7 +11,8 @@ Where the ids still differ from those of pretraining:
 * Decomposed text: `tokenizers` applies the character map character by character, so decomposed Korean, letters with
   two combining marks (decomposed Vietnamese), and half-width kana with voicing marks are not composed. Bring such text
   into normal form C, and kana to full width, before using transformers' tokenizer.
-* The literal character U+2581, which SentencePiece uses for the space, and a user-defined piece at a text's beginning.
+* The literal character U+2581, which SentencePiece uses for the space; at a text's beginning, a user-defined piece that
+  normalisation would change (`tools/train_tokenizer.py` makes none).
 * Text behind [MASK], in a model trained with only one of `remove_extra_whitespaces` and `add_dummy_prefix` (both are
   SentencePiece's defaults): it gets one space too many or too few.
 * Ties in long documents: SentencePiece adds up scores in float32 over the whole text, `tokenizers` in float64 within a
@@ -34,6 +35,8 @@ from deberta_xl.data.tokenizer_files import MODEL_FILE, TOKENIZER_FILE
 
 #: How a piece takes part in SentencePiece's search: always where it occurs, unlike ordinary pieces.
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
+USER_DEFINED_SCORE = 64.0
+"""For each character of such a piece: far above the negative scores of others, so that it is always taken."""
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, bytes]:
@@ -77,15 +80,19 @@ def huggingface_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """
     model = ModelProto.FromString(tokenizer.spm_model)
     refuse_unknown_kinds(model)
-    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    normalizer = build_normalizer(model.normalizer_spec, tokenizer.rules)
+    user_defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
+    kept = {piece for piece in user_defined if normalizer.normalize_str(piece) == piece}
+    scores = {piece: USER_DEFINED_SCORE * len(piece) for piece in kept}
+    pieces = [(piece.piece, scores.get(piece.piece, piece.score)) for piece in model.pieces]
     unigram = models.Unigram(pieces, unk_id=tokenizer.unk_id, byte_fallback=model.trainer_spec.byte_fallback)
     converted = tokenizers.Tokenizer(unigram)
-    converted.normalizer = build_normalizer(model.normalizer_spec, tokenizer.rules)
+    converted.normalizer = normalizer
     converted.pre_tokenizer = build_pre_tokenizer(model, tokenizer.rules)
     converted.decoder = build_decoder(model.normalizer_spec)
     converted.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIAL_PIECES])
     converted.add_special_tokens([AddedToken(MASK_PIECE, special=True, normalized=False, lstrip=True)])
-    converted.add_tokens([AddedToken(p.piece, normalized=True) for p in model.pieces if p.type == USER_DEFINED])
+    converted.add_tokens([AddedToken(piece, normalized=True) for piece in user_defined if piece not in kept])
     converted.add_tokens(
         [AddedToken(**{k: v for k, v in t._asdict().items() if k != "id"}) for t in tokenizer.rules.added]
     )
