@@ -6,6 +6,7 @@ model's. The destination appears whole, verified where asked for, or not at all.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -232,7 +233,8 @@ def check_expressible_in_the_original(config: DebertaConfig) -> None:
         raise CheckpointError(
             "an activation is gelu_tanh, which the original does not have; it has gelu, relu, tanh, silu"
         )
-    warn_of_other_buckets(config, "original", "those beyond it share the last bucket there")
+    if config.relative_reach < config.max_position_embeddings:  # longer sequences than its table it does not take
+        warn_of_other_buckets(config, "original", "those beyond it share the last bucket there")
 
 
 def refuse_other_width(config: DebertaConfig, why: str) -> None:
@@ -245,10 +247,14 @@ def refuse_other_width(config: DebertaConfig, why: str) -> None:
 
 
 def warn_of_other_buckets(config: DebertaConfig, rule_there: str, why: str) -> None:
-    """Say from which length on the destination computes something else: where distances fall into other buckets."""
+    """Say from which length on the destination computes something else: where distances fall into other buckets.
+
+    It is worth a warning where our own sequences can be so long.
+    """
     reach = config.relative_reach
-    if config.position_buckets and config.bucket_rule != rule_there and reach < config.max_position_embeddings:
-        logger.warning(
+    if config.position_buckets and config.bucket_rule != rule_there:
+        logger.log(
+            logging.WARNING if reach < config.max_position_embeddings else logging.INFO,
             "the export gives other values for sequences of more than max_relative_positions=%d tokens, from %d on: %s",
             reach,
             reach + 1,

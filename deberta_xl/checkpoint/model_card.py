@@ -47,7 +47,7 @@ def model_card(model: Pretrained, tokenizer: Tokenizer | None, metadata: CardMet
         "A DeBERTa encoder pretrained with an enhanced mask decoder, written by deberta_xl.",
         fill_mask_example(tokenizer, metadata.example),
         facts,
-        INTENDED_USE,
+        INTENDED_USE + longer_sequences(model.config),
         pipeline="fill-mask",
         metadata=with_base_model(metadata, run),
     )
@@ -74,7 +74,7 @@ def task_card(model: Pretrained, head: HeadFacts, tokenizer: Tokenizer, metadata
         f"A DeBERTa encoder fine-tuned for {plain(head.task.name)} ({kind.replace('_', ' ')}), written by deberta_xl.",
         task_example(kind, tokenizer, metadata.example, is_pair=head.task.takes_pairs),
         facts,
-        TASK_USE,
+        TASK_USE + longer_sequences(model.config),
         pipeline=PIPELINES[kind],
         metadata=with_base_model(metadata, run),
     )
@@ -124,6 +124,16 @@ aside, is what the decoder adds. `DebertaForMaskedLM.from_pretrained` of deberta
 TASK_USE = """\
 For texts like those it was trained on. It repeats the biases of that text, and of what its encoder was pretrained on;
 examine it on your own data before use.
+"""
+
+
+def longer_sequences(config: DebertaConfig) -> str:
+    """From which length on transformers computes something else; empty where it never does."""
+    if not config.position_buckets or config.bucket_rule == "transformers":
+        return ""
+    return f"""
+For sequences of more than {config.relative_reach} tokens transformers gives other values than deberta_xl:
+for keys that far from their query it reads a row of the relative table that is never trained.
 """
 
 

@@ -110,14 +110,18 @@ def test_only_what_transformers_saved_follows_its_rule():
     assert from_foreign_config(to_huggingface_config(config)).bucket_rule == "original"
 
 
-@pytest.mark.parametrize("buckets", [0, 8])
-def test_an_export_says_from_which_length_on_it_differs_only_where_it_does(tmp_path, caplog, buckets):
+@pytest.mark.parametrize(("buckets", "reach", "level"), [(0, 16, None), (8, 16, "WARNING"), (8, 32, "INFO")])
+def test_an_export_says_from_which_length_on_it_differs_only_where_it_does(tmp_path, caplog, buckets, reach, level):
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
-    config = DebertaConfig(**sizes, max_position_embeddings=32, max_relative_positions=16, position_buckets=buckets)
+    config = DebertaConfig(**sizes, max_position_embeddings=32, max_relative_positions=reach, position_buckets=buckets)
     DebertaForMaskedLM(config, seed=1).save_pretrained(tmp_path / "ours")
+    caplog.set_level("INFO")
     caplog.clear()
-    convert(tmp_path / "ours", tmp_path / "theirs", Conversion(to="huggingface"))
-    assert ("from 17 on" in caplog.text) == bool(buckets)
+    convert(tmp_path / "ours", tmp_path / "theirs", Conversion(to="huggingface", with_card=True))
+    said = [record.levelname for record in caplog.records if f"from {reach + 1} on" in record.getMessage()]
+    assert said == ([level] if level else [])
+    card = (tmp_path / "theirs" / "README.md").read_text()
+    assert (f"sequences of more than {reach} tokens" in card) == bool(level)
 
 
 ACTIVATIONS = ("gelu", "tanh", "relu", "gelu_new", "silu")
