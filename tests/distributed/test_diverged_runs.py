@@ -159,9 +159,10 @@ def test_every_engine_counts_holds_back_and_ends_in_the_same_way(small_dataset, 
     for endings in run_ranks(start_all, 2, cases, backend=None, timeout=300):
         assert [ending.status for ending in endings] == [0, REFUSED, REFUSED, REFUSED]
     assert (skipped(tmp_path / "once"), checkpoints(tmp_path / "once")) == ([0, 0, 1], [16, 18, 20])
-    assert (skipped(tmp_path / "end"), checkpoints(tmp_path / "end")) == ([0, 0, 8], [8, 10, 12])
+    # One more than three are kept while the newest one's weights have given no finite gradient.
+    assert (skipped(tmp_path / "end"), checkpoints(tmp_path / "end")) == ([0, 0, 8], [6, 8, 10, 12])
     assert (skipped(tmp_path / "ever"), checkpoints(tmp_path / "ever")) == ([0, 6, 16, 26], [2, 4])
-    assert checkpoints(tmp_path / "second") == [55, 57, 59]
+    assert checkpoints(tmp_path / "second") == [53, 55, 57, 59]
 
 
 @pytest.mark.full
@@ -174,7 +175,7 @@ def test_a_nan_that_is_not_looked_for_spoils_no_checkpoint(small_dataset, tmp_pa
     (ending,) = run_ranks(start_all, 2, [Run(words, lambda step: step == 15)], backend=None)[0]
     assert ending.status == REFUSED
     assert f"not finite in {PATIENCE} of the last 44 steps, from step 15 on" in ending.log
-    assert checkpoints(tmp_path / "run") == [10, 12, 14]
+    assert checkpoints(tmp_path / "run") == [8, 10, 12, 14]
 
 
 @pytest.mark.full
