@@ -44,8 +44,8 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, *, to
     Masks are filled independently of each other. `[MASK]` stands for one piece with the space before it; a longer word
     takes several masks.
 
-    Raises FillMaskError for a text without mask or longer than the position table, an impossible `top_k`, or a
-    tokenizer larger than the model's vocabulary.
+    Raises FillMaskError for a text without mask or longer than the position table, an impossible `top_k`, a tokenizer
+    larger than the model's vocabulary, or outputs that are not finite numbers.
     """
     ordinary = check(model, tokenizer, text, top_k)
     input_ids = encode_with_masks(tokenizer, text)
@@ -60,6 +60,11 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, *, to
     is_mask_1S = (input_ids_1S == tokenizer.mask_id).long()
     with torch.no_grad():
         logits_LV = model(input_ids_1S, labels=is_mask_1S).logits
+    if not bool(logits_LV.isfinite().all()):
+        raise FillMaskError(
+            "the model's outputs are not finite numbers: its training has diverged or its weights are damaged; take an "
+            "earlier checkpoint"
+        )
     allowed_V = torch.from_numpy(ordinary).to(device)
     best = torch.softmax(logits_LV[:, allowed_V], dim=-1).topk(top_k)
     pieces = zip(best.values.tolist(), allowed_V[best.indices].tolist(), strict=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -118,7 +119,17 @@ def run(arguments: argparse.Namespace) -> None:
         log_unigram=unigram,
     )
     if launch.rank == 0:
+        check_finite(arguments.checkpoint, result)
         report(arguments, length, result)
+
+
+def check_finite(checkpoint: Path, result: Evaluation) -> None:
+    """Refuse to report a loss that is not a finite number."""
+    if not math.isfinite(result.loss):
+        raise ConfigError(
+            f"the loss of {checkpoint} is {result.loss}: its training has diverged or its weights are damaged; take an "
+            "earlier checkpoint"
+        )
 
 
 def report(arguments: argparse.Namespace, length: int, result: Evaluation) -> None:

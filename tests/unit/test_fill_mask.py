@@ -178,6 +178,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
         fill_mask(DebertaForMaskedLM(DebertaConfig(vocab_size=100, **sizes)), tokenizer, "[MASK]")
 
 
+def test_outputs_that_are_no_numbers_are_no_guesses(model, tokenizer):
+    with torch.no_grad():
+        model.head.bias[7] = float("nan")
+    with pytest.raises(FillMaskError, match="outputs are not finite numbers: its training has diverged"):
+        fill_mask(model, tokenizer, "the [MASK] of")
+
+
 # The tool, on every layout.
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from deberta_xl.data.errors import TokenStoreError
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_writer import TokenStoreWriter
+from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.training import evaluate as module
@@ -98,3 +101,18 @@ def test_the_batch_size_does_not_matter(data):
     one, many = (evaluate(predict_with(model, CPU), data, micro_batch_size=micro, **options) for micro in (1, 12))
     assert one.loss == pytest.approx(many.loss, rel=1e-6)
     assert one.num_labels == many.num_labels
+
+
+def test_a_loss_that_is_no_number_is_an_error_of_the_tool(data):
+    path = Path(__file__).parents[3] / "tools" / "evaluate.py"
+    specification = importlib.util.spec_from_file_location("tool_evaluate", path)
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    model = build_model(data.tokenizer.vocab_size)
+    with torch.no_grad():
+        model.head.bias[5] = math.nan
+    options = {"vocab_size": data.tokenizer.vocab_size, "device": CPU, "max_samples": 4, "micro_batch_size": 4}
+    result = evaluate(predict_with(model, CPU), data, **options)
+    assert math.isnan(result.perplexity)
+    with pytest.raises(ConfigError, match="the loss of runs/first is nan: its training has diverged"):
+        tool.check_finite(Path("runs/first"), result)
