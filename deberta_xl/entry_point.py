@@ -82,6 +82,7 @@ def run_command(
     *,
     read_config: Callable[[str, Sequence[str]], RunConfig | FinetuneConfig],
     read_inputs: Callable[[argparse.Namespace], Any],
+    look_ahead: Callable[[Any], None],
     print_arithmetic: Callable[[Any], None],
     assemble: Callable[[Any, StopRequest], Any],
     conclude: Callable[[Any], None] = lambda run: None,
@@ -89,8 +90,8 @@ def run_command(
     """A training command from its arguments on.
 
     `read_config` takes --config and the overrides. `read_inputs` raises UserError for what cannot be; with `--check`
-    the run is only described. `assemble` makes the run (`Pretraining`, `Finetuning`), which is trained; `conclude`
-    comes after its last step, not after a stop.
+    the run is only described, after a `look_ahead` at its folder, which raises as well. `assemble` makes the run
+    (`Pretraining`, `Finetuning`), which is trained; `conclude` comes after its last step, not after a stop.
     """
     configure_logging()
     stop = None if arguments.print_config else StopRequest()
@@ -102,6 +103,8 @@ def run_command(
         if arguments.ranks is None:
             meeting_point(read_launch())
         inputs = read_inputs(arguments)
+        if arguments.check:
+            look_ahead(inputs)
     except UserError as error:
         complain_once_per_node(error)
         sys.exit(2)

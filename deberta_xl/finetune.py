@@ -94,6 +94,13 @@ def describe_sift(sift: SiftSection) -> str:
     return f"weight {sift.weight:g}, {sift.variant} variant: {steps}, {bound}, noise {chosen.noise:g}, {said}"
 
 
+def look_ahead(inputs: Inputs) -> None:
+    """Refuse what the start would refuse for its run folder's sake."""
+    from deberta_xl.training.look_ahead import check_run_folder
+
+    check_run_folder(inputs.config.run.folder, lambda: inputs.fingerprints, inputs.total_steps)
+
+
 def build_model(inputs: Inputs, *, is_new: bool) -> TaskModel:
     """The plain model: a fresh head on the encoder of `train.init` where the run `is_new`. Collective."""
     from deberta_xl.checkpoint.agreement import on_rank_zero
@@ -174,6 +181,7 @@ def main() -> None:
         parse_arguments(),
         read_config=read_config,
         read_inputs=read_inputs,
+        look_ahead=look_ahead,
         print_arithmetic=print_arithmetic,
         assemble=assemble,
         conclude=keep_best_weights,

@@ -180,6 +180,13 @@ def fingerprints_of(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def look_ahead(inputs: Inputs) -> None:
+    """Refuse what the start would refuse for its run folder's sake."""
+    from deberta_xl.training.look_ahead import check_run_folder
+
+    check_run_folder(inputs.config.run.folder, lambda: fingerprints_of(inputs), inputs.config.train.steps)
+
+
 def build_model(inputs: Inputs, units: range, *, is_new: bool) -> MaskedLanguageModel:
     """The plain model, as much of it as `units` needs: fresh weights, or those of `train.init` where the run `is_new`.
 
@@ -245,6 +252,7 @@ def main() -> None:
         parse_arguments(),
         read_config=read_config,
         read_inputs=read_inputs,
+        look_ahead=look_ahead,
         print_arithmetic=print_arithmetic,
         assemble=assemble,
     )
