@@ -28,6 +28,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.command_line import build_parser, report_bad_records, run_tool
+from deberta_xl.data.characters import listed
 from deberta_xl.data.corpus import expand_inputs, total_size
 from deberta_xl.data.documents import DOCUMENTS
 from deberta_xl.data.errors import DataError
@@ -45,6 +46,7 @@ from deberta_xl.strict import own_path
 
 #: Share of unknown tokens above which the tokenizer does not suit the text.
 MANY_UNKNOWN = 0.01
+SHOWN_CHARACTERS = 20
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -172,6 +174,8 @@ def report(summary: Summary, seconds: float) -> None:
         f"{counted(summary.empty_documents, 'document')} without tokens"
     )
     print(f"unknown tokens: {share:.3%}; literal special tokens kept as text: {summary.literal_specials:,}")
+    if summary.unknown_characters:
+        print(f"  characters behind them: {listed(dict(summary.unknown_characters.most_common()), SHOWN_CHARACTERS)}")
     words = summary.words
     in_parts = words.in_long_words / words.num_tokens
     print(
@@ -179,7 +183,10 @@ def report(summary: Summary, seconds: float) -> None:
         f"more than {LONGEST_WORD}, {in_parts:.1%} of the tokens, are masked in parts"
     )
     if share > MANY_UNKNOWN:
-        print("warning: the tokenizer lacks many characters of this text; train one on it", file=sys.stderr)
+        print(
+            "warning: the tokenizer lacks many characters of this text; train one on it, or with --byte_fallback",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -60,6 +61,26 @@ def unknown_to(tokenizer: Tokenizer, characters: Iterable[str]) -> Iterator[str]
     for character, ids in zip(characters, tokenizer.encode_batch(characters), strict=True):
         if tokenizer.unk_id in ids:
             yield character
+
+
+class UnknownCharacters:
+    """Counts the characters of texts that a tokenizer does not know; each is looked up once."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.is_unknown: dict[str, bool] = {}
+
+    def count(self, texts: Iterable[str]) -> Counter[str]:
+        """Character → count, of texts in which there are some."""
+        found: Counter[str] = Counter()
+        for text in texts:
+            text = unicodedata.normalize("NFC", text)
+            characters = set(text)
+            if new := characters - self.is_unknown.keys():
+                self.is_unknown |= dict.fromkeys(new, False)
+                self.is_unknown |= dict.fromkeys(unknown_to(self.tokenizer, new), True)
+            found.update({c: text.count(c) for c in characters if self.is_unknown[c]})
+        return found
 
 
 def shown(character: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deberta_xl.data.characters import UnknownCharacters
 from deberta_xl.data.corpus import BadRecord, TextFile, texts_of
 from deberta_xl.data.documents import PART_CHARACTERS, Record
 from deberta_xl.data.errors import CorpusError, DataError
@@ -59,6 +60,7 @@ class TokenBatch(NamedTuple):
     """bool `[documents]`: goes to the held-out dataset."""
     counts: Counter
     words: WordLengths
+    unknown_characters: Counter[str]
     bad: list[str]
     num_bytes: int
 
@@ -80,6 +82,8 @@ class Summary:
     """Times that the text itself says [CLS], [MASK], …: kept as ordinary text."""
     words: WordLengths = field(default_factory=WordLengths)
     """Of the words that are masked."""
+    unknown_characters: Counter[str] = field(default_factory=Counter)
+    """Those that have become [UNK], with their counts."""
     inputs: list[dict[str, Any]] = field(default_factory=list)
     reported: list[str] = field(default_factory=list)
     """`file:line: reason` of the first bad records."""
@@ -95,6 +99,7 @@ class Summary:
         self.lines += batch.counts["lines"]
         self.literal_specials += batch.counts["literal"]
         self.words = self.words.plus(batch.words)
+        self.unknown_characters += batch.unknown_characters
         self.bad_records += len(batch.bad)
         self.reported += batch.bad[: MAX_REPORTED - len(self.reported)]
 
@@ -107,6 +112,7 @@ class BatchTokenizer:
         self.json_key = json_key
         self.valid_share = valid_share
         self.documents = documents
+        self.unknown = UnknownCharacters(tokenizer)
 
     def __call__(self, batch: RecordBatch) -> TokenBatch:
         """Decode, tokenise and count one batch."""
@@ -132,6 +138,7 @@ class BatchTokenizer:
             np.array([is_held_out(texts[n], self.valid_share) for n in filled], bool),
             counts,
             word_lengths(self.tokenizer.word_flags[ids], lengths),
+            self.unknown.count(texts[n] for n in filled if self.tokenizer.unk_id in documents[n]),
             bad,
             batch.num_bytes,
         )

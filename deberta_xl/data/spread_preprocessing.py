@@ -155,6 +155,7 @@ def joined_summary(parts: Sequence[Summary]) -> Summary:
         total.lines += part.lines
         total.literal_specials += part.literal_specials
         total.words = total.words.plus(part.words)
+        total.unknown_characters += part.unknown_characters
         total.inputs += part.inputs
         total.reported += part.reported[: MAX_REPORTED - len(total.reported)]
     return total

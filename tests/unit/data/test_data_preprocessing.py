@@ -38,6 +38,8 @@ def test_documents_are_tokenised_in_order_and_everything_is_counted(corpus, toke
     assert (summary.bad_records, summary.empty_documents, summary.literal_specials) == (1, 1, 2)
     assert summary.tokens == store.num_tokens
     assert summary.unknown_tokens == sum(int((store[i] == tokenizer.unk_id).sum()) for i in range(len(store))) > 0
+    assert summary.unknown_characters.keys() >= {"[", "]"}
+    assert summary.unknown_characters["]"] == 2
     assert summary.reported[0].startswith(f"{corpus[0]}:18: invalid JSON")
     assert [entry["name"] for entry in store.manifest["inputs"]] == ["a.jsonl", "b.txt"]
     assert store.manifest["inputs"][0]["size"] == corpus[0].stat().st_size

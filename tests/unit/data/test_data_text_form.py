@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from invented_text import sample
 
 from deberta_xl.data.corpus import iterate_documents
 from deberta_xl.data.errors import CorpusError
@@ -11,38 +12,6 @@ from deberta_xl.data.preprocessing import is_held_out
 from deberta_xl.data.questions import ask, columns, questions, sentences
 from deberta_xl.data.text_form import look_at
 from deberta_xl.data.tokenizer_training import train_tokenizer
-
-RANDOM = random.Random(2)
-KANA, HAN = "はがをにでのともへかられた", [chr(0x4E00 + n) for n in range(300)]
-
-
-def word(letters, longest: int) -> str:
-    """An invented word."""
-    return "".join(RANDOM.choices(letters, k=RANDOM.randint(2, longest)))
-
-
-ARABIC = [word("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", 5) for _ in range(300)]
-GERMAN = [word("aäbcdeéfghijklmnoöprsßtuüvwz", 8) for _ in range(300)]
-KANJI = [word(HAN, 3) for _ in range(200)]
-
-
-def sentence(language: str) -> str:
-    """A sentence of invented words."""
-    if language == "ja":
-        return "".join(RANDOM.choice(KANJI) + RANDOM.choice(KANA) for _ in range(RANDOM.randint(3, 8))) + "。"
-    words = {"ar": ARABIC, "de": GERMAN}[language]
-    return " ".join(RANDOM.choices(words, k=RANDOM.randint(4, 9))).capitalize() + "."
-
-
-def sample(language: str, form: str) -> str:
-    """Some 30,000 characters in a form."""
-    if language == "dna":
-        text = "".join(RANDOM.choices("ACGT", k=30_000))
-        return text if form == "one line" else "\n".join(text[n : n + 60] for n in range(0, len(text), 60))
-    separator = {"blank lines": "\n\n", "a line each": "\n", "novel": "\n", "one line": " "}[form]
-    count = 1 if form == "novel" else 8 if language != "ja" else 14
-    documents = [" ".join(sentence(language) for _ in range(count)) for _ in range(1400 // count)]
-    return separator.join(documents)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +70,8 @@ def test_a_text_from_which_nothing_can_be_learnt_is_refused_with_what_is_needed(
 
 
 def test_a_text_of_many_characters_gets_a_larger_vocabulary_and_bytes(tmp_path):
-    characters = [chr(0x4E00 + n) for n in range(4000)]
-    (tmp_path / "own.txt").write_text("。\n".join("".join(RANDOM.sample(characters, 100)) for _ in range(400)))
+    rng, characters = random.Random(2), [chr(0x4E00 + n) for n in range(4000)]
+    (tmp_path / "own.txt").write_text("。\n".join("".join(rng.sample(characters, 100)) for _ in range(400)))
     found = look_at([tmp_path / "own.txt"])
     assert found.needs_bytes
     assert found.vocab_size(4000) == 9000
