@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from deberta_xl.checkpoint.weights import TOKENIZER_NAME
-from deberta_xl.data.ruled_encoder import RuledEncoder
 from deberta_xl.data.tokenizer import MASK_PIECE, WORD_MARK, Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.errors import UserError
@@ -111,11 +110,10 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     A masked word took its space along, so spaces before a mask vanish; what follows a mask begins a word only after a
     space ("the [MASK] ing" and "the [MASK]ing" differ), whereas SentencePiece would begin a word with every part.
     """
-    encode = RuledEncoder(tokenizer.spm_model, tokenizer.processor, tokenizer.rules)
     ids = []
     for number, part in enumerate(text.split(MASK_PIECE)):
         ids += [tokenizer.mask_id] if number else []
-        ids += [token.id for token in encode(part.rstrip(), follows_mask=number > 0)]
+        ids += tokenizer.encoder.ids(part.rstrip(), follows_mask=number > 0)
     return [tokenizer.cls_id, *ids, tokenizer.sep_id]
 
 

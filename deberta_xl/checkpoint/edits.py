@@ -27,7 +27,6 @@ from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
 from deberta_xl.checkpoint.names import DELTA
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.checkpoint.weights import open_native
-from deberta_xl.data.ruled_encoder import RuledEncoder
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.log import logger
@@ -144,12 +143,11 @@ def with_tokenizer(model: Pretrained, folder: Path, vocab_size: int | None) -> P
 
 def old_pieces(old: Tokenizer, new: Tokenizer, fresh: Sequence[int]) -> dict[int, list[int]]:
     """For each new id of `fresh`, the ids into which `old` cuts its text, as far as it can write that."""
-    encode = RuledEncoder(old.spm_model, old.processor, old.rules)
     found = {}
     for number in fresh:
         text = new.surface(number)
         # A piece that begins no word is the middle of one to the old tokenizer, too.
-        ids = [token.id for token in encode(text, follows_mask=number not in new.added) if token.id != old.unk_id]
+        ids = [i for i in old.encoder.ids(text, follows_mask=number not in new.added) if i != old.unk_id]
         if ids:
             found[number] = ids
     return found

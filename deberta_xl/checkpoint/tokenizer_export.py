@@ -8,9 +8,8 @@ Where the ids still differ from those of pretraining:
 * Literal special tokens in text: transformers reads the letters `[MASK]`, `[CLS]`, `[SEP]`, `[PAD]`, `[UNK]` as the
   special tokens; our `Tokenizer` cuts them into pieces like any other text. The same holds for literal byte pieces
   such as `<0x41>` where the model has byte fallback.
-* Decomposed text: `tokenizers` applies the character map character by character, so decomposed Korean, letters with
-  two combining marks (decomposed Vietnamese), and half-width kana with voicing marks are not composed. Bring such text
-  into normal form C, and kana to full width, before using transformers' tokenizer.
+* The characters U+E0FFD … U+E0FFF, which Unicode has set aside: they are lost where a model has a character map
+  (`character_map.py`).
 * The literal character U+2581, which SentencePiece uses for the space; at a text's beginning, a user-defined piece that
   normalisation would change (`tools/train_tokenizer.py` makes none).
 * Text behind [MASK], in a model trained with only one of `remove_extra_whitespaces` and `add_dummy_prefix` (both are
@@ -28,11 +27,14 @@ import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec, TrainerSpec
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from deberta_xl.checkpoint.character_map import character_map
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.text_rules import TextRules
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_MARK, Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE, TOKENIZER_FILE
+from deberta_xl.log import logger
 
+UNLIKE = "tokenizer.json normalises %d sequences of characters in another way than SentencePiece, e.g. %s"
 #: How a piece takes part in SentencePiece's search: always where it occurs, unlike ordinary pieces.
 USER_DEFINED = ModelProto.SentencePiece.USER_DEFINED
 USER_DEFINED_SCORE = 64.0
@@ -123,14 +125,18 @@ def refuse_unknown_kinds(model: ModelProto) -> None:
 def build_normalizer(spec: NormalizerSpec, rules: TextRules) -> normalizers.Normalizer:
     """SentencePiece's character map, then its treatment of superfluous spaces (U+0020 only, as there)."""
     steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if rules.lower_case else []
+    if spec.add_dummy_prefix and not spec.remove_extra_whitespaces:
+        steps.append(normalizers.Prepend(" "))  # before the map: a text that it empties keeps its word mark
     if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+        mapped = character_map(spec.precompiled_charsmap)
+        if mapped.unlike:
+            shown = ", ".join(repr(sequence) for sequence in mapped.unlike[:5])
+            logger.warning(UNLIKE, len(mapped.unlike), shown)
+        steps += mapped.steps
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r" \z"), "")]
         # A space at the very beginning becomes the first word's mark, so it may stay where words get one.
         steps += [] if spec.add_dummy_prefix else [normalizers.Replace(Regex(r"\A "), "")]
-    elif spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(" "))
     return normalizers.Sequence(steps)
 
 

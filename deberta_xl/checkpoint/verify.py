@@ -33,6 +33,7 @@ TEXT = (
 MAPPED = (
     "ﬁne Ｆｕｌｌ－ｗｉｄｔｈ ½ … ² Ⅷ “quotes”; don't (stop), Mr. X! a_b.c",
     "cafe\u0301 \u00a0 two  spaces\tand\nlines ",
+    "…\u0301 Ａ\u0301 ﬁ\u0301 ²\ufe0f \u00a0\u200d ｶ\uff9e 각",
 )
 """Text that normalisation changes."""
 MOST_ADDED_TOKENS = 500

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -74,8 +75,12 @@ def read_rules(folder: Path, spm_model: bytes) -> TextRules | None:
     except DecodeError as error:
         raise TokenizerError(f"{folder / MODEL_FILE} is not a SentencePiece model, or is damaged") from error
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
-    reader = ForeignFiles(folder, files, [piece for piece, _ in pieces])
-    rules = reader.rules(pieces, model.normalizer_spec.precompiled_charsmap)
+    user_defined = frozenset(
+        piece.piece for piece in model.pieces if piece.type == ModelProto.SentencePiece.USER_DEFINED
+    )
+    reader = ForeignFiles(folder, files, [piece for piece, _ in pieces], user_defined)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
+    rules = reader.rules(pieces, model.normalizer_spec.precompiled_charsmap, processor)
     if reader.problems:
         raise TokenizerError(
             f"{folder}: the tokenizer's files ask for what is not done here, so that its ids would be others: "
@@ -88,14 +93,22 @@ def read_rules(folder: Path, spm_model: bytes) -> TextRules | None:
 class ForeignFiles:
     """The contents of a folder's foreign files, by name, and what is wrong with them."""
 
-    def __init__(self, folder: Path, files: dict[str, dict[str, Any] | None], pieces: Sequence[str]):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        files: dict[str, dict[str, Any] | None],
+        pieces: Sequence[str],
+        user_defined: frozenset[str],
+    ):
+        self.folder, self.user_defined = folder, user_defined
         self.whole, self.config, self.specials, self.added = (files[name] for name in FOREIGN_FILES)
         self.ids = {piece: number for number, piece in enumerate(pieces)} | {ROLES["mask_token"]: len(pieces)}
         self.num_pieces = len(pieces)
         self.problems: list[str] = []
 
-    def rules(self, pieces: Sequence[tuple[str, float]], charsmap: bytes) -> TextRules:
+    def rules(
+        self, pieces: Sequence[tuple[str, float]], charsmap: bytes, processor: sentencepiece.SentencePieceProcessor
+    ) -> TextRules:
         """The rules, as far as there is no problem."""
         config = self.config or {}
         self.check_config(config)
@@ -103,8 +116,8 @@ class ForeignFiles:
         lower_case, split_by_punct = bool(config.get("do_lower_case")), bool(config.get("split_by_punct"))
         first_word_only = False
         if self.whole is not None:
-            self.problems += check_pieces(self.whole, pieces)
-            pipeline = read_pipeline(self.whole, charsmap)
+            self.problems += check_pieces(self.whole, pieces, self.user_defined)
+            pipeline = read_pipeline(self.whole, charsmap, lambda text: processor.normalize(text).replace("\u2581", ""))
             self.problems += pipeline.problems
             first_word_only = pipeline.first_word_only
             if config.get("tokenizer_class") == OUR_CLASS:
@@ -151,7 +164,9 @@ class ForeignFiles:
                 self.problems.append(f"{source} gives {token.content!r} the id {token.id}, spm.model {number}")
             elif token.content not in self.ids and token.id <= self.num_pieces:
                 self.problems.append(f"{source} gives {token.content!r} the id {token.id}, which is another piece's")
-        ours = [token for token in known.values() if token.content not in ROLES.values()]
+        # SentencePiece itself never cuts the pieces that a user has defined.
+        done = {*ROLES.values(), *self.user_defined}
+        ours = [token for token in known.values() if token.content not in done]
         by_id = {token.id: token for token in ours}
         self.problems += [f"{t.content!r} and {by_id[t.id].content!r} have one id" for t in ours if by_id[t.id] != t]
         return [by_id[number] for number in sorted(by_id)]

@@ -72,7 +72,6 @@ class Tokenizer:
         self.special[ordinary] = False
         for token in self.rules.added:
             self.special[token.id] = token.special
-        self.ruled = None if self.rules.is_plain else RuledEncoder(spm_model, self.processor, self.rules)
 
     @functools.cached_property
     def word_flags(self) -> np.ndarray:
@@ -181,6 +180,11 @@ class Tokenizer:
         settings = json.dumps(self.settings(), indent=2) + "\n"
         return {MODEL_FILE: self.spm_model, SETTINGS_FILE: settings.encode()}
 
+    @functools.cached_property
+    def encoder(self) -> RuledEncoder:
+        """Text to ids step by step: slower than SentencePiece in one go, and aware of rules and places."""
+        return RuledEncoder(self.spm_model, self.processor, self.rules)
+
     def settings(self) -> dict[str, Any]:
         """What `tokenizer_settings.json` holds."""
         rules = {} if self.rules.is_plain else {"rules": self.rules.to_json()}
@@ -221,36 +225,28 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 `[tokens]`, without [CLS] and [SEP]."""
-        if self.ruled is not None:
-            return np.array([token.id for token in self.ruled(text)], np.int32)
+        if not self.rules.is_plain:
+            return np.array(self.encoder.ids(text), np.int32)
         return np.array(self.processor.encode(text), np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, in one call and one thread (processes are the unit of parallel preprocessing)."""
-        if self.ruled is not None:
+        if not self.rules.is_plain:
             return [self.encode(text) for text in texts]
         return [np.array(ids, np.int32) for ids in self.processor.encode(list(texts), num_threads=1)]
 
     def encode_with_places(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids of a text, and the first and behind-last character of each one in it, int64 `[tokens, 2]`.
 
-        Spaces before a word belong to no token; a token that normalisation has added may be empty.
+        Spaces before a word belong to no token, and a word mark alone is empty. Each of several tokens that one
+        character became has that character.
         """
-        if self.ruled is not None:
-            tokens = list(self.ruled(text))
-            ids = [token.id for token in tokens]
-            places = np.array([(token.start, token.stop) for token in tokens], np.int64).reshape(-1, 2)
-        else:
-            pieces = self.processor.encode(text, return_type="proto").pieces
-            # SentencePiece counts bytes of UTF-8: the character that each byte belongs to, and the end.
-            sizes = [len(character.encode("utf-8", "surrogatepass")) for character in text]
-            character = np.repeat(np.arange(len(text) + 1), [*sizes, 1])
-            places = np.array([(character[p.begin], character[p.end]) for p in pieces], np.int64).reshape(-1, 2)
-            ids = [piece.id for piece in pieces]
+        tokens = list(self.encoder(text))
+        places = np.array([(token.start, token.stop) for token in tokens], np.int64).reshape(-1, 2)
         for place in places:
             while place[0] < place[1] and text[place[0]].isspace():
                 place[0] += 1
-        return ids, places
+        return [token.id for token in tokens], places
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; [PAD], [CLS], [SEP] and spare ids are left out, [MASK] and added tokens are written out."""

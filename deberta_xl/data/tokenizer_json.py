@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,8 @@ class Pipeline:
     problems: list[str] = field(default_factory=list)
 
 
-def check_pieces(whole: dict[str, Any], pieces: Sequence[tuple[str, float]]) -> list[str]:
-    """What contradicts `pieces`, those of spm.model with their scores."""
+def check_pieces(whole: dict[str, Any], pieces: Sequence[tuple[str, float]], user_defined: Set[str]) -> list[str]:
+    """What contradicts `pieces`, those of spm.model with their scores; `user_defined` ones are taken at any score."""
     model = whole.get("model") or {}
     if model.get("type", "Unigram") != "Unigram":
         return [f"{TOKENIZER_FILE} holds a {model['type']} model, {MODEL_FILE} a unigram model"]
@@ -36,16 +36,16 @@ def check_pieces(whole: dict[str, Any], pieces: Sequence[tuple[str, float]]) -> 
     for number, ((theirs, their_score), (ours, score)) in enumerate(zip(found, pieces, strict=True)):
         if theirs != ours:
             return [f"piece {number} is {theirs!r} in {TOKENIZER_FILE}, {ours!r} in {MODEL_FILE}"]
-        if abs(their_score - score) > LARGEST_SCORE_DIFFERENCE:
+        if ours not in user_defined and abs(their_score - score) > LARGEST_SCORE_DIFFERENCE:
             return [f"piece {ours!r} weighs {their_score} in {TOKENIZER_FILE}, {score} in {MODEL_FILE}"]
     return []
 
 
-def read_pipeline(whole: dict[str, Any], charsmap: bytes) -> Pipeline:
-    """The rules of a `tokenizer.json`; `charsmap` is the character map of spm.model."""
+def read_pipeline(whole: dict[str, Any], charsmap: bytes, normalize: Callable[[str], str]) -> Pipeline:
+    """The rules of a `tokenizer.json`; `charsmap` is the character map of spm.model, `normalize` applies it."""
     pipeline = Pipeline()
     for step in steps(whole.get("normalizer"), "normalizers"):
-        read_normalizer(step, charsmap, pipeline)
+        read_normalizer(step, charsmap, normalize, pipeline)
     for step in steps(whole.get("pre_tokenizer"), "pretokenizers"):
         read_pre_tokenizer(step, pipeline)
     template = whole.get("post_processor") or {}
@@ -69,7 +69,7 @@ def steps(component: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]
         yield component
 
 
-def read_normalizer(step: dict[str, Any], charsmap: bytes, pipeline: Pipeline) -> None:
+def read_normalizer(step: dict[str, Any], charsmap: bytes, normalize: Callable[[str], str], pipeline: Pipeline) -> None:
     """Note what a step of the normaliser does."""
     kind = step.get("type")
     if kind == "Lowercase":
@@ -78,10 +78,12 @@ def read_normalizer(step: dict[str, Any], charsmap: bytes, pipeline: Pipeline) -
         if base64.b64decode(step.get("precompiled_charsmap") or "") != charsmap:
             pipeline.problems.append(f"{TOKENIZER_FILE} has another character map than {MODEL_FILE}")
     elif kind == "Replace":
-        pattern = next(iter((step.get("pattern") or {}).values()), None)
-        is_ours = {pattern, step.get("content")} & set(BETWEEN_CHARACTERS)
-        if not is_ours and (pattern not in SPACE_PATTERNS or step.get("content") not in (" ", "")):
-            pipeline.problems.append(f"{TOKENIZER_FILE} replaces {pattern!r} by {step.get('content')!r}")
+        kind_of_pattern, pattern = next(iter((step.get("pattern") or {}).items()), ("", ""))
+        content = step.get("content") or ""
+        is_between = {pattern, content} & set(BETWEEN_CHARACTERS)
+        is_space = pattern in SPACE_PATTERNS and content in (" ", "")
+        if not is_between and not is_space and not (kind_of_pattern == "String" and normalize(pattern) == content):
+            pipeline.problems.append(f"{TOKENIZER_FILE} replaces {pattern!r} by {content!r}")
     elif kind not in ("NFC", "Strip", "Prepend"):
         pipeline.problems.append(f"the normaliser of {TOKENIZER_FILE} has a step {kind!r}")
 
@@ -98,4 +100,4 @@ def read_pre_tokenizer(step: dict[str, Any], pipeline: Pipeline) -> None:
 
 
 #: Characters that stand between the others while an exported tokenizer normalises them.
-BETWEEN_CHARACTERS = ("\x01", "\U000e0fff")
+BETWEEN_CHARACTERS = ("\x01", "\U000e0fff", "\U000e0ffe", "\U000e0ffd")

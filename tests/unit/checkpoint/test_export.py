@@ -6,6 +6,7 @@ import importlib.util
 import io
 import itertools
 import json
+import random
 import re
 from pathlib import Path
 
@@ -14,18 +15,21 @@ import sentencepiece
 import torch
 import transformers
 from safetensors.torch import load_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from small_checkpoint import no_file_larger_than, write_state
 
 from deberta_xl.command_line import run_tool
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.character_map import read_map
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.checkpoint.native_config import native_config
 from deberta_xl.checkpoint.rank_file import KINDS
-from deberta_xl.checkpoint.tokenizer_export import huggingface_tokenizer
+from deberta_xl.checkpoint.tokenizer_export import build_normalizer, huggingface_tokenizer, tokenizer_files
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.python_corpus import python_corpus
+from deberta_xl.data.text_rules import TextRules
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
 from deberta_xl.data.tokenizer_training import train_tokenizer
 from deberta_xl.durable import below, write_files
@@ -81,8 +85,33 @@ INVISIBLE = [
     "a\u2028b\u2029",
     "\x85a",
 ]
+# Characters that normalisation maps, composes or deletes, and what may follow them in a grapheme.
+GRAPHEMES = [
+    *"…²ＡﬁｶﾊΩωİẞ½™①ﷺ㎏eéaoô´°👩❤1한한กำ🄸xͅ",
+    *("\u00a0", "\u2028", "\ufeff", "\x01", "\r\n", "\r", "\n", " ", "  ", "the"),
+    *(
+        "\u0301",
+        "\u0300",
+        "\u0302",
+        "\u0323",
+        "\u0308",
+        "\u3099",
+        "\uff9e",
+        "\ufe0f",
+        "\u200d",
+        "\u20e3",
+        "\u0338",
+        "\U0001f3fd",
+    ),
+]
 # Rules such as "======": several cuttings weigh the same there, and rounding decides between them.
 RULER = re.compile(r"([^ ])\1{5}")
+
+
+def constructed(count: int) -> list[str]:
+    """Lines in which marks, joiners and variation selectors follow anything."""
+    rng = random.Random(3)
+    return ["".join(rng.choices(GRAPHEMES, k=rng.randint(1, 7))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +359,54 @@ def test_transformers_gives_sentencepieces_ids_on_twenty_thousand_real_lines(aut
     assert [text for text, ours, ids in pairs if ours.tolist() != ids] == []
 
 
+def test_a_mark_or_joiner_behind_a_mapped_character_is_kept_as_sentencepiece_keeps_it(automatic, tokenizer_folder):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    texts = [
+        "…\u0301",
+        "²\ufe0f",
+        "\u00a0\u200d",
+        "Ａ\u0301",
+        "ﬁ\u0301",
+        "e\u0323\u0302",
+        "ｶ\uff9e",
+        *constructed(3000),
+    ]
+    theirs = automatic(texts, add_special_tokens=False).input_ids
+    pairs = zip(texts, tokenizer.encode_batch(texts), theirs, strict=True)
+    assert [text for text, ours, ids in pairs if ours.tolist() != ids] == []
+
+
+def test_places_are_the_exported_tokenizers_offsets_without_spaces(automatic, tokenizer_folder, lines):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    for text in (*lines[:1500], *EDGES):
+        ids, places = tokenizer.encode_with_places(text)
+        theirs = automatic(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert theirs.input_ids == ids == tokenizer.encode(text).tolist()
+        for number, ours, (start, stop) in zip(ids, places.tolist(), theirs.offset_mapping, strict=True):
+            while start < stop and text[start].isspace():
+                start += 1
+            # A word mark alone has no character here, and the first one of the text there.
+            assert ours == [start, stop] or tokenizer.id_to_piece(number) == "▁", text
+
+
+def test_what_a_map_says_beyond_compositions_is_applied_or_counted(tmp_path, caplog):
+    for count, warns in ((3, False), (100, True)):
+        rules = {f"{chr(0x100 + number)}xy": chr(0x100 + number) + "z" for number in range(count)}
+        (tmp_path / "rules.tsv").write_text(
+            "".join(
+                f"{' '.join(f'{ord(c):X}' for c in a)}\t{' '.join(f'{ord(c):X}' for c in b)}\n"
+                for a, b in rules.items()
+            )
+        )
+        model = sentencepiece.SentencePieceNormalizer(rule_tsv=str(tmp_path / "rules.tsv"))
+        spec = ModelProto.FromString(model.serialized_model_proto()).normalizer_spec
+        assert read_map(spec.precompiled_charsmap) == rules
+        normalizer = build_normalizer(spec, TextRules())
+        assert ("normalises 100 sequences of characters in another way" in caplog.text) == warns
+        if not warns:
+            assert normalizer.normalize_str("aĀxyāxyxy") == "aĀzāzxy"
+
+
 @pytest.mark.parametrize("special", [*SPECIAL_PIECES, MASK_PIECE])
 def test_a_special_tokens_letters_are_text_to_us_and_the_token_to_transformers(automatic, tokenizer_folder, special):
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -403,12 +480,12 @@ TRAINER_OPTIONS = {
 def test_other_options_of_sentencepiece_are_honoured(lines, options):
     tokenizer = train(lines[:1500], **TRAINER_OPTIONS[options])
     converted = huggingface_tokenizer(tokenizer)
-    # Kept spaces: tokenizers reads CR LF as one character there, SentencePiece as two spaces.
-    texts = [t for t in [*lines[:1500], *EDGES, *SPACES, *INVISIBLE] if not RULER.search(t) and "\r" not in t]
+    texts = [t for t in [*lines[:1500], *EDGES, *SPACES, *INVISIBLE, *constructed(1000)] if not RULER.search(t)]
     encodings = converted.encode_batch(texts, add_special_tokens=False)
     different = [t for t, e in zip(texts, encodings, strict=True) if tokenizer.encode(t).tolist() != e.ids]
     assert not different
-    known = [ids for text in texts if tokenizer.unk_id not in (ids := tokenizer.encode(text).tolist())]
+    plain = [text for text in texts[:1500] if text.isascii()]
+    known = [ids for text in plain if tokenizer.unk_id not in (ids := tokenizer.encode(text).tolist())]
     assert all(converted.decode(ids) == tokenizer.processor.decode(ids) for ids in known)
 
 
@@ -420,11 +497,14 @@ def test_masks_are_read_as_our_own_filling_does_with_other_options_too(lines, op
         assert converted.encode(text).ids == encode_with_masks(tokenizer, text)
 
 
-def test_a_users_own_pieces_are_never_cut(lines):
+def test_a_users_own_pieces_are_never_cut(lines, tmp_path):
     tokenizer = train(lines[:500], user_defined_symbols=["<gene>"])
     converted = huggingface_tokenizer(tokenizer)
     for text in ("the <gene> of", "the<gene>of <gene>", "of <gene><gene>."):
         assert converted.encode(text, add_special_tokens=False).ids == tokenizer.encode(text).tolist()
+        assert tokenizer.encode_with_places(text)[0] == tokenizer.encode(text).tolist()
+    write_files(tmp_path, tokenizer_files(tokenizer, 512))
+    assert Tokenizer.load(tmp_path).rules.is_plain
 
 
 @pytest.mark.parametrize("options", [{"model_type": "bpe"}, {"treat_whitespace_as_suffix": True}])
