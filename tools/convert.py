@@ -44,6 +44,7 @@ from deberta_xl.checkpoint.tensor_files import DTYPES as STORED_DTYPES
 from deberta_xl.checkpoint.verify import TOLERANCES
 from deberta_xl.durations import duration
 from deberta_xl.finetuned import BEST_NAME, find_finetuned
+from deberta_xl.output_file import check_output_folder
 
 DTYPES = {"float32": STORED_DTYPES["F32"], "bfloat16": STORED_DTYPES["BF16"], "float16": STORED_DTYPES["F16"]}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -102,6 +103,7 @@ def parse_size(text: str) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and say what came out."""
     started = time.monotonic()
+    check_output_folder(arguments.destination, option="DESTINATION")
     if is_fine_tuned(arguments.source):
         refuse_for_tasks(arguments)
         export_task(find_finetuned(arguments.source), arguments.destination, read_conversion(arguments))

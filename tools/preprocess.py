@@ -42,6 +42,7 @@ from deberta_xl.data.words import LONGEST_WORD
 from deberta_xl.durations import duration
 from deberta_xl.errors import counted
 from deberta_xl.launch import read_launch
+from deberta_xl.output_file import check_output_folder, is_stream
 from deberta_xl.strict import own_path
 
 #: Share of unknown tokens above which the tokenizer does not suit the text.
@@ -153,6 +154,10 @@ def check(arguments: argparse.Namespace) -> None:
     places = {dataset_paths(prefix).bin.resolve() for prefix in prefixes}
     if arguments.valid_output and not 0 < arguments.valid_share < 1:
         raise DataError(f"--valid_share {arguments.valid_share} is not a share; allowed: between 0 and 1")
+    for prefix in prefixes:
+        if is_stream(Path(prefix)):
+            raise DataError(f"{prefix} is a device or a pipe; choose a prefix for the names of a dataset's files")
+        check_output_folder(dataset_paths(prefix).bin.parent)
     if len(places) < len(prefixes):
         raise DataError(f"--output and --valid_output both name the dataset {arguments.output}; choose two prefixes")
     if arguments.workers is not None and arguments.workers < 1:

@@ -34,6 +34,7 @@ from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer_rules import ALPHABET_CHARACTERS, NORMALIZATIONS, PARTIAL_COVERAGE, TokenizerRules
 from deberta_xl.data.tokenizer_training import MAX_LINES, TrainedTokenizer, train_tokenizer
 from deberta_xl.durations import duration
+from deberta_xl.output_file import check_output_folder
 from deberta_xl.strict import own_path
 
 SHOWN_CHARACTERS = 20
@@ -135,6 +136,7 @@ def read_symbols(path: Path | None) -> list[str]:
 def train(arguments: argparse.Namespace) -> None:
     """Train, and say what came out."""
     started = time.monotonic()
+    check_output_folder(Path(arguments.output))
     rules, paths = rules_of(arguments), expand_inputs(arguments.input)
     counts, bad = CharacterCounts(composes=rules.composes), []
     try:

@@ -90,11 +90,30 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file"]
 
 
-def test_predict_notices_its_output_before_it_reads_a_model(tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text('{"text": "x"}\n')
-    predict = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "predict.py"))
-    for output, message in (("in.jsonl", "is read as an input"), ("no/out.jsonl", "there is no folder")):
-        command = ["no_model", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / output)]
-        assert run_tool(predict["run"], predict["parse_arguments"](command)) == 2
+TOOLS = {
+    "predict": ("run", "no_model --input in.jsonl --output {}"),
+    "preprocess": ("run", "--input in.jsonl --tokenizer none --output {}"),
+    "train_tokenizer": ("train", "--input in.jsonl --vocab_size 99 --output {}"),
+    "convert": ("run", "--to native no_model {}"),
+}
+REFUSED = {
+    "predict": {"in.jsonl": "is read as an input", "no/x": "there is no folder"},
+    "preprocess": {"in.jsonl/x": "is a file", "pipe": "is a device or a pipe"},
+    "train_tokenizer": {"in.jsonl/x": "is a file", "in.jsonl": "is a file"},
+    "convert": {"in.jsonl/x": "is a file", "pipe": "is a file"},
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tool_notices_its_output_before_its_work(tmp_path, monkeypatch, capsys, tool):
+    work, command = TOOLS[tool]
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text('{"text": "x"}\n')
+    functions = runpy.run_path(str(Path(__file__).parents[2] / "tools" / f"{tool}.py"))
+    os.mkfifo("pipe")
+    for output, message in REFUSED[tool].items():
+        arguments = command.format(output).split()
+        assert run_tool(functions[work], functions["parse_arguments"](arguments)) == 2
         assert message in capsys.readouterr().err
-    assert (tmp_path / "in.jsonl").read_text() == '{"text": "x"}\n'
+    assert sorted(os.listdir()) == ["in.jsonl", "pipe"]
+    assert Path("in.jsonl").read_text() == '{"text": "x"}\n'
