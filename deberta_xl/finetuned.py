@@ -16,7 +16,7 @@ from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, read_
 from deberta_xl.checkpoint.foreign_config import activation_there
 from deberta_xl.checkpoint.foreign_heads import Pooling, read_foreign_task, read_pooling
 from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
-from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, read_all
+from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, check_finite, read_all
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name
 from deberta_xl.checkpoint.names import EXTRA
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
@@ -182,6 +182,7 @@ def load_encoder(model: TaskModel, folder: Path, labels: Sequence[str]) -> None:
     try:
         weights = read_all(open_any_weights(folder))
         check_fits(model, weights, folder, ENCODER)
+        check_finite(weights, folder)
         if PROJECTION[0] in weights:
             body = {name: weight for name, weight in weights.items() if name not in PROJECTION}
             weights = body | projection_for(model, weights, folder, labels)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.foreign import is_foreign_folder, open_foreign, parse_config, read_config_fields
-from deberta_xl.checkpoint.lazy import read_all
+from deberta_xl.checkpoint.lazy import check_finite, read_all
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
 from deberta_xl.checkpoint.pretrained_folder import Pretrained, describe_fresh
@@ -124,7 +124,7 @@ def read_pretrained(folder: Path, *, may_be_fresh: bool = False) -> tuple[Debert
 
 
 def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], source: Path, dtype: torch.dtype) -> None:
-    """Make `weights` the parameters of `model`; every one must be there, and fit."""
+    """Make `weights` the parameters of `model`; every one must be there, fit, and be finite."""
     for name, parameter in model.named_parameters():
         if name not in weights:
             raise CheckpointError(f"{source} has no tensor for {name}")
@@ -133,6 +133,7 @@ def fill_weights(model: MaskedLanguageModel, weights: Mapping[str, Tensor], sour
                 f"{source}: {name} has shape {list(weights[name].shape)}, the configuration asks for "
                 f"{list(parameter.shape)}"
             )
+    check_finite(weights, source)
     known = {name: weights[name].to(dtype) for name, _ in model.named_parameters()}
     model.load_state_dict(known, assign=True)
     for parameter in model.parameters():

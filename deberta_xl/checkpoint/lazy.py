@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,15 @@ def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
         return converted
 
     return tensor._replace(dtype=dtype, read=read)
+
+
+def check_finite(weights: Mapping[str, Tensor], source: Path) -> None:
+    """Raises CheckpointError naming the first of the weights, read from `source`, that holds NaN or infinity."""
+    for name, value in weights.items():
+        if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{source}: {name} holds NaN or infinity: these weights are of no use; take an earlier checkpoint"
+            )
 
 
 def read_finite(name: str, tensor: LazyTensor) -> Tensor:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, UserError
 from deberta_xl.pretrained import DebertaForMaskedLM, check_same_architecture, load_initial_weights
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
@@ -39,6 +40,15 @@ def test_weights_are_taken_from_a_model_that_computes_the_same(tmp_path, options
     load_initial_weights(model, tmp_path / "source")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, source.get_parameter(name)), name
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name_before_anything_is_trained(tmp_path):
+    build(1).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["encoder.layers.1.attention.query_proj.bias"][3] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers\.1\.attention\.query_proj\.bias holds NaN or infinity"):
+        load_initial_weights(build(2), tmp_path)
 
 
 @pytest.mark.parametrize(
