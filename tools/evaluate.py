@@ -30,7 +30,7 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.unigram import log_unigram, token_counts
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, counted
 from deberta_xl.fill_mask import load_tokenizer
 from deberta_xl.launch import read_launch
 from deberta_xl.pretrained import DebertaForMaskedLM
@@ -134,7 +134,8 @@ def check_finite(checkpoint: Path, result: Evaluation) -> None:
 
 def report(arguments: argparse.Namespace, length: int, result: Evaluation) -> None:
     """Print the result."""
-    print(f"{arguments.checkpoint} on {arguments.data}, rows of {length} tokens, {result.num_labels:,} masked tokens")
+    labels = counted(result.num_labels, "masked token")
+    print(f"{arguments.checkpoint} on {arguments.data}, rows of {length} tokens, {labels}")
     unigram = f" (the training set's unigram: {result.unigram_entropy:.4f})" if result.unigram_entropy else ""
     print(f"  loss        {result.loss:.4f} nats{unigram}")
     print(f"  perplexity  {result.perplexity:.2f}")

@@ -27,7 +27,7 @@ from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.task_reading import read_split
 from deberta_xl.data.task_submission import jsonl, submission
 from deberta_xl.data.tasks import Task, load_task
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, counted
 from deberta_xl.launch import read_launch
 from deberta_xl.output_file import check_output, check_output_folder, write_output
 from deberta_xl.strict import at_least
@@ -98,7 +98,9 @@ def report(arguments: argparse.Namespace, task: Task, data: TaskData, found: lis
         for name, write in files.items():
             write_output(arguments.output / name, write(task, data.labels, data.examples, found))
         print(f"{arguments.output}: {', '.join(files)}")
-    print(f"{task.name}, {arguments.split}: {len(data.examples):,} examples, {data.cuts.truncated:,} of them cut")
+    print(
+        f"{task.name}, {arguments.split}: {counted(len(data.examples), 'example')}, {data.cuts.truncated:,} of them cut"
+    )
     for name, value in metrics.items():
         print(f"  {name}  {'undefined: the predictions are all equal' if value is None else f'{value:.4f}'}")
     print(json.dumps({"task": task.name, "split": arguments.split, "examples": len(data.examples), **metrics}))

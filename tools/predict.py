@@ -19,7 +19,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, counted
 from deberta_xl.launch import read_launch
 from deberta_xl.output_file import check_output, is_stream, open_output, report_stream
 from deberta_xl.strict import at_least
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         for line in lines:
             file.write(line)
             count += 1
-    print(f"{arguments.output}: {count:,} predictions", file=report_stream(arguments.output))
+    print(f"{arguments.output}: {counted(count, 'prediction')}", file=report_stream(arguments.output))
 
 
 if __name__ == "__main__":
