@@ -21,6 +21,7 @@ if not __package__:
 from deberta_xl.data.tasks import task_names
 from deberta_xl.durable import below
 from deberta_xl.entry_point import build_parser, parse, run_command
+from deberta_xl.errors import counted
 from deberta_xl.finetune_config import FinetuneConfig, SiftSection
 from deberta_xl.finetune_inputs import SHORT_FORMS, Inputs, read_config, read_inputs
 from deberta_xl.log import rank_zero
@@ -71,14 +72,16 @@ def print_arithmetic(inputs: Inputs) -> None:
     )
     rank_zero("each rank: %s estimated", needed.describe())
     rank_zero(
-        "step: %d examples (micro-batch %d x %d accumulated x %d replicas)",
-        train.global_batch_size, train.micro_batch_size, train.gradient_accumulation_steps(ranks), ranks,
+        "step: %s (micro-batch %d x %d accumulated x %s)",
+        counted(train.global_batch_size, "example"), train.micro_batch_size, train.gradient_accumulation_steps(ranks),
+        counted(ranks, "replica"),
     )  # fmt: skip
     held_out = ", ".join(f"{split} {len(of_split.examples):,}" for split, of_split in inputs.held_out.items())
+    windows = f" in {counted(len(data), 'window')}" if len(data) != len(data.examples) else ""
     rank_zero(
-        "run: %d steps = %.2f epochs of %s examples%s; held out: %s",
-        inputs.total_steps, inputs.total_steps * train.global_batch_size / len(data), f"{len(data.examples):,}",
-        f" in {len(data):,} windows" if len(data) != len(data.examples) else "", held_out,
+        "run: %s = %.2f epochs of %s%s; held out: %s",
+        counted(inputs.total_steps, "step"), inputs.total_steps * train.global_batch_size / len(data),
+        counted(len(data.examples), "example"), windows, held_out,
     )  # fmt: skip
     if inputs.config.sift.weight:
         rank_zero("SiFT: %s", describe_sift(inputs.config.sift))

@@ -29,7 +29,7 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.durable import below
 from deberta_xl.entry_point import build_parser, launch_of, parse, run_command
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, counted
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.model.parameter_shapes import parameter_shapes
@@ -156,15 +156,17 @@ def print_arithmetic(inputs: Inputs) -> None:
         of_stage = f" of stage {stage}" if inputs.split.num_stages > 1 else ""
         rank_zero("each rank%s: %s estimated", of_stage, needed.describe())
     rank_zero(
-        "step: %d sequences x %d tokens = %s tokens (micro-batch %d x %d accumulated x %d replicas)",
-        batch, length, f"{batch * length:,}", train.micro_batch_size, accumulation, ranks,
+        "step: %s x %d tokens = %s tokens (micro-batch %d x %d accumulated x %s)",
+        counted(batch, "sequence"), length, f"{batch * length:,}", train.micro_batch_size, accumulation,
+        counted(ranks, "replica"),
     )  # fmt: skip
     rank_zero(
-        "run: %d steps = %s sequences = %.2f epochs of %s rows (%s tokens)",
-        train.steps, f"{samples:,}", samples / inputs.data.num_rows, f"{inputs.data.num_rows:,}",
-        f"{inputs.data.tokens:,}",
+        "run: %s = %s = %.2f epochs of %s (%s)",
+        counted(train.steps, "step"), counted(samples, "sequence"), samples / inputs.data.num_rows,
+        counted(inputs.data.num_rows, "row"), counted(inputs.data.tokens, "token"),
     )  # fmt: skip
-    rank_zero("run folder: %s (checkpoint every %d steps)", inputs.config.run.folder, inputs.config.checkpoint.interval)
+    interval = counted(inputs.config.checkpoint.interval, "step").removeprefix("1 ")
+    rank_zero("run folder: %s (checkpoint every %s)", inputs.config.run.folder, interval)
     print_outlook(inputs)
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from deberta_xl.command_line import build_parser
-from deberta_xl.errors import ConfigError
+from deberta_xl.errors import ConfigError, counted
 from deberta_xl.launch import Launch, device_number, node_name, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
 from deberta_xl.rendezvous import export_launch
@@ -57,7 +57,8 @@ def look(launch: Launch, run_folder: Path) -> dict[str, Any]:
         except ConfigError as error:
             complaints.append(str(error))
     elif not is_cpu_meant:
-        complaints.append(f"{len(allotted)} GPUs are allotted, but torch {torch.__version__} sees none")
+        are = "is" if len(allotted) == 1 else "are"
+        complaints.append(f"{counted(len(allotted), 'GPU')} {are} allotted, but torch {torch.__version__} sees none")
     try:
         flops = multiply("cuda" if uuid else "cpu")
     except (RuntimeError, ArithmeticError) as error:
@@ -94,7 +95,9 @@ def judge(reports: Sequence[dict[str, Any]], silent: Sequence[str]) -> dict[str,
     wrong: dict[str, list[str]] = {}
     for node in dict.fromkeys(silent):
         count = silent.count(node)
-        wrong[node] = [f"{count} ranks did not report within {PATIENCE.seconds} s; look at the network and at slurmd"]
+        wrong[node] = [
+            f"{counted(count, 'rank')} did not report within {PATIENCE.seconds} s; look at the network and at slurmd"
+        ]
     users: dict[str, dict[str, Any]] = {}
     for report in reports:
         node, complaints = report["node"], list(report["complaints"])
@@ -142,7 +145,7 @@ def describe_speeds(reports: Sequence[dict[str, Any]]) -> None:
     if not speeds:
         return
     median = speeds[len(speeds) // 2]
-    logger.info("pre-flight: %d ranks, matrix products at %.3g FLOP/s (median)", len(reports), median)
+    logger.info("pre-flight: %s, matrix products at %.3g FLOP/s (median)", counted(len(reports), "rank"), median)
     for report in reports:
         if report["uuid"] and report["flops"] and report["flops"] < SLOW * median:
             logger.warning(
