@@ -48,9 +48,9 @@ VALID_SHARE = 0.05
 """That of tools/preprocess.py, too."""
 PYTHON_TEXT = "the English that comes with Python"
 STEPS = 700
+WARMUP_STEPS = 50
 TRAINING = [
     f"train.steps={STEPS}",
-    "schedule.warmup_steps=50",
     "optimizer.learning_rate=2e-3",
     # A few passes over two megabytes: the model is far from learning them by heart.
     "model.dropout=0",
@@ -167,11 +167,18 @@ def train(folder: Path, overrides: list[str]) -> None:
     data = [f"data.train={folder}/data/train", f"data.valid={folder}/data/valid", f"run.folder={folder}/run"]
     launcher = ["deepspeed", "--quiet", "--num_accelerators", str(RANKS), "--master_port", str(port)]
     settings = ["--config", "debug", "--deepspeed_config", "deepspeed_configs/cpu_debug.json"]
-    command = [*launcher, "deberta_xl/pretrain.py", *settings, *data, *TRAINING, *overrides]
+    command = [*launcher, "deberta_xl/pretrain.py", *settings, *data, *TRAINING, warmup(overrides), *overrides]
     try:
         execute(*command, is_launcher=True)
     except Interrupted as interruption:
         raise Interrupted(interruption.number, stopped(folder / "run")) from None
+
+
+def warmup(overrides: list[str]) -> str:
+    """The warm-up as a setting: a tenth of the steps asked for where they are few."""
+    asked = [override.partition("=")[2] for override in overrides if override.startswith("train.steps=")]
+    steps = int(asked[-1]) if asked and asked[-1].isdigit() else STEPS
+    return f"schedule.warmup_steps={min(WARMUP_STEPS, steps // 10)}"
 
 
 def stopped(run_folder: Path) -> str:

@@ -52,6 +52,11 @@ def test_another_text_or_vocabulary_is_refused_with_what_there_is_and_the_way_ou
         claim(tmp_path / "work", [text], 600)
 
 
+def test_few_steps_have_a_short_warm_up():
+    for overrides, expected in (([], 50), (["train.steps=40"], 4), (["train.steps=9", "train.steps=2000"], 50)):
+        assert quickstart.warmup(overrides) == f"schedule.warmup_steps={expected}"
+
+
 def test_a_folder_without_a_note_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "work" / "tokenizer").mkdir(parents=True)
     Path(text).write_text("\n\n".join(f"Document {n} of many that are long enough." for n in range(600)))
