@@ -56,12 +56,12 @@ class Predictor:
             if tokenizer.fingerprint != self.tokenizer.fingerprint:
                 raise ConfigError(f"{checkpoint} has another tokenizer than {checkpoints[0]}; they cannot be averaged")
 
-    def tokenize(self, examples: Sequence[Example], where: str) -> TaskData:
-        """Examples as the models were trained on them."""
+    def tokenize(self, examples: Sequence[Example], where: str, labels: Sequence[str] | None = None) -> TaskData:
+        """Examples as the models were trained on them; their `labels` are the models' own unless more are given."""
         facts = self.facts
         return TaskData(
             facts.task,
-            facts.labels,
+            facts.labels if labels is None else labels,
             examples,
             self.tokenizer,
             sequence_length=facts.sequence_length,

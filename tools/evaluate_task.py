@@ -22,6 +22,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.data.task_features import TaskData
+from deberta_xl.data.task_labels import labels_to_score
 from deberta_xl.data.task_metrics import check_defined, evaluate_metrics
 from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.task_reading import read_split
@@ -76,7 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.output.is_dir():
             check_output(arguments.output / name, inputs)
     examples = read_split(task, arguments.data, arguments.split)
-    data = predictor.tokenize(examples, f"{arguments.data}, {arguments.split}")
+    labels = labels_to_score(task, predictor.facts.labels, examples, arguments.split)
+    data = predictor.tokenize(examples, f"{arguments.data}, {arguments.split}", labels)
     if data.is_labelled:
         check_defined(task, data.labels, data.examples, where=f"{arguments.data}, {arguments.split}")
     found = predictor.predict(data)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from deberta_xl.data.entity_tags import scheme_of
 from deberta_xl.data.errors import TaskDataError
 from deberta_xl.data.label_names import check_distinct, check_no_missing_words, twins_of
 from deberta_xl.data.tasks import Example, Task
@@ -47,16 +48,47 @@ def count_names(task: Task, examples: Sequence[Example]) -> Counter[str]:
     return Counter(name for example in examples for name in names_in(task, example.label))
 
 
-def unseen(task: Task, counts: Mapping[str, int], extra: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Tags of words that only held-out splits have, with a warning; none for other heads, whose splits are refused."""
+def unseen(task: Task, known: Collection[str], extra: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Tags of words that only held-out splits have, with a warning; none for other heads, whose splits are refused.
+
+    Raises TaskDataError where such tags are of another scheme than the `known` ones: then all of them are.
+    """
     found: dict[str, str] = {}
-    for split, of_split in extra.items() if task.head == "token" else ():
-        for name in sorted(set(of_split) - set(counts)):
+    for split, of_split in extra.items() if task.head == "token" and task.labels is None else ():
+        for name in sorted(set(of_split) - set(known)):
             found.setdefault(name, f"{name!r} ({of_split[name]:,} words of {split})")
-    if found:
-        text = "task %s: no training example has the tags %s; they count, and the model cannot know them"
-        rank_zero(text, task.name, ", ".join(found.values()), level=logging.WARNING)
+    if not found:
+        return []
+    listed = ", ".join(list(found.values())[:SHOWN]) + (" …" if len(found) > SHOWN else "")
+    if "span_f1" in task.metrics and not are_of_one_scheme(sorted(known), list(found)):
+        scheme = scheme_of(sorted(known)).name
+        raise TaskDataError(
+            f"task {task.name}: trained on tags of {scheme}, but there are {listed}: one scheme for all"
+        )
+    text = "task %s: no training example has the tags %s; they count, and the model cannot know them"
+    rank_zero(text, task.name, listed, level=logging.WARNING)
     return list(found)
+
+
+def are_of_one_scheme(known: Sequence[str], more: Sequence[str]) -> bool:
+    """Whether further tags of words are written as the known ones are."""
+    try:
+        both = scheme_of([*known, *more])
+    except TaskDataError:
+        return False
+    return both.name.split()[0] == scheme_of(known).name.split()[0]
+
+
+def labels_to_score(task: Task, labels: Sequence[str], examples: Sequence[Example], split: str) -> list[str]:
+    """A trained model's labels, and behind them the tags of words that only `examples` have, of which it is warned.
+
+    Such that are another way of writing a label are left to `encode_labels`, which refuses them.
+    """
+    if task.head != "token":
+        return list(labels)
+    counts = count_names(task, examples)
+    alike = twins_of([*labels, *sorted(set(counts) - set(labels))])
+    return [*labels, *([] if alike else unseen(task, labels, {split: counts}))]
 
 
 def names_in(task: Task, label: Any) -> tuple[str, ...]:

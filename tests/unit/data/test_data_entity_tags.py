@@ -9,7 +9,7 @@ import pytest
 
 from deberta_xl.data.entity_tags import scheme_of
 from deberta_xl.data.errors import TaskDataError
-from deberta_xl.data.task_labels import class_weights, encode_labels, labels_of
+from deberta_xl.data.task_labels import class_weights, encode_labels, labels_of, labels_to_score
 from deberta_xl.data.task_metrics import check_defined, evaluate_metrics
 from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.task_reading import read_split
@@ -169,3 +169,19 @@ def test_a_tag_that_only_held_out_files_have_counts_and_is_never_right():
     encoded = encode_labels(task, labels, valid, where="here")
     assert evaluate_metrics(task, labels, encoded, [Prediction((0, 1), None)])["span_f1"] == 0.0
     assert class_weights(task, 3, encode_labels(task, labels, train, where="here")).tolist() == [1.0, 1.0, 1.0]
+    assert labels_to_score(task, ["B-PER", "O"], valid, "test") == ["B-PER", "O", "B-ORG"]
+
+
+def test_held_out_tags_of_another_scheme_or_written_in_another_way_are_no_further_classes():
+    task = load_task("conll")
+    train = [Example("0", ("a", "b", "c"), ("B-PER", "I-PER", "O"))]
+    singles = [Example("0", ("a", "b"), ("S-PER", "O"))]
+    with pytest.raises(TaskDataError, match=r"trained on tags of IOB .*'S-PER' \(1 words of valid\): one scheme"):
+        labels_of(task, train, {"valid": singles})
+    with pytest.raises(TaskDataError, match="one scheme for all"):
+        labels_to_score(task, ["B-PER", "L-PER", "O"], singles, "test")
+    assert labels_to_score(load_task("stsb"), [], [Example("0", ("a",), 1.5)], "test") == []
+    small = [Example("0", ("a", "b"), ("b-per", "O"))]
+    assert labels_to_score(task, ["B-PER", "O"], small, "test") == ["B-PER", "O"]
+    with pytest.raises(TaskDataError, match=r"unknown labels 'b-per' .*differ only in capital letters"):
+        encode_labels(task, ["B-PER", "O"], small, where="here")
