@@ -82,9 +82,9 @@ class Pretraining:
         empty_steps = EmptySteps(config.train.steps, NO_LABELS)
         grid = self.groups.grid
         saved_step, owes_checkpoint = state.step, False
+        self.stop.training_begins()
         is_evaluated = not self.owes_evaluation() or self.evaluate(writer, agreement)
         batches = prefetch(self.batches(), STEPS_AHEAD)
-        self.stop.training_begins()
         self.engine.train()
         while state.step < config.train.steps:
             step = state.step + 1

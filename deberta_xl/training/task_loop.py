@@ -99,10 +99,10 @@ class Finetuning:
         agreement = Agreement()
         empty_steps = EmptySteps(self.total_steps, NO_LABELS)
         saved_step, owes_checkpoint = state.step, False
+        self.stop.training_begins()
         if self.owes_evaluation and self.evaluate(writer, agreement):
             self.save()
         batches = prefetch(self.batches(), STEPS_AHEAD)
-        self.stop.training_begins()
         self.engine.train()
         while not self.is_finished:
             step = state.step + 1
