@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deberta_xl.config_file import nearest
 from deberta_xl.entry_point import choose_accelerator
+from deberta_xl.errors import ConfigError
 from deberta_xl.rendezvous import free_port
 
 PACKAGE = Path(__file__).resolve().parent
@@ -94,7 +95,10 @@ def start_ranks(ranks: str, script: Path, arguments: Sequence[str]) -> int:
     """Become the launcher of `ranks` ranks on this machine; returns only where that cannot be."""
     if not (ranks.isascii() and ranks.isdigit() and 0 < int(ranks[:6]) < 10**5):
         return refuse(f"--ranks {ranks}: a number of ranks, at least 1; one for each GPU")
-    choose_accelerator()
+    try:
+        choose_accelerator()
+    except ConfigError as error:
+        return refuse(str(error))
     launcher = ["-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", ranks]
     command = [sys.executable, *launcher, "--master_port", str(free_port()), str(script), *arguments]
     sys.stdout.flush()

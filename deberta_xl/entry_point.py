@@ -167,10 +167,16 @@ def report_divergence(run: Any, rank: int, error: Diverged) -> None:
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed what to run on before it is imported: it warns at length when it has to guess."""
+    """Tell DeepSpeed what to run on before it is imported: it warns at length when it has to guess.
+
+    Raises ConfigError when DS_ACCELERATOR asks for what is not here.
+    """
     import torch
 
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    chosen = os.environ.setdefault("DS_ACCELERATOR", here[-1])
+    if chosen not in here:
+        raise ConfigError(f"DS_ACCELERATOR={chosen}, but there is {' and '.join(here)} here: env -u DS_ACCELERATOR ...")
 
 
 def place(run: Any) -> str:

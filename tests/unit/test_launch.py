@@ -245,6 +245,12 @@ def test_a_port_that_is_taken_is_named():
             roll_call.open_store(Launch(0, 2, 0), "127.0.0.1", port, roll_call.Waiting(Launch(0, 2, 0), ""))
 
 
+def test_a_device_that_is_not_here_is_refused(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "quantum")
+    with pytest.raises(ConfigError, match=r"DS_ACCELERATOR=quantum, but there is cpu.* here"):
+        entry_point.choose_accelerator()
+
+
 def status_after(number: signal.Signals, *, is_training: bool) -> int:
     """How a process ends that gets a signal before or after training has begun; 0 where it goes on."""
     child = os.fork()
