@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from deberta_xl.config import RunConfig
 from deberta_xl.config_file import Config, preset_names, section_types, to_toml
 from deberta_xl.data.screen import screen
-from deberta_xl.errors import ConfigError, Diverged, PeerError, UserError
+from deberta_xl.errors import ConfigError, Diverged, HopelessRunError, PeerError, UserError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero, take_any_character
@@ -24,8 +24,8 @@ from deberta_xl.settings_reference import Help
 from deberta_xl.stop_request import StopRequest
 
 REFUSED = 4
-"""Exit status of ranks that a user's error ends before the first step, or that have diverged: another start would end
-there, too.
+"""Exit status of ranks that a user's error ends before the first step, or whose run is hopeless (it has diverged, or no
+labels): another start would end there, too.
 
 Not 2, which Python gives when it cannot open a script; `slurm/lib/launch.sh` knows this number."""
 
@@ -131,8 +131,8 @@ def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None
         if ended == "done":
             conclude(run)
         rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
-    except Diverged as error:
-        report_divergence(run, rank, error)
+    except HopelessRunError as error:
+        report_hopeless(run, rank, error)
         leave(REFUSED)
     except UserError as error:
         logger.error("rank %d, %s: %s", rank, place(run), error)
@@ -150,13 +150,16 @@ def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None
         leave(1)
 
 
-def report_divergence(run: Any, rank: int, error: Diverged) -> None:
+def report_hopeless(run: Any, rank: int, error: HopelessRunError) -> None:
     """Say once what all ranks have found, with the way out, and note in the run folder that nothing else will help."""
     from deberta_xl.checkpoint.agreement import on_rank_zero
 
     def note() -> None:
-        logger.error("%s: %s. %s", place(run), error, run.safeguard.way_out())
-        run.folder.write_state("diverged")
+        if isinstance(error, Diverged):
+            logger.error("%s: %s. %s", place(run), error, run.safeguard.way_out())
+            run.folder.write_state("diverged")
+        else:
+            logger.error("%s: %s", place(run), error)
 
     try:
         on_rank_zero(note)  # no rank leaves before it is done: a launcher kills the others then

@@ -16,11 +16,12 @@ class UserError(ValueError):
     """
 
 
-class Diverged(UserError):
-    """A training run has no finite values any more, which the same command would come to again. Raised on all ranks.
+class HopelessRunError(UserError):
+    """A training run cannot come to anything, and the same command would end there again. Raised on all ranks."""
 
-    The message says what is not finite; `training/safeguard.py` knows the way out.
-    """
+
+class Diverged(HopelessRunError):
+    """A training run has no finite values any more; the message says which, `training/safeguard.py` the way out."""
 
 
 class ConfigError(UserError):

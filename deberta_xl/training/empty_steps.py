@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from deberta_xl.errors import UserError
+from deberta_xl.errors import HopelessRunError
 from deberta_xl.log import rank_zero
 
 PATIENCE = 100
@@ -21,13 +21,13 @@ class EmptySteps:
         self.num_in_a_row = self.num_steps = 0
 
     def check(self, step: int, num_labels: int) -> None:
-        """Take in a step. Raises UserError when as many as `patience` in a row, or all of a short run, had no label."""
+        """Take in a step. Raises HopelessRunError where `patience` in a row, or all of a short run, had no label."""
         self.num_in_a_row = 0 if num_labels else self.num_in_a_row + 1
         if num_labels:
             return
         self.num_steps += 1
         if self.num_in_a_row == self.patience:
-            raise UserError(
+            raise HopelessRunError(
                 f"none of the last {self.num_in_a_row} steps had a label to learn from (up to step {step}): {self.hint}"
             )
         if self.num_steps in (1, 10, 100) or self.num_steps % 1000 == 0:

@@ -6,12 +6,15 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from deberta_xl import entry_point
 from deberta_xl.data.task_metrics import is_better
-from deberta_xl.errors import Diverged
+from deberta_xl.errors import Diverged, HopelessRunError
 from deberta_xl.training.divergence import Explosion
+from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.safeguard import PATIENCE, Safeguard
 from deberta_xl.training.state import WINDOW, TrainState
 from deberta_xl.training.task_state import TaskState
@@ -121,6 +124,42 @@ def test_the_way_out_names_the_last_good_checkpoint_and_what_stands_in_its_way(t
     assert safeguard.way_out().startswith(
         f"The last good checkpoint is {checkpoints}/step-00000005. Delete {checkpoints}/step-00000007, whose weights"
     )
+
+
+class Left(BaseException):
+    """The process would have ended with a status."""
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "words"),
+    [
+        (Diverged("nothing is finite"), "diverged", "nothing is finite. Nothing was saved: start again with a lower"),
+        (HopelessRunError("no labels"), "running", "no labels"),
+    ],
+)
+def test_a_hopeless_run_says_so_and_ends_with_the_status_that_slurm_does_not_requeue(
+    tmp_path, monkeypatch, caplog, error, state, words
+):
+    def leave(status: int) -> None:
+        raise Left(status)
+
+    def train() -> None:
+        raise error
+
+    folder = RunFolder(tmp_path)
+    beats: list[tuple[int, str]] = []
+    heartbeat = SimpleNamespace(step=3, phase="optimizer", mark=lambda *beat: beats.append(beat), close=lambda: None)
+    safeguard = Safeguard(TrainState(step=3), None, folder.checkpoints, keep=1)
+    run = SimpleNamespace(
+        folder=folder, train=train, heartbeat=heartbeat, safeguard=safeguard, state=safeguard.state
+    )  # fmt: skip
+    monkeypatch.setattr(entry_point, "leave", leave)
+    with pytest.raises(Left) as left:
+        entry_point.train_and_report(lambda: run, lambda _: None)
+    assert left.value.args == (entry_point.REFUSED,)
+    assert folder.state_file.read_text() == f"{state}\n"
+    assert beats == [(3, "stopped")]
+    assert caplog.messages[-1].startswith(f"step 3, phase optimizer: {words}")
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])

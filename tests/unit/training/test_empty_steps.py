@@ -2,7 +2,7 @@
 
 import pytest
 
-from deberta_xl.errors import UserError
+from deberta_xl.errors import HopelessRunError
 from deberta_xl.training import empty_steps as module
 from deberta_xl.training.empty_steps import PATIENCE, EmptySteps
 
@@ -24,7 +24,9 @@ def test_a_step_without_labels_is_said_and_a_run_of_them_ends_training(said):
     assert said[0] == "step 1 has no label to learn from (1 so far): its loss does not count. give longer rows"
     for step in range(1000, 1000 + PATIENCE - 1):
         steps.check(step, 0)
-    with pytest.raises(UserError, match=r"none of the last 100 steps had a label .*up to step 1099.*give longer rows"):
+    with pytest.raises(
+        HopelessRunError, match=r"none of the last 100 steps had a label .*up to step 1099.*give longer rows"
+    ):
         steps.check(1000 + PATIENCE - 1, 0)
 
 
@@ -32,7 +34,7 @@ def test_a_short_run_in_which_no_step_has_a_label_is_never_done(said):
     steps = EmptySteps(3, "give longer rows")
     steps.check(1, 0)
     steps.check(2, 0)
-    with pytest.raises(UserError, match="none of the last 3 steps"):
+    with pytest.raises(HopelessRunError, match="none of the last 3 steps"):
         steps.check(3, 0)
     resumed = EmptySteps(3, "give longer rows")
     resumed.check(3, 0)  # the other two may have had some
