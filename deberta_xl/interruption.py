@@ -62,7 +62,7 @@ def interruptible(insist: Callable[[int], None] | None) -> Iterator[None]:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: a library's, not Python's
 
 
 @contextlib.contextmanager
