@@ -24,7 +24,7 @@ from deberta_xl.data.tokenizer_training import train_tokenizer
         ("ja", "novel", "parts"),
         ("ar", "one line", "parts"),
         ("dna", "one line", "parts"),
-        ("dna", "fasta", "parts"),
+        pytest.param("dna", "fasta", "parts", marks=pytest.mark.full),
     ],
 )
 def test_a_text_of_any_form_and_script_is_divided_learnt_and_asked_about(tmp_path, language, form, documents):
