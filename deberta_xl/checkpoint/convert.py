@@ -99,7 +99,7 @@ def refuse_contradictions(conversion: Conversion) -> None:
             "--max_shard_size: the original release's layout has one file, pytorch_model.bin; leave the option out"
         )
     if conversion.with_card and conversion.to != "huggingface":
-        raise CheckpointError(f"--model_card: only a Hugging Face folder has one, not --to {conversion.to}")
+        raise CheckpointError(f"--model_card, --card: only a Hugging Face folder has a card, not --to {conversion.to}")
 
 
 # In

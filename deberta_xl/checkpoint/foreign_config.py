@@ -66,6 +66,8 @@ def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
             del values[name]
     if isinstance(values["position_buckets"], int) and values["position_buckets"] < 0:
         values["position_buckets"] = 0
+    if not values.get("conv_kernel_size") and values["conv_act"] not in ACTIVATION_NAMES:
+        values["conv_act"] = ABSENT["conv_act"]  # of no effect, whatever it is
     for name in ("hidden_act", "conv_act"):
         if name in values:
             values[name] = activation(name, values[name])

@@ -215,7 +215,7 @@ def test_a_head_that_we_do_not_compute_is_refused_by_name(tmp_path, name, fields
     [
         {"hidden_act": "quick_gelu"},
         {"hidden_act": "gelu_10"},
-        {"conv_act": "mish"},
+        {"conv_act": "mish", "conv_kernel_size": 3},
         {"talking_head": True},
         {"pad_token_id": 1},
         {"quantization_config": {"quant_method": "bitsandbytes"}},
@@ -247,6 +247,7 @@ def test_a_field_that_says_what_we_do_not_compute_is_refused_by_name(fields):
     [
         {"talking_head": False, "attention_window": -1, "rope_scaling": None, "adapters": {}, "pruned_heads": {}},
         {"num_labels": 3, "id2label": {"0": "a"}, "problem_type": "regression", "summary_activation": "tanh"},
+        {"conv_act": "mish", "conv_kernel_size": 0},
         {"author": "me", "trained_on": ["news"], "learning_rate": 1e-4, "layer_decay": 0.9, "max_length": 20},
         {"pooler_hidden_act": "quick_gelu", "classifiers_size": [3, 2], "task_specific_params": {"a": 1}},
         {"pad_token_id": 0, "padding_idx": 0, "position_embedding_type": "absolute", "z_steps": 2, "use_cache": True},
