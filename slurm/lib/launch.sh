@@ -129,7 +129,7 @@ check_submission() { # check_submission ENTRY_POINT ARGUMENT...
     *) ((${SLURM_JOB_NUM_NODES:-1} == 1)) ||
       say "warning: run.folder=$run_folder is on $kind, which other nodes may not see; the job will check" ;;
   esac
-  RANK=0 LOCAL_RANK=0 WORLD_SIZE=$SLURM_NTASKS "${CONTAINER[@]}" python "$1" --check "${@:2}" || exit 2
+  SLURM_STEP_ID='' RANK=0 LOCAL_RANK=0 WORLD_SIZE=$SLURM_NTASKS "${CONTAINER[@]}" python "$1" --check "${@:2}" || exit 2
   printf 'run folder: %s\n' "$run_folder"
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import SCRIPT, Cluster, make_checkout, user_environment
+from jobs import ROOT, SCRIPT, Cluster, make_checkout, user_environment
 from lab import Lab, wait_for
 from small_dataset import SmallDataset
 
@@ -166,6 +167,24 @@ def test_an_array_is_logged_under_the_numbers_of_its_tasks(big_lab: Lab, checkou
     assert f"preprocess-{number}_" in log
     assert f"tail -F preprocess-{number}_3.out" in answer.stdout.splitlines()[-1]
     assert answer.stdout.splitlines()[0] == "== slurm/preprocess.sh on 1 node x 1 rank"
+
+
+WHO = "from deberta_xl.launch import read_launch; print('WHO', *read_launch())"
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="no terminal to be had without script(1)")
+def test_what_is_typed_into_a_shell_of_srun_pty_is_one_process_and_what_srun_starts_are_ranks(
+    big_lab: Lab, tmp_path: Path
+):
+    (tmp_path / "who.py").write_text(WHO)
+    typed = tmp_path / "typed"
+    typed.write_text(f"python {tmp_path}/who.py\nexit\n")
+    answers = []
+    for command, given in (("bash", typed), (f"python {tmp_path}/who.py", "/dev/null")):
+        line = f"timeout 60 script -qec 'srun -n 2 --mem=100 --mpi=none --pty {command}' /dev/null < {given}"
+        said = big_lab.run("bash", "-c", line, cwd=tmp_path, extra=user_environment(PYTHONPATH=str(ROOT))).stdout
+        answers += re.findall(r"WHO (\d+ \d+ \d+)", said)
+    assert answers == ["0 1 0", "0 2 0"]
 
 
 def test_submit_explains_itself(checkout: Path):
