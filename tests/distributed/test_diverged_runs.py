@@ -18,10 +18,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from ranks import run_ranks
 from small_dataset import SmallDataset
+from small_task import finetune_arguments, write_encoder, write_sentences
 from test_pretrain_command import arguments
 
-from deberta_xl import entry_point
+from deberta_xl import entry_point, finetune, finetune_inputs
 from deberta_xl.entry_point import REFUSED, train_and_report
+from deberta_xl.errors import Diverged
 from deberta_xl.pretrain import assemble, parse_arguments, read_inputs
 from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.loop import Pretraining
@@ -186,3 +188,34 @@ def test_the_end_of_the_search_for_a_loss_scale_is_told_in_words(small_dataset, 
         assert "Traceback" not in ending.log
     assert (tmp_path / "STATE").read_text() == "diverged\n"
     assert checkpoints(tmp_path) == [2, 4]
+
+
+def fine_tune(words: list[str], bad_steps: list[int]) -> str:
+    """A fine-tuning run on this rank whose gradient is not a number in some steps; how it ended."""
+    run = finetune.assemble(finetune_inputs.read_inputs(finetune.parse_arguments(words)), StopRequest())
+    next(run.engine.module.parameters()).register_hook(
+        lambda gradient: gradient * (float("nan") if run.state.step + 1 in bad_steps else 1.0)
+    )
+    try:
+        return run.train()
+    except Diverged as error:
+        return f"{error}. {run.safeguard.way_out()}"
+
+
+@pytest.mark.full
+def test_fine_tuning_skips_holds_back_and_ends_in_the_same_way(small_dataset, tmp_path):
+    encoder = write_encoder(small_dataset, tmp_path / "encoder")
+    sentences = write_sentences(tmp_path / "sentences")
+
+    def words(name: str) -> list[str]:
+        often = ("checkpoint.interval=1", "evaluation.interval=2", "checkpoint.keep=0", "sift.weight=1")
+        return finetune_arguments(encoder, sentences, tmp_path / name, *often)
+
+    assert run_ranks(fine_tune, 2, words("odd"), [1, 3, 5, 7], backend=None) == ["done", "done"]
+    assert skipped(tmp_path / "odd")[-1] == 4
+    assert checkpoints(tmp_path / "odd") == [2, 4, 6, 8]
+    told, _ = run_ranks(fine_tune, 2, words("late"), [6, 7, 8], backend=None)
+    assert told.startswith("loss or gradient were not finite in the run's last step, 8 (and in 3 of the last 8)")
+    assert f"The last good checkpoint is {tmp_path}/late/checkpoints/step-00000004. Delete " in told
+    assert checkpoints(tmp_path / "late") == [1, 2, 3, 4, 5]
+    assert not (tmp_path / "late" / "results.json").exists()
