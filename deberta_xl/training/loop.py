@@ -123,7 +123,7 @@ class Pretraining:
                 is_evaluated = self.evaluate(writer, agreement)
             recorder.pause(time.perf_counter() - aside)
         if state.step >= config.train.steps:
-            self.safeguard.check_end()
+            self.safeguard.check_end(searches_scale=self.engine.fp16_enabled())
         if saved_step != state.step and self.safeguard.may_save():
             self.save()
         return self.finish(writer, is_evaluated=is_evaluated)

@@ -61,9 +61,16 @@ class Safeguard:
             spared = self.state.spared_step
             prune_checkpoints(newest, self.keep, spared=step_folder_name(spared) if spared else None)
 
-    def check_end(self) -> None:
-        """Raises Diverged where the last step of the run had no finite gradient: such a run is not done."""
-        if not self.state.is_finite:
+    def check_end(self, *, searches_scale: bool) -> None:
+        """Raises Diverged where the last step of the run had no finite gradient: such a run is not done.
+
+        In fp16 (`searches_scale`) a single such step is how the loss scale is found, every 1000 steps or so. It may be
+        the last one; the weights are then those of the step before, and count as finite.
+        """
+        state = self.state
+        if searches_scale and not state.is_finite and state.step - 1 not in state.lately_skipped:
+            state.lately_skipped.remove(state.step)
+        if not state.is_finite:
             raise Diverged(
                 f"loss or gradient were not finite in the run's last step, {self.state.step} (and in "
                 f"{len(self.state.lately_skipped)} of the last {min(WINDOW, self.state.step)}): it has diverged"

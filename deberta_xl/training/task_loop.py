@@ -142,7 +142,7 @@ class Finetuning:
                 saved_step, owes_checkpoint = state.step, False
             recorder.pause(time.perf_counter() - aside)
         if self.is_finished:
-            self.safeguard.check_end()
+            self.safeguard.check_end(searches_scale=self.engine.fp16_enabled())
         if saved_step != state.step and self.safeguard.may_save():
             self.save()
         return self.finish(writer, agreement)

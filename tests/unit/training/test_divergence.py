@@ -101,10 +101,22 @@ def test_nothing_is_saved_and_no_run_is_done_after_a_step_without_finite_gradien
     walk(state, safeguard, [False])
     assert not safeguard.may_save()
     with pytest.raises(Diverged, match=r"not finite in the run's last step, 20 \(and in 1 of the last 20\)"):
-        safeguard.check_end()
+        safeguard.check_end(searches_scale=False)
     walk(state, safeguard, [True])
     assert safeguard.may_save()
-    safeguard.check_end()
+    safeguard.check_end(searches_scale=False)
+
+
+def test_a_search_for_the_loss_scale_in_the_last_step_is_no_divergence_and_two_in_a_row_are(tmp_path):
+    state = TrainState(step=19)
+    safeguard = Safeguard(state, None, tmp_path, keep=1)
+    walk(state, safeguard, [False])
+    safeguard.check_end(searches_scale=True)
+    assert safeguard.may_save()
+    assert state.skipped_steps == 1
+    walk(state, safeguard, [False, False])
+    with pytest.raises(Diverged):
+        safeguard.check_end(searches_scale=True)
 
 
 def test_the_way_out_names_the_last_good_checkpoint_and_what_stands_in_its_way(tmp_path):
