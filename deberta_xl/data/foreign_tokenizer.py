@@ -80,7 +80,14 @@ def read_rules(folder: Path, spm_model: bytes) -> TextRules | None:
     )
     reader = ForeignFiles(folder, files, [piece for piece, _ in pieces], user_defined)
     processor = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
-    rules = reader.rules(pieces, model.normalizer_spec.precompiled_charsmap, processor)
+    try:
+        rules = reader.rules(pieces, model.normalizer_spec.precompiled_charsmap, processor)
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        names = ", ".join(name for name, fields in files.items() if fields is not None)
+        raise TokenizerError(
+            f"{folder}: one of {names} has another form than transformers gives it ({error!r}); restore it, or delete "
+            "it if it does not matter"
+        ) from error
     if reader.problems:
         raise TokenizerError(
             f"{folder}: the tokenizer's files ask for what is not done here, so that its ids would be others: "

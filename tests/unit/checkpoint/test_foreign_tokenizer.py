@@ -19,6 +19,7 @@ from deberta_xl.checkpoint.convert import Conversion, convert, open_pretrained
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.verify import compare_tokenizers
 from deberta_xl.data.errors import TokenizerError
+from deberta_xl.data.preprocessing import BatchTokenizer, worker_arguments
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_training import train_tokenizer
 from deberta_xl.fill_mask import encode_with_masks
@@ -210,6 +211,13 @@ def test_rules_travel_in_our_own_layout_and_are_part_of_the_fingerprint(release,
     assert json.loads((tmp_path / "ours" / "tokenizer_settings.json").read_text())["version"] == 2
 
 
+def test_a_process_that_tokenises_in_parallel_knows_the_rules(release):
+    write(release, ADDED, {"[MASK]": 300, "[E1]": 301})
+    tokenizer = Tokenizer.load(release)
+    spm_model, vocab_size, rules, *_ = worker_arguments(BatchTokenizer(tokenizer, "text", 0.0))
+    assert Tokenizer(spm_model, vocab_size, rules=rules).fingerprint == tokenizer.fingerprint
+
+
 def save_model(folder: Path) -> None:
     """Weights for the release's tokenizer, resized for its added tokens."""
     model = DebertaForMaskedLM(DebertaConfig(vocab_size=320, **SIZES))
@@ -263,6 +271,26 @@ def test_the_comparison_finds_an_added_token_or_a_rule_that_got_lost(release, tm
 def test_a_damaged_file_beside_the_model_is_named(release):
     (release / ADDED).write_text("{")
     with pytest.raises(TokenizerError, match=r"added_tokens\.json is damaged"):
+        Tokenizer.load(release)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        (ADDED, {"[E1]": None}),
+        (ADDED, {"[E1]": -3}),
+        (CONFIG, {"added_tokens_decoder": [1]}),
+        (CONFIG, {"added_tokens_decoder": {"x": {"content": 5}}}),
+        (CONFIG, {"additional_special_tokens": 7}),
+        (CONFIG, {"sp_model_kwargs": "none"}),
+        ("tokenizer.json", {"model": {"vocab": [1, 2]}}),
+        ("tokenizer.json", {"added_tokens": "all"}),
+        ("tokenizer.json", {"normalizer": "NFC"}),
+    ],
+)
+def test_files_of_another_form_are_an_error_for_people(release, name, fields):
+    change(release, name, **fields)
+    with pytest.raises(TokenizerError, match=r"tokenizer's files ask for|has another form"):
         Tokenizer.load(release)
 
 
