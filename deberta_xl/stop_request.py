@@ -12,6 +12,9 @@ from types import FrameType
 from typing import NoReturn
 
 ENDED_BY_TERM = 128 + signal.SIGTERM
+ENDED_BY_TERM_UNDER_SRUN = 1
+"""A rank that refuses to start makes srun send TERM to all others, and then tell the greatest status of all: that must
+be the one of the rank that knows why (`entry_point.REFUSED`)."""
 ONE_INTERRUPT_SECONDS = 2.0
 """Interrupts within this time are the same Ctrl-C."""
 
@@ -49,4 +52,4 @@ class StopRequest:
 def end_start(_number: int, _frame: FrameType | None) -> NoReturn:
     """The handler of SIGTERM before training begins. Threads and peers are not waited for."""
     os.write(2, b"received SIGTERM before the first step: ended; start the same command again to go on\n")
-    os._exit(ENDED_BY_TERM)
+    os._exit(ENDED_BY_TERM_UNDER_SRUN if "SLURM_PROCID" in os.environ else ENDED_BY_TERM)

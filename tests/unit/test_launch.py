@@ -263,10 +263,13 @@ def status_after(number: signal.Signals, *, is_training: bool) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_term_ends_a_start_at_once_and_training_at_its_next_step():
+def test_term_ends_a_start_at_once_and_training_at_its_next_step(monkeypatch):
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
     assert status_after(signal.SIGTERM, is_training=False) == 143
     assert status_after(signal.SIGTERM, is_training=True) == 0
     assert status_after(signal.SIGUSR1, is_training=False) == 0
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert 0 < status_after(signal.SIGTERM, is_training=False) < entry_point.REFUSED
 
 
 def test_several_nodes_need_an_address_to_meet_at():
