@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -64,11 +63,10 @@ def test_a_killed_rank_ends_the_step_and_the_job_goes_on_from_its_last_checkpoin
     assert_same_weights(job, uninterrupted)
 
 
-def test_what_only_the_ranks_can_find_out_is_refused_once(cluster: Cluster, uninterrupted: Job, tmp_path: Path):
-    shutil.copytree(uninterrupted.folder, tmp_path / "run", ignore=shutil.ignore_patterns("STATE"))
-    job = cluster.submit(tmp_path / "run", "model.num_layers=3")
+def test_what_only_the_ranks_can_find_out_is_refused_once(cluster: Cluster, tmp_path: Path):
+    job = cluster.submit(tmp_path / "run", DS_ACCELERATOR="quantum")
     assert job.wait_for_end() == "FAILED", job.output
-    assert "another architecture: num_layers was 2, now 3" in job.output
+    assert "DS_ACCELERATOR=quantum, but there is cpu" in job.output
     assert "error: the ranks cannot start" in job.output
     assert cluster.lab.job(job.number)["ExitCode"] == "2:0"
     assert job.restarts == 0
