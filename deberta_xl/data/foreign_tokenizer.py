@@ -179,11 +179,11 @@ class ForeignFiles:
         return [by_id[number] for number in sorted(by_id)]
 
     def numbered(self) -> Iterator[tuple[str, AddedToken]]:
-        """Tokens that have an id in some file, those with flags first."""
-        for token in (self.whole or {}).get("added_tokens") or []:
-            yield TOKENIZER_FILE, self.with_flags(token, token.get("id"))
+        """Tokens that have an id in some file; first the file whose flags transformers takes."""
         for number, token in ((self.config or {}).get("added_tokens_decoder") or {}).items():
             yield CONFIG_FILE, self.with_flags(token, number)
+        for token in (self.whole or {}).get("added_tokens") or []:
+            yield TOKENIZER_FILE, self.with_flags(token, token.get("id"))
         special = {token.content for _, token in self.named(quiet=True)}
         for content, number in (self.added or {}).items():
             flags = {"content": content, "normalized": content not in special, "special": content in special}

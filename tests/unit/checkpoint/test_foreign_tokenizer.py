@@ -111,6 +111,18 @@ def test_tokens_of_the_older_files_are_read_too(release):
     assert Tokenizer.load(release).rules.added[0].lstrip
 
 
+def test_of_two_files_with_other_flags_the_one_counts_that_transformers_takes(release, whole):
+    flags = {"content": "[E1]", "lstrip": False, "rstrip": False, "single_word": False, "special": False}
+    fields = json.loads(whole)
+    fields["added_tokens"].append(flags | {"id": 301, "normalized": True})
+    write(release, "tokenizer.json", fields)
+    mask = {"300": flags | {"content": "[MASK]", "normalized": False, "special": True}}
+    change(release, "tokenizer_config.json", added_tokens_decoder=mask | {"301": flags | {"normalized": False}})
+    theirs = transformers.AutoTokenizer.from_pretrained(release)
+    assert Tokenizer.load(release).rules.added[0].normalized == theirs.added_tokens_decoder[301].normalized
+    assert_same_ids(Tokenizer.load(release), theirs, lines(50))
+
+
 def test_places_and_masks_know_added_tokens(release):
     add_tokens(release)
     tokenizer = Tokenizer.load(release)
