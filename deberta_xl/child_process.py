@@ -23,38 +23,40 @@ def run_to_end(
     command: Sequence[str],
     environment: Mapping[str, str],
     *,
-    is_launcher: bool = False,
+    launchers: int = 0,
     when_stopping: Callable[[], None] = lambda: None,
 ) -> int:
-    """Exit status of a command. A launcher never hears of Ctrl-C, only the processes that it has started.
+    """Exit status of a command that starts its work through so many `launchers`, one by the other, or does it itself.
 
+    Launchers never hear of Ctrl-C, only the work; when that has ended after a signal, they are ended, too.
     Raises Interrupted after all of them have ended, when a signal has come; `when_stopping` is called when it comes. A
     second signal kills them.
     """
     # Python leaves a signal alone that its parent ignores, and so does not show a traceback of a launcher's.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_launcher else None
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if launchers else None
     try:
         child = subprocess.Popen(command, env=environment)
     finally:
-        if is_launcher:
+        if launchers:
             signal.signal(signal.SIGINT, before)
     try:
         return child.wait()
     except Interrupted as interruption:
         when_stopping()
-        stop(child, interruption.number, is_launcher=is_launcher)
+        stop(child, interruption.number, launchers)
         raise
 
 
-def stop(child: subprocess.Popen, number: int, *, is_launcher: bool) -> None:
+def stop(child: subprocess.Popen, number: int, launchers: int) -> None:
     """Pass a signal on, and wait; kill after GRACE_SECONDS, or at a second signal."""
     started = family(child.pid)
-    for process in started[1:] if is_launcher and len(started) > 1 else started[:1]:
-        process.send(signal.SIGTERM if is_launcher else number)
+    work = started[launchers:] or started
+    for process in work if launchers else work[:1]:
+        process.send(signal.SIGTERM if launchers else number)
     deadline = time.monotonic() + GRACE_SECONDS
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while time.monotonic() < deadline and (child.poll() is None or any(one.is_alive() for one in started)):
+        while time.monotonic() < deadline and any(process.is_alive() for process in work):
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         pass

@@ -43,6 +43,8 @@ from deberta_xl.strict import own_path
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
+DEEPSPEED_LAUNCHERS = 2
+"""`deepspeed` starts its launch.py, and that the ranks."""
 VOCAB_SIZE = 4000
 VALID_SHARE = 0.05
 """That of tools/preprocess.py, too."""
@@ -89,7 +91,7 @@ def announce(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def execute(*command: str | Path, is_launcher: bool = False) -> None:
+def execute(*command: str | Path, launchers: int = 0) -> None:
     """Show a command as a user would type it, run it, and stop when it fails."""
     words = [str(word) for word in command]
     print(f"$ {shlex.join(words)}", flush=True)
@@ -99,7 +101,7 @@ def execute(*command: str | Path, is_launcher: bool = False) -> None:
     environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
     program = words[0] if words[0] != "python" else sys.executable
     words = [program, *words[1:]]
-    status = run_to_end(words, environment, is_launcher=is_launcher, when_stopping=say_stopping)
+    status = run_to_end(words, environment, launchers=launchers, when_stopping=say_stopping)
     if status:
         raise UserError(f"the command above failed with status {status}; mend it and start the quickstart again")
 
@@ -169,7 +171,7 @@ def train(folder: Path, overrides: list[str]) -> None:
     settings = ["--config", "debug", "--deepspeed_config", "deepspeed_configs/cpu_debug.json"]
     command = [*launcher, "deberta_xl/pretrain.py", *settings, *data, *TRAINING, warmup(overrides), *overrides]
     try:
-        execute(*command, is_launcher=True)
+        execute(*command, launchers=DEEPSPEED_LAUNCHERS)
     except Interrupted as interruption:
         raise Interrupted(interruption.number, stopped(folder / "run")) from None
 

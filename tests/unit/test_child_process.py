@@ -18,7 +18,7 @@ from deberta_xl.child_process import run_to_end
 from deberta_xl.interruption import Interrupted, interruptible
 try:
     with interruptible(None):
-        print(run_to_end([sys.executable, "-c", {command!r}], {{}}, is_launcher={is_launcher}), flush=True)
+        print(run_to_end([sys.executable, "-c", {command!r}], {{}}, launchers={launchers}), flush=True)
 except Interrupted as interruption:
     print("after", interruption.number, flush=True)
 """
@@ -40,10 +40,10 @@ print("ready", flush=True); time.sleep(60)
 """
 
 
-def start(command: str, *, is_launcher: bool) -> subprocess.Popen:
+def start(command: str, launchers: int) -> subprocess.Popen:
     """A caller in a process group of its own, as a shell starts it, when its child is ready."""
     caller = subprocess.Popen(
-        [sys.executable, "-c", CALLER.format(command=command, is_launcher=is_launcher)],
+        [sys.executable, "-c", CALLER.format(command=command, launchers=launchers)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -53,15 +53,15 @@ def start(command: str, *, is_launcher: bool) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    ("command", "is_launcher", "to_all", "number", "child_sees"),
+    ("command", "launchers", "to_all", "number", "child_sees"),
     [
-        (SLOW, False, False, signal.SIGTERM, 15),
-        (LAUNCHER, True, True, signal.SIGINT, 15),
-        (LAUNCHER, True, False, signal.SIGTERM, 15),
+        (SLOW, 0, False, signal.SIGTERM, 15),
+        (LAUNCHER, 1, True, signal.SIGINT, 15),
+        (LAUNCHER, 1, False, signal.SIGTERM, 15),
     ],
 )
-def test_what_was_started_ends_first_and_quietly(command, is_launcher, to_all, number, child_sees):
-    with start(command, is_launcher=is_launcher) as caller:
+def test_what_was_started_ends_first_and_quietly(command, launchers, to_all, number, child_sees):
+    with start(command, launchers) as caller:
         os.killpg(caller.pid, number) if to_all else caller.send_signal(number)
         said, complaints = caller.communicate(timeout=30)
     assert said.splitlines()[-1] == f"after {int(number)}"
@@ -70,7 +70,7 @@ def test_what_was_started_ends_first_and_quietly(command, is_launcher, to_all, n
 
 
 def test_a_second_signal_kills_what_does_not_end():
-    with start(DEAF, is_launcher=False) as caller:
+    with start(DEAF, 0) as caller:
         caller.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert caller.poll() is None
