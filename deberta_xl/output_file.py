@@ -52,13 +52,20 @@ def check_output_folder(folder: Path, *, option: str = "--output") -> None:
 
 
 def refuse_inputs(path: Path, inputs: Iterable[Path], option: str) -> None:
-    """Refuse an output that is one of the files that are read: by its path, a link of either kind, or a mount."""
+    """Refuse an output that is one of the files that are read: by its path, a link of either kind, or a mount.
+
+    Of a folder that is read (a model, a run) every file counts that is there already.
+    """
     if not path.is_file():
         return
     for given in inputs:
         if given.exists() and path.samefile(given):
             also = "" if str(path) == str(given) else f", also called {given}"
             raise ConfigError(f"{option} {path} is read as an input{also}, and would be lost; choose another file")
+        if given.is_dir() and given.resolve() in path.resolve().parents:
+            raise ConfigError(
+                f"{option} {path} is a file of {given}, which is read, and would be lost; choose another file"
+            )
 
 
 def check_writable(folder: Path, what: str) -> None:

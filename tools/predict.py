@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.input.open("rb").close()
     elif launch.world_size > 1:
         raise ConfigError(f"--input {arguments.input}: {launch.world_size} ranks cannot share a pipe; write a file")
-    check_output(arguments.output, [arguments.input])
+    check_output(arguments.output, [arguments.input, *arguments.checkpoints])
     predictor = Predictor(arguments.checkpoints, launch, join_ranks(launch), arguments.micro_batch_size)
     lines = predictor.predict_file(arguments.input)
     if launch.rank:

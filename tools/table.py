@@ -119,8 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the table."""
     runs = read_runs(arguments.runs)
     if arguments.output is not None:
-        read = [run.folder / name for run in runs for name in ("results.json", "config.toml")]
-        check_output(arguments.output, read)
+        check_output(arguments.output, [run.folder for run in runs])
     splits = sorted({split for run in runs for split in run.results["metrics"]})
     if arguments.split not in splits:
         raise UserError(f"--split {arguments.split}: the runs have measured {', '.join(splits)}")

@@ -90,6 +90,16 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file"]
 
 
+def test_a_file_of_a_folder_that_is_read_is_not_replaced(tmp_path):
+    (tmp_path / "model" / "best").mkdir(parents=True)
+    (tmp_path / "model" / "best" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "model" / "best")
+    for output in ("model/best/config.json", "link/config.json"):
+        with pytest.raises(ConfigError, match="is a file of .*/model, which is read, and would be lost"):
+            check_output(tmp_path / output, [tmp_path / "model"])
+    check_output(tmp_path / "model" / "new.jsonl", [tmp_path / "model"])
+
+
 TOOLS = {
     "predict": ("run", "no_model --input in.jsonl --output {}"),
     "preprocess": ("run", "--input in.jsonl --tokenizer none --output {}"),
