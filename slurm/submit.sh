@@ -37,9 +37,9 @@ while (($#)) && [[ $1 != *.sh ]]; do
   esac
   shift
 done
+[[ $links =~ ^[1-9][0-9]{0,3}$ ]] || fail "--chain $links is not a number of jobs"
 (($#)) || fail "no job script; for example: slurm/submit.sh --dry-run slurm/pretrain_1.5b.sh data.train=..."
 [[ -r $1 ]] || fail "there is no job script $1"
-[[ $links =~ ^[1-9][0-9]*$ ]] || fail "--chain $links is not a number of jobs"
 script=$1
 shift
 
@@ -66,8 +66,8 @@ fi
 . slurm/lib/resources.sh
 command -v sbatch >/dev/null || fail "there is no sbatch here; log in to a machine of the cluster"
 nodes=$(value_of nodes N SBATCH_NODES) per_node=$(value_of ntasks-per-node ' ' SBATCH_NTASKS_PER_NODE)
-[[ ${nodes:=1} =~ ^[0-9]+$ ]] || fail "--nodes=$nodes: give one number; a training job has a fixed size"
-[[ ${per_node:=1} =~ ^[0-9]+$ ]] || fail "--ntasks-per-node=$per_node is not a number"
+[[ ${nodes:=1} =~ ^[1-9][0-9]{0,5}$ ]] || fail "--nodes=$nodes: give one number, at least 1; a training job has a fixed size"
+[[ ${per_node:=1} =~ ^[1-9][0-9]{0,5}$ ]] || fail "--ntasks-per-node=$per_node: give a number of ranks, at least 1"
 
 echo "== $script on $(count "$nodes" node) x $(count "$per_node" rank)"
 run_folder=''
@@ -92,7 +92,9 @@ if ((links > 1)); then
   DEBERTA_XL_CHAIN=$name-$(date +%s)
   export DEBERTA_XL_CHAIN
 fi
-log=$(value_of output o SBATCH_OUTPUT) array=$(value_of array a SBATCH_ARRAY_INX)
+log=$(value_of output o SBATCH_OUTPUT)
+log=${log:-slurm-%j.out} # sbatch's own
+array=$(value_of array a SBATCH_ARRAY_INX)
 if [[ -n $array && $log != *%a* ]]; then # found by the number that squeue shows
   log=${log//%j/%A_%a}
   options+=("--output=$log")
@@ -112,5 +114,8 @@ for ((link = 1; link <= links; link++)); do
   echo "$queued"
 done
 number=$(sed -n 's/^\(Submitted batch job \)\{0,1\}\([0-9][0-9]*\)\(;.*\)\{0,1\}$/\2/p' <<<"$queued" | tail -n 1)
-log=${log//%x/$(value_of job-name J SBATCH_JOB_NAME)} log=${log//%j/$number} log=${log//%A/$number} log=${log//%a/${array%%[!0-9]*}}
-echo "== watch it: squeue --me; tail -F $log${run_folder:+; tensorboard --logdir $run_folder/tensorboard}"
+job_name=$(value_of job-name J SBATCH_JOB_NAME)
+log=${log//%x/"$job_name"} log=${log//%j/$number} log=${log//%A/$number} log=${log//%a/${array%%[!0-9]*}}
+watch=$(printf '%q' "$log")
+if [[ -n $run_folder ]]; then watch+="; tensorboard --logdir $(printf '%q' "$run_folder/tensorboard")"; fi
+echo "== watch it: squeue --me; tail -F $watch"

@@ -42,7 +42,7 @@ launch() {
     exit 0
   fi
   find_python
-  check_numbers MAX_CRASHES SLURM_NTASKS SLURM_JOB_NUM_NODES SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_NTASKS_PER_NODE \
+  check_numbers MAX_CRASHES WATCHDOG_SECONDS SLURM_NTASKS SLURM_JOB_NUM_NODES SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_NTASKS_PER_NODE \
     SLURM_GPUS_ON_NODE SLURM_CPUS_PER_TASK
   if [[ -n ${DEBERTA_XL_CHECK:-} ]]; then
     check_submission "$entry_point" "$@"
@@ -84,9 +84,14 @@ last_value() { # last_value KEY ARGUMENT...: the value of the last KEY=VALUE
   for argument in "$@"; do
     if [[ $argument == "$key="* ]]; then value=${argument#*=}; fi
   done
-  # shellcheck disable=SC2088
-  if [[ $value == "~/"* ]]; then value=$HOME/${value#*/}; fi # as Python will understand it
+  if [[ $value == "~"* ]]; then value=$(expand_home "$value"); fi
   printf '%s' "$value"
+}
+
+expand_home() { # expand_home PATH: ~/x, ~ and ~user/x as Python will understand them
+  local user=${1%%/*} home=~
+  if [[ $user != "~" ]]; then home=$(getent passwd "${user#?}" | cut -d: -f6); fi
+  printf '%s' "${home:-$user}${1#"$user"}"
 }
 
 read_line() { # read_line FILE: first line of a file of the run folder, nothing when there is none
@@ -144,11 +149,13 @@ name_job() {
 }
 
 check_crashes() {
-  local chain count
+  local chain count what
   read -r chain count _ <<<"$(read_line slurm/crashes)"
   count=$(number "$count" 0)
+  what="this chain of jobs has crashed $count times in a row without a new checkpoint"
+  if [[ $(read_line STATE) == diverged ]]; then what="the run of this chain of jobs has diverged"; fi
   [[ -z ${DEBERTA_XL_CHAIN:-} || $chain != "$DEBERTA_XL_CHAIN" ]] || ((count < ${MAX_CRASHES:-3})) ||
-    refuse "this chain of jobs has crashed $count times in a row without a new checkpoint; the rest of it does nothing"
+    refuse "$what; the rest of it does nothing"
 }
 
 prepare_environment() {

@@ -42,7 +42,7 @@ explain_shortage() { # explain_shortage NODES TASKS_PER_NODE
   there=$(sort -u <<<"$there")
   words=$(
     short "$nodes" "$(awk -F'|' '{ n += $2 } END { print n + 0 }' <<<"$there")" nodes --nodes
-    short_of_cores "$per_node" "$(value_of cpus-per-task c SBATCH_CPUS_PER_TASK)" "$(largest 3 <<<"$there")"
+    short_of_cores "$per_node" "$(number "$(value_of cpus-per-task c SBATCH_CPUS_PER_TASK)" 1)" "$(largest 3 <<<"$there")"
     short_of_gpus "$per_node" "$(asked_gpus)" "$(cut -d'|' -f5 <<<"$there" | count_gpus | sort -n | tail -n 1)"
     short "$(value_of mem ' ' SBATCH_MEM_PER_NODE | mebibytes)" "$(largest 4 <<<"$there")" "MiB of memory per node" --mem M
     short_of_time "$(value_of 'time' t SBATCH_TIMELIMIT | minutes)" "$(cut -d'|' -f6 <<<"$there" | minutes | sort -n | tail -n 1)"
@@ -60,9 +60,9 @@ short() { # short ASKED THERE NAME OPTION [UNIT]: a line where more is asked tha
 }
 
 short_of_cores() { # short_of_cores TASKS_PER_NODE CORES_PER_TASK THERE
-  local asked=$(($1 * ${2:-1})) way="--cpus-per-task=$(($3 / $1))"
+  local asked=$(($1 * $2)) way="--cpus-per-task=$(($3 / $1))"
   if (($1 > $3)); then way="--ntasks-per-node=$3 --cpus-per-task=1"; fi
-  if ((asked > $3)); then echo "$asked cores asked per node ($1 x ${2:-1}), $3 there: $way"; fi
+  if ((asked > $3)); then echo "$asked cores asked per node ($1 x $2), $3 there: $way"; fi
 }
 
 short_of_gpus() { # short_of_gpus TASKS_PER_NODE ASKED THERE

@@ -56,7 +56,9 @@ def test_crashes_in_a_row_are_counted_and_a_new_checkpoint_begins_the_count_anew
     assert "status 1\n" in said
 
 
-@pytest.mark.parametrize("name", ["MAX_CRASHES", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_GPUS_ON_NODE"])
+@pytest.mark.parametrize(
+    "name", ["MAX_CRASHES", "WATCHDOG_SECONDS", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_GPUS_ON_NODE"]
+)
 @pytest.mark.parametrize("value", [CODE, "3;", "three", "-3"])
 def test_a_variable_that_should_be_a_number_and_is_not_is_refused(folder, name, value):
     done = bash(folder, "find_python() { :; }; launch x.py run.folder=$run_folder", **{name: value})
@@ -81,3 +83,44 @@ def test_a_run_that_has_diverged_is_not_started_again_by_slurm_nor_by_the_rest_o
     rest = bash(folder, "check_crashes", DEBERTA_XL_CHAIN="chain-5")
     assert (rest.returncode, "the rest of it does nothing" in rest.stderr) == (2, True)
     assert bash(folder, "check_crashes", DEBERTA_XL_CHAIN="chain-6").returncode == 0
+
+
+@pytest.mark.parametrize("path", ["~/x", "~", "~root/a b", "~nobody77/x", "/a/~b", "~/$(touch HARM)", ""])
+def test_a_home_in_the_run_folders_name_is_what_python_takes_it_for(folder, path):
+    for begin in ("", "unset HOME; "):
+        said = bash(folder, f'{begin}last_value run.folder "$GIVEN"', GIVEN=f"run.folder={path}")
+        assert (said.stdout, said.stderr) == (os.path.expanduser(path), "")
+    assert not (folder / "HARM").exists()
+
+
+def submit(folder: Path, *arguments: str) -> list[str]:
+    """What submit.sh says where a pretended sbatch takes every job; the last line first."""
+    sbatch = folder / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho Submitted batch job 42\n")
+    sbatch.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    environment["PATH"] = f"{folder}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "slurm/submit.sh", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20
+    )
+    return (done.stdout + done.stderr).splitlines()[::-1]
+
+
+def test_the_log_that_submit_names_can_be_typed_whatever_the_job_is_called(folder):
+    said = submit(folder, "--job-name=a & $(b)", "--array=2-5", "slurm/convert.sh")[0]
+    assert said.endswith(r"tail -F a\ \&\ \$\(b\)-42_2.out")
+    (folder / "own.sh").write_text("#!/bin/sh\n")
+    assert submit(folder, str(folder / "own.sh"))[0].endswith("tail -F slurm-42.out")
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    {
+        "--nodes=0": "--nodes=0: give one number, at least 1",
+        "--ntasks-per-node=0": "--ntasks-per-node=0: give a number of ranks",
+        "--nodes=08": "--nodes=08: give one number",
+        "--chain": "--chain slurm/convert.sh is not a number of jobs",
+    }.items(),
+)
+def test_a_size_that_is_none_is_refused_by_submit(folder, option, reason):
+    assert f"error: {reason}" in submit(folder, option, "slurm/convert.sh")[0]

@@ -95,7 +95,7 @@ def test_a_file_of_a_folder_that_is_read_is_not_replaced(tmp_path):
     (tmp_path / "model" / "best" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "model" / "best")
     for output in ("model/best/config.json", "link/config.json"):
-        with pytest.raises(ConfigError, match="is a file of .*/model, which is read, and would be lost"):
+        with pytest.raises(ConfigError, match=r"is a file of .*/model, which is read, and would be lost"):
             check_output(tmp_path / output, [tmp_path / "model"])
     check_output(tmp_path / "model" / "new.jsonl", [tmp_path / "model"])
 
