@@ -60,7 +60,7 @@ def read_metadata(given: Sequence[str]) -> CardMetadata:
     values: dict[str, Any] = {}
     for option in given:
         name, equals, text = option.partition("=")
-        if equals and not option.endswith(".toml"):
+        if equals and (name.strip() in KEYS or not option.endswith(".toml")):
             values |= checked({name.strip(): text.strip()}, f"--card {option}")
         else:
             values |= checked(read_toml(Path(option).expanduser()), option)

@@ -55,8 +55,10 @@ def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
     Raises ConfigError for what cannot be a DeBERTa of ours: no relative attention, or unknown position terms, and for
     every field that says what we do not compute.
     """
-    if not fields.get("relative_attention", False):
-        raise ConfigError("config.json says relative_attention=false: that is a BERT, not a DeBERTa")
+    if fields.get("relative_attention", False) not in (True, 1):
+        raise ConfigError(
+            f"relative_attention={fields.get('relative_attention')!r}, and no true: that is a BERT, not a DeBERTa"
+        )
     refuse_unknown(fields)
     refuse_v1_with_parts_of_v2(fields)
     values = ABSENT | (ABSENT_IN_V2 if fields.get("model_type") == "deberta-v2" else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -16,6 +17,9 @@ DOCUMENTS = {
 PART_CHARACTERS = 2000
 BLOCK_BYTES = 2**20
 """Bytes of a file in parts that are handled at a time."""
+UNSEEN = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u200b\u202f\u205f\u3000\ufeff"
+BLANK = re.compile(rb"(?:\s|" + b"|".join(re.escape(space.encode()) for space in UNSEEN) + rb")*")
+"""A line that shows nothing: spaces alone, those of East Asian text among them."""
 
 
 class Record(NamedTuple):
@@ -29,7 +33,7 @@ class Record(NamedTuple):
 
 def filled(lines: Iterator[Record]) -> Iterator[Record]:
     """The lines that are not blank."""
-    return (record for record in lines if record.data is None or record.data.strip())
+    return (record for record in lines if record.data is None or not BLANK.fullmatch(record.data))
 
 
 def join_blocks(lines: Iterator[Record], max_bytes: int, *, at_blank_lines: bool = True) -> Iterator[Record]:
@@ -37,7 +41,7 @@ def join_blocks(lines: Iterator[Record], max_bytes: int, *, at_blank_lines: bool
     block: list[bytes] = []
     first, size = 0, 0
     for line, data in lines:
-        is_blank = not data or data.isspace()
+        is_blank = data is not None and BLANK.fullmatch(data) is not None
         is_end = data is None or (is_blank and at_blank_lines) or size + len(data) > max_bytes
         if block and is_end:
             yield Record(first, b"\n".join(block))

@@ -24,7 +24,7 @@ from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.foreign_tokenizer import model_vocab_size, read_rules
 from deberta_xl.data.ruled_encoder import RuledEncoder
 from deberta_xl.data.text_rules import TextRules
-from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, unread_files
+from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, remedy, unread_files
 from deberta_xl.data.words import BEGINS, WORD_MARK, begins_word, word_flags
 from deberta_xl.durable import partial, publish, remove, write_files
 from deberta_xl.small_file import read_json, read_small
@@ -143,7 +143,7 @@ class Tokenizer:
         folder = Path(folder)
         model_path = folder / MODEL_FILE
         if not model_path.is_file():
-            raise TokenizerError(f"{folder} holds no {MODEL_FILE}; make a tokenizer with tools/train_tokenizer.py")
+            raise TokenizerError(f"{folder} holds no {MODEL_FILE}; {remedy(folder)}")
         spm_model = read_small(model_path)
         settings_path = folder / SETTINGS_FILE
         foreign = read_rules(folder, spm_model)

@@ -19,6 +19,8 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
+VOCABULARY_FILE = "vocab.json"
+"""Of v1's byte-level BPE."""
 TOKENIZER_FILES = (
     MODEL_FILE,
     SETTINGS_FILE,
@@ -26,7 +28,7 @@ TOKENIZER_FILES = (
     CONFIG_FILE,
     SPECIALS_FILE,
     ADDED_FILE,
-    "vocab.json",
+    VOCABULARY_FILE,
     "merges.txt",
 )
 """All that travels of a tokenizer; v1's `bpe_encoder.bin` is a pickle and stays behind."""
@@ -35,6 +37,18 @@ TOKENIZER_FILES = (
 def unread_files(folder: Path) -> dict[str, bytes]:
     """Name → content of a tokenizer's files as they are: for those that are not SentencePiece's (v1's)."""
     return {name: read_small(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a folder without `spm.model`: one with another tokenizer's files had better keep its ids."""
+    if (folder / VOCABULARY_FILE).is_file():
+        return f"{VOCABULARY_FILE} is that of a byte-level BPE tokenizer (DeBERTa v1's), which cannot be read here"
+    if (folder / TOKENIZER_FILE).is_file():
+        return (
+            f"its {TOKENIZER_FILE} does not suffice: copy the {MODEL_FILE} of the release that it was made from "
+            "(another tokenizer would give other ids)"
+        )
+    return "make a tokenizer with tools/train_tokenizer.py"
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

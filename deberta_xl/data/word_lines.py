@@ -133,7 +133,8 @@ def is_comment(text: str, row: Row, width: int, tags: Collection[str]) -> bool:
     if not text.startswith("#"):
         return False
     tag = row.fields[-1]
-    is_word = len(row.fields) == width and (width == 1 or tag in tags or bool(TAG.fullmatch(tag)))
+    is_tag = tag in tags or bool(TAG.fullmatch(tag)) or outside_of([tag]) is not None
+    is_word = len(row.fields) == width and (width == 1 or is_tag)
     return not is_word or bool(ASSIGNMENT.match(text))
 
 

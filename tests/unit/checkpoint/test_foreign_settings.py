@@ -229,6 +229,7 @@ def test_a_head_that_we_do_not_compute_is_refused_by_name(tmp_path, name, fields
         {"num_key_value_heads": 1, "num_kv_heads": 1},
         {"attentionScale": 2},
         {"lora_rank": 8},
+        {"relative_attention": "false"},
         {"pruned_heads": {"0": [1]}},
         {"ffn_bias": True},
         {"model_type": "deberta", "conv_kernel_size": 3},

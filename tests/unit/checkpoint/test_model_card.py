@@ -67,10 +67,11 @@ def test_a_cell_of_a_table_stays_one_cell():
 def test_metadata_comes_from_options_and_toml_and_the_later_wins(tmp_path):
     toml = tmp_path / "card.toml"
     toml.write_text('\ufefflicense = "mit"\nlanguage = ["ja", "no"]\ntitle = "日本 | \\"BERT\\""\n', encoding="utf-8")
-    metadata = read_metadata([str(toml), "license=apache-2.0", "datasets=a/b, c", "base_model=microsoft/x=y"])
+    given = ["license=apache-2.0", "datasets=a/b, c", "base_model=microsoft/x=y", "description=What is in card.toml"]
+    metadata = read_metadata([str(toml), *given])
     assert metadata == CardMetadata(
         title='日本 | "BERT"', license="apache-2.0", language=("ja", "no"), datasets=("a/b", "c"),
-        base_model=("microsoft/x=y",),
+        base_model=("microsoft/x=y",), description="What is in card.toml",
     )  # fmt: skip
 
 

@@ -31,6 +31,14 @@ def test_a_text_is_divided_as_it_is_asked_for(tmp_path, documents, expected):
     assert [text.rstrip("\n") for text in found] == [text.rstrip("\n") for text in expected]
 
 
+@pytest.mark.parametrize("blank", ["\u3000", "\u3000 \u3000", "\u00a0", "\u2003\t", "\u200b", "\ufeff"])
+def test_a_line_of_spaces_that_ascii_does_not_know_is_blank(tmp_path, blank):
+    path = tmp_path / "a.txt"
+    path.write_text(f"\u3000一。\n　二。\n{blank}\n三。\u3000\n{blank}", encoding="utf-8")
+    assert list(iterate_documents([path])) == ["\u3000一。\n\u3000二。", "三。\u3000"]
+    assert len(list(iterate_documents([path], documents="lines"))) == 3
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
 @pytest.mark.parametrize("letter", ["A", "ä", "謎", "😀"])
 def test_one_endless_line_is_cut_into_parts_and_nothing_is_lost(tmp_path, monkeypatch, name, letter):

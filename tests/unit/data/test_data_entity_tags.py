@@ -121,6 +121,7 @@ def test_words_may_hold_what_does_not_separate_the_columns(tmp_path):
         (("New York", "\u3000", "1,000"), ("B-LOC", "O", "O"))
     ]
     assert read(tmp_path, "# B-X\n1,000 O\n#id O\n") == [(("#", "1,000", "#id"), ("B-X", "O", "O"))]
+    assert read(tmp_path, "#love\tO\n@you\tB-X\n") == [(("#love", "@you"), ("O", "B-X"))]
     assert read(tmp_path, '","\tO\n"\tB-X\n') == [(('","', '"'), ("O", "B-X"))]
     assert read(tmp_path, "Peter\n1,000\n\nleft\n") == [(("Peter", "1,000"), None), (("left",), None)]
 

@@ -93,6 +93,13 @@ def test_a_bare_released_model_loads_with_or_without_spare_ids(tokenizer, tmp_pa
     assert padded.fingerprint != tokenizer.fingerprint
 
 
+def test_a_folder_of_another_tokenizer_is_not_sent_to_make_a_new_one(tmp_path):
+    for name, words in (("tokenizer.json", r"copy the spm\.model of the release"), ("vocab.json", "byte-level BPE")):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(TokenizerError, match=words):
+            Tokenizer.load(tmp_path)
+
+
 def test_a_damaged_or_foreign_tokenizer_is_refused(tokenizer, tokenizer_folder, tmp_path):
     with pytest.raises(TokenizerError, match=r"holds no spm\.model"):
         Tokenizer.load(tmp_path / "nowhere")
