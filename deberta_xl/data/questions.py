@@ -10,6 +10,8 @@ from typing import NamedTuple
 from deberta_xl.data.tokenizer import MASK_PIECE, Tokenizer
 
 SENTENCE_END = re.compile(r"(?<=[.!?。！？؟।።])\s*|\s*\n\s*")
+JOINERS = dict.fromkeys(map(ord, "\u061c\u200b\u200c\u200d\u200e\u200f"))
+"""What Persian, Thai, Hindi and Hebrew text has between its letters without being seen."""
 COLUMNS = range(16, 66)
 """Width of a sentence that can be read in a table."""
 WINDOW = 48
@@ -54,7 +56,7 @@ def columns(text: str) -> int:
 def ask(sentence: str, tokenizer: Tokenizer) -> Question | None:
     """The sentence with the token nearest to its middle hidden that is a word; where words are several tokens, or have
     no ends, any piece of letters. None when there is no such token, or the sentence is no good for a command line."""
-    if MASK_PIECE in sentence or sentence.startswith("-") or not sentence.isprintable():
+    if MASK_PIECE in sentence or sentence.startswith("-") or not sentence.translate(JOINERS).isprintable():
         return None
     ids, places = tokenizer.encode_with_places(sentence)
     inside = [

@@ -136,7 +136,8 @@ class ExampleReader:
         """The label, in names or numbers; None where the file has none."""
         head = self.task.head
         name = self.source.label or {"token": "tags", "span": "answers"}.get(head, "label")
-        is_required = self.needs_label and self.source.label is not None
+        is_stated = self.source.label is not None or (self.source.format == "auto" and head != "span")
+        is_required = self.needs_label and is_stated
         value = self.column(record, name) if is_required else record.fields.get(name)
         if value is None or as_text(value) in self.source.secret_labels:
             return None

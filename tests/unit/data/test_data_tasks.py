@@ -385,6 +385,13 @@ def test_an_empty_cell_is_no_label_of_several_and_a_missing_column_is_a_mistake(
         read_split(own, tmp_path, "train")
 
 
+def test_the_column_that_holds_labels_when_nothing_else_is_said_is_missed_where_it_is_not_there(tmp_path):
+    (tmp_path / "mine.csv").write_text("text, label\nx,a\n")
+    task = Task(name="t", head="classification", metrics=["accuracy"], sources=[Source(files={"train": "mine.csv"})])
+    with pytest.raises(TaskDataError, match=r"no column 'label' .* there are: text,  label"):
+        read_split(task, tmp_path, "train")
+
+
 def test_a_damaged_parquet_file_and_an_unknown_suffix_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(TaskDataError, match="not a Parquet file"):

@@ -83,6 +83,9 @@ def test_questions_are_whole_words_in_sentences_that_a_shell_and_a_terminal_can_
     assert len(found) == 5
     asked = ask("Kalo mine ka pura.", tokenizer)
     assert (asked.text, asked.hidden) == ("Kalo [MASK] ka pura.", "mine")
+    joined = ask("Kalo mi\u200cne, ka pura mine\u200f.", tokenizer)
+    assert joined.text.replace("[MASK]", joined.hidden) == "Kalo mi\u200cne, ka pura mine\u200f."
+    assert ask("Kalo mine \u202eka pura.", tokenizer) is None
     assert ask("-kalo mine pura", tokenizer) is None
     assert ask("kalo [MASK] pura", tokenizer) is None
     assert ask("1 2 3 4", tokenizer) is None
