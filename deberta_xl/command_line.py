@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from deberta_xl.child_process import family
 from deberta_xl.errors import UserError, counted
 from deberta_xl.interruption import Interrupted, Outputs, be_quick_while_importing, interruptible
 from deberta_xl.log import configure_logging, current_rank, take_any_character
@@ -42,6 +44,8 @@ def run_tool(
 
     def insist(number: int) -> None:
         end_interrupted(Interrupted(number), promised)
+        for process in family(os.getpid())[1:]:
+            process.send(signal.SIGKILL)
         os._exit(128 + number)
 
     try:
@@ -56,10 +60,13 @@ def run_tool(
         return 2
     except Interrupted as interruption:
         end_interrupted(interruption, promised)
-        if "mpi4py" in sys.modules:  # its end tells the other processes
-            return interruption.status
-        os._exit(interruption.status)  # the interpreter's own end takes seconds with torch, and may wait for peers
-    return 0
+        status = interruption.status
+    else:
+        return 0
+    # Here, where what the work held is gone: a pool's semaphores, for example, which are complained of otherwise.
+    if "mpi4py" in sys.modules:  # its end tells the other processes
+        return status
+    os._exit(status)  # the interpreter's own end takes seconds with torch, and may wait for peers
 
 
 def end_interrupted(interruption: Interrupted, promised: Outputs) -> None:

@@ -16,10 +16,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from deberta_xl.output_file import is_stream
+
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, the request to end, the terminal that is closed."""
 PATIENCE_SECONDS = 2.0
 """Time for cleaning up after a signal."""
+
+_held: list[int] | None = None
+"""Where `held_back` notes the signals that come meanwhile."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -52,7 +57,9 @@ def interruptible(insist: Callable[[int], None] | None) -> Iterator[None]:
     def receive(number: int, _frame: FrameType | None) -> None:
         if not received:
             received.append(number)
-            raise Interrupted(number)
+            if _held is None:
+                raise Interrupted(number)
+            _held.append(number)
 
     before = {number: signal.signal(number, receive) for number in numbers}
     with contextlib.ExitStack() as stack:
@@ -63,6 +70,24 @@ def interruptible(insist: Callable[[int], None] | None) -> Iterator[None]:
         finally:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: a library's, not Python's
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Raise Interrupted after this context, not in it; processes that are started in it never see signals of ENDING.
+
+    The mask alone, which they inherit, holds nothing back: another thread may receive the signal for this one.
+    """
+    global _held
+    came: list[int] = []
+    _held, before = came, signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _held = None
+    if came:
+        raise Interrupted(came[0])
 
 
 @contextlib.contextmanager
@@ -96,7 +121,9 @@ class Outputs:
     """What a tool is to write, as it was before the work."""
 
     def __init__(self, paths: Iterable[Path]):
-        self.before = {path: trace(path) for path in paths}
+        paths = list(paths)
+        self.streams = [path for path in paths if is_stream(path)]
+        self.before = {path: trace(path) for path in paths if path not in self.streams}
 
     def sentence(self) -> str:
         """What an interruption has left of them. Nothing is said of outputs where there are none."""
@@ -107,6 +134,8 @@ class Outputs:
             return f"interrupted; {named(written)} was written"
         if kept := [path for path, found in after.items() if found is not None]:
             return f"interrupted; nothing was written, {named(kept)} is as it was"
+        if self.streams:
+            return f"interrupted; what {named(self.streams)} got is not whole"
         return "interrupted; nothing was written" if after else "interrupted"
 
 

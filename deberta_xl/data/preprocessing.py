@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, Tokenizer
 from deberta_xl.data.words import WordLengths, word_lengths
 from deberta_xl.errors import counted
-from deberta_xl.interruption import ENDING
+from deberta_xl.interruption import held_back
 
 #: Bytes of text, and number of records, after which a batch is handed to a worker.
 BATCH_BYTES = 2**20
@@ -187,7 +186,7 @@ def tokenized(batches: Iterable[RecordBatch], work: BatchTokenizer, workers: int
         under_way: deque[concurrent.futures.Future[TokenBatch]] = deque()
         try:
             for batch in batches:
-                with signals_held_back():
+                with held_back():
                     under_way.append(pool.submit(work_in_worker, batch))
                 if len(under_way) >= BATCHES_PER_WORKER * workers:
                     yield under_way.popleft().result()
@@ -201,16 +200,6 @@ def tokenized(batches: Iterable[RecordBatch], work: BatchTokenizer, workers: int
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Hold Ctrl-C and its kin back; worker processes that are started here never see them: the main process reacts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def worker_arguments(work: BatchTokenizer) -> tuple[bytes, int, TextRules, str, float, str]:

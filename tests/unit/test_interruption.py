@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from deberta_xl.interruption import Outputs
+from deberta_xl.interruption import Interrupted, Outputs, held_back, interruptible
 
 ROOT = Path(__file__).parents[2]
 TOOL = """
@@ -25,8 +26,8 @@ def work(arguments):
 
 sys.exit(run_tool(work, argparse.Namespace(), outputs=lambda given: [Path(name) for name in {outputs}]))
 """
-DEAF = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
-"""Runs no signal handler for half an hour."""
+DEAF = "import subprocess; subprocess.Popen(['sleep', '60']); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+"""Runs no signal handler for half an hour, and has a child that would keep this test waiting for what it says."""
 
 
 def interrupted(number: int, work: str, outputs: list[str], folder: Path, **environment: str) -> tuple[int, str, float]:
@@ -67,6 +68,31 @@ def test_a_tool_ends_within_seconds_and_says_what_is_there(tmp_path, number, wor
     found = interrupted(number, work, outputs, tmp_path)
     assert found[:2] == (status, said)
     assert found[2] < 3
+
+
+def test_what_must_be_whole_is_not_interrupted_whichever_thread_gets_the_signal():
+    done, go, gone = [], threading.Event(), threading.Event()
+
+    def get_signal() -> None:
+        go.wait(10)
+        signal.raise_signal(signal.SIGTERM)
+        gone.set()
+
+    def work() -> None:
+        threading.Thread(target=get_signal, daemon=True).start()
+        with held_back():
+            go.set()
+            gone.wait(10)
+            done.append("whole")
+        done.append("not this")
+
+    with interruptible(None), pytest.raises(Interrupted) as raised:
+        work()
+    assert (done, raised.value.number) == (["whole"], signal.SIGTERM)
+
+
+def test_nothing_is_said_to_be_unwritten_of_a_stream():
+    assert Outputs([Path("/dev/stdout")]).sentence() == "interrupted; what /dev/stdout got is not whole"
 
 
 def test_of_several_ranks_one_speaks(tmp_path):
