@@ -196,11 +196,18 @@ class ExampleReader:
 
     def answers(self, record: Record, value: Any) -> tuple[tuple[int, str], ...]:
         """Answers (start, text) of a span example; () where the text has none. `datasets` keeps them in two lists."""
-        if isinstance(value, dict):
-            value = list(zip(value["answer_start"], value["text"], strict=True))
-        elif value and isinstance(value[0], dict):
-            value = [(answer["answer_start"], answer["text"]) for answer in value]
-        return () if record.fields.get("is_impossible") else tuple((int(start), str(text)) for start, text in value)
+        try:
+            if isinstance(value, dict):
+                value = list(zip(value["answer_start"], value["text"], strict=True))
+            elif value and isinstance(value[0], dict):
+                value = [(answer["answer_start"], answer["text"]) for answer in value]
+            answers = tuple((int(start), str(text)) for start, text in value)
+        except (KeyError, TypeError, ValueError):
+            raise TaskDataError(
+                f"{record.place}: the answers {value!r} are not understood; expected are "
+                '{"answer_start": [3], "text": ["…"]} or a list of {"answer_start": 3, "text": "…"}'
+            ) from None
+        return () if record.fields.get("is_impossible") else answers
 
 
 def whole_characters(text: str) -> str:

@@ -392,6 +392,14 @@ def test_the_column_that_holds_labels_when_nothing_else_is_said_is_missed_where_
         read_split(task, tmp_path, "train")
 
 
+@pytest.mark.parametrize("answers", [["one"], "one", {"text": ["one"]}, [{"text": "one"}], [{"text": "a"}, 3], 7])
+def test_answers_in_another_form_are_refused_with_their_place_and_the_form_that_is_read(tmp_path, answers):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one", "answers": answers}))
+    task = Task(name="t", head="span", metrics=["squad_f1"], sources=[Source(files={"train": "a.jsonl"})])
+    with pytest.raises(TaskDataError, match=r"a\.jsonl:1: the answers .* expected are .*answer_start"):
+        read_split(task, tmp_path, "train")
+
+
 def test_a_damaged_parquet_file_and_an_unknown_suffix_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(TaskDataError, match="not a Parquet file"):
