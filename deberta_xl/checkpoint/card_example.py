@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from deberta_xl.architecture import HeadKind
-from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.data.tokenizer import MASK_PIECE, Tokenizer
 
 FILL_MASK = """\
 import torch
@@ -69,7 +70,14 @@ OF_KINDS: dict[HeadKind, tuple[str, str, str]] = {
 
 
 def fill_mask_example(tokenizer: Tokenizer | None, text: str | None) -> str:
-    """A program that fills a mask. Without `text`, words of the model's own vocabulary."""
+    """A program that fills a mask. Without `text`, words of the model's own vocabulary.
+
+    Raises CheckpointError for a text in which nothing is masked.
+    """
+    if text and MASK_PIECE not in text:
+        raise CheckpointError(
+            f"--card example={text!r}: the example fills a mask; write {MASK_PIECE} for one word of it"
+        )
     return FILL_MASK.format(text=repr(text or f"{some_words(tokenizer)} [MASK]"))
 
 

@@ -11,6 +11,7 @@ import yaml
 from test_task_export import CASES, fine_tuned
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.card_example import fill_mask_example
 from deberta_xl.checkpoint.card_metadata import CardMetadata, base_model_of, front_matter, read_metadata
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.manifest import CheckpointError
@@ -62,6 +63,12 @@ def test_a_cell_of_a_table_stays_one_cell():
     ]  # fmt: skip
     for row in rows[1:]:
         assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3
+
+
+def test_an_example_that_could_not_run_is_refused():
+    assert "tokenizer('Ein [MASK].'," in fill_mask_example(None, "Ein [MASK].")
+    with pytest.raises(CheckpointError, match=r"write \[MASK\] for one word"):
+        fill_mask_example(None, "Ein Satz.")
 
 
 def test_metadata_comes_from_options_and_toml_and_the_later_wins(tmp_path):
