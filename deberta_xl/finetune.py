@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 # Run as a script, Python searches this file's folder first and would find our `data` and `config` as top-level names.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from deberta_xl.interruption import be_quick_while_importing
+
+    be_quick_while_importing()
 
 from deberta_xl.data.tasks import task_names
 from deberta_xl.durable import below

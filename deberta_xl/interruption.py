@@ -161,8 +161,10 @@ def end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def be_quick_while_importing() -> None:
-    """End at Ctrl-C with a word, not a traceback, where the process is one of our tools (`run_tool` comes later)."""
+    """End at Ctrl-C with a word, not a traceback, where the process is a tool (until `run_tool`) or a training command
+    (until its `StopRequest`)."""
     script = getattr(sys.modules.get("__main__"), "__file__", None) or ""
-    is_tool = Path(script).parent.name == "tools" and threading.current_thread() is threading.main_thread()
-    if is_tool and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_ours = Path(script).parent.name in ("tools", "deberta_xl")
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_ours and is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 # Run as a script, Python searches this file's folder first and would find our `data` and `config` as top-level names.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from deberta_xl.interruption import be_quick_while_importing
+
+    be_quick_while_importing()
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import step_folders

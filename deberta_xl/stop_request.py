@@ -11,6 +11,8 @@ import time
 from types import FrameType
 from typing import NoReturn
 
+from deberta_xl.interruption import end_at_once
+
 ENDED_BY_TERM = 128 + signal.SIGTERM
 ENDED_BY_TERM_UNDER_SRUN = 1
 """A rank that refuses to start makes srun send TERM to all others, and then tell the greatest status of all: that must
@@ -31,6 +33,8 @@ class StopRequest:
         self.first_interrupt: float | None = None
         signal.signal(signal.SIGUSR1, self.receive)
         signal.signal(signal.SIGTERM, end_start)
+        if signal.getsignal(signal.SIGINT) is end_at_once:  # for the imports only
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """The signal handler."""

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from deberta_xl.interruption import Interrupted, Outputs, held_back, interruptible
+from deberta_xl.interruption import (
+    Interrupted,
+    Outputs,
+    be_quick_while_importing,
+    end_at_once,
+    held_back,
+    interruptible,
+)
+from deberta_xl.stop_request import StopRequest
 
 ROOT = Path(__file__).parents[2]
 TOOL = """
@@ -134,3 +142,20 @@ def test_every_tool_imports_what_handles_interrupts_before_anything_slow(path):
     modules = [line.split()[1] for line in imports if line != "from __future__ import annotations"]
     before = modules[: modules.index("deberta_xl.command_line")]
     assert set(before) <= sys.stdlib_module_names | {"collections.abc", "numpy"}
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_a_training_command_handles_interrupts_before_anything_slow(name, monkeypatch):
+    lines = (ROOT / "deberta_xl" / f"{name}.py").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("from deberta_xl"))
+    assert "    be_quick_while_importing()" in lines[:first]
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "deberta_xl" / f"{name}.py"))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        be_quick_while_importing()
+        assert signal.getsignal(signal.SIGINT) is end_at_once
+        StopRequest()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
