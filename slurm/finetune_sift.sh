@@ -7,7 +7,8 @@
 #
 # In an array, task N uses train.seed=N and the folder run.folder-N. With --sweep FILE each line of the file holds
 # overrides (optimizer.learning_rate=1e-5 sift.weight=3): task N takes the line ((N-1) modulo lines) and the next seed
-# after each turn; its log is also finetune-sift-ARRAY_N.out. When all are done: python tools/table.py '/shared/runs/rte-*'. docs/finetuning.md tells the rest.
+# after each turn; its log is also finetune-sift-ARRAY_N.out. When all are done: python tools/table.py '/shared/runs/rte-*'.
+# docs/finetuning.md tells the rest.
 #SBATCH --job-name=finetune-sift
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -38,7 +38,7 @@ def predictions_of(data: TaskData, logits: Mapping[int, np.ndarray]) -> list[Pre
         if not np.isfinite(values).all():
             raise PredictionError(
                 f"the model's outputs for example {data.examples[data.features[number].example].id} are not finite "
-                "numbers: its training has diverged; train again with a lower optimizer.learning_rate or longer warm-up"
+                "numbers: its training has diverged"
             )
     by_example: dict[int, list[int]] = defaultdict(list)
     for number, feature in enumerate(data.features):
