@@ -121,16 +121,16 @@ def test_zstandard_files_of_several_frames_are_read_to_the_end(tmp_path):
     assert unpacked(CountingFile(path), ".zst").read() == b""
 
 
-def zeros(num_blocks: int) -> bytes:
-    """A Zstandard frame of 128 KiB of zeros for each block of four bytes, as a compressor writes regular text."""
+def endless(num_blocks: int) -> bytes:
+    """A Zstandard frame of 128 KiB of one letter for each block of four bytes, as a compressor writes regular text."""
     header = b"\x28\xb5\x2f\xfd" + bytes([0, 7 << 3])  # no content size, a window of 128 KiB
-    block = lambda is_last: (2**17 << 3 | 1 << 1 | is_last).to_bytes(3, "little") + b"\0"  # noqa: E731
+    block = lambda is_last: (2**17 << 3 | 1 << 1 | is_last).to_bytes(3, "little") + b"x"  # noqa: E731
     return header + block(0) * (num_blocks - 1) + block(1)
 
 
 def test_a_small_zstandard_file_that_stands_for_a_large_one_is_unpacked_block_by_block(tmp_path):
-    path = tmp_path / "zeros.txt.zst"
-    path.write_bytes(zstandard.compress(b"first\n\n") + zeros(400) + zstandard.compress(b"\n\nlast\n"))
+    path = tmp_path / "endless.txt.zst"
+    path.write_bytes(zstandard.compress(b"first\n\n") + endless(400) + zstandard.compress(b"\n\nlast\n"))
     file = ZstandardFile(CountingFile(path))
     buffer = bytearray(2**20)
     assert max(file.readinto(memoryview(buffer)) for _ in range(300)) <= 2**17
@@ -141,8 +141,8 @@ def test_a_small_zstandard_file_that_stands_for_a_large_one_is_unpacked_block_by
 
 @pytest.mark.full
 def test_three_gigabytes_in_96_kilobytes_need_little_memory(tmp_path):
-    path = tmp_path / "zeros.txt.zst"
-    path.write_bytes(zeros(3 * 2**13))
+    path = tmp_path / "endless.txt.zst"
+    path.write_bytes(endless(3 * 2**13))
     program = (
         "import resource, sys\n"
         "from pathlib import Path\n"
