@@ -44,6 +44,7 @@ launch() {
   find_python
   check_numbers MAX_CRASHES WATCHDOG_SECONDS SLURM_NTASKS SLURM_JOB_NUM_NODES SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_NTASKS_PER_NODE \
     SLURM_GPUS_ON_NODE SLURM_CPUS_PER_TASK
+  [[ ${WATCHDOG_SECONDS:-900} != 0 ]] || refuse "WATCHDOG_SECONDS=$WATCHDOG_SECONDS would end every start at once; give seconds, as in WATCHDOG_SECONDS=900"
   if [[ -n ${DEBERTA_XL_CHECK:-} ]]; then
     check_submission "$entry_point" "$@"
     exit 0
@@ -286,7 +287,7 @@ conclude() { # conclude STATUS: how the job ends
     refuse "the run has diverged; do what the ranks said above, then submit the command again"
   fi
   if [[ -n $training_pid && $status == "$REFUSED" ]]; then
-    refuse "the ranks cannot start; mend what they said above, then submit the same command"
+    refuse "another start would end there, too; mend what the ranks said above, then submit the same command"
   fi
   if [[ $state == stopped || ( $asked == USR1 && -z $training_pid ) ]]; then
     requeue

@@ -56,7 +56,7 @@ def test_a_refusal_of_the_ranks_is_not_tried_again(start, cluster: Cluster):
     assert job.wait_for_end() == "FAILED", job.output
     assert job.restarts == 0
     assert cluster.lab.job(job.number)["ExitCode"] == "2:0"
-    assert "error: the ranks cannot start; mend what they said above" in job.output
+    assert "error: another start would end there, too; mend what the ranks said above" in job.output
 
 
 def test_an_error_that_ends_the_ranks_later_is_a_crash(start):

@@ -67,6 +67,12 @@ def test_a_variable_that_should_be_a_number_and_is_not_is_refused(folder, name, 
     assert not (folder / "HARM").exists()
 
 
+def test_a_watchdog_without_patience_is_refused(folder):
+    done = bash(folder, "find_python() { :; }; launch x.py run.folder=$run_folder", WATCHDOG_SECONDS="00")
+    assert done.returncode == 2
+    assert "error: WATCHDOG_SECONDS=0 would end every start at once" in done.stderr
+
+
 def test_a_pipe_or_a_device_in_the_run_folder_is_no_line_of_it(folder):
     (folder / "LATEST").unlink()
     os.mkfifo(folder / "LATEST")

@@ -67,7 +67,7 @@ def test_what_only_the_ranks_can_find_out_is_refused_once(cluster: Cluster, tmp_
     job = cluster.submit(tmp_path / "run", DS_ACCELERATOR="quantum")
     assert job.wait_for_end() == "FAILED", job.output
     assert "DS_ACCELERATOR=quantum, but there is cpu" in job.output
-    assert "error: the ranks cannot start" in job.output
+    assert "error: another start would end there, too" in job.output
     assert cluster.lab.job(job.number)["ExitCode"] == "2:0"
     assert job.restarts == 0
 
