@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -13,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from small_dataset import small_dataset
 
 __all__ = ["small_dataset"]
+
+# A shell starts what runs in the background with Ctrl-C ignored, which every program that a test starts would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIRST = ("tests/slurm/", "tests/distributed/", "tests/test_readme.py")
 """What takes longest begins, so that no process of pytest is left alone with it at the end."""
