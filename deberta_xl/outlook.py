@@ -35,8 +35,8 @@ def print_outlook(inputs: Inputs) -> None:
     """Work, disk, what fits the device, and warnings, on rank 0."""
     rank_zero("work: %s", describe_work(inputs))
     rank_zero("checkpoints: %s", describe_disk(inputs))
-    if (memory := os.environ.get("GPU_MEMORY_GIB")) is not None:
-        rank_zero("%s", describe_fit(inputs, read_gibibytes(memory)))
+    if (gibibytes := device_gibibytes()) is not None:
+        rank_zero("%s", describe_fit(inputs, gibibytes))
     for warning in warnings(inputs):
         rank_zero("%s", warning, level=logging.WARNING)
 
@@ -80,8 +80,14 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def device_gibibytes() -> float | None:
+    """GPU_MEMORY_GIB, None where it is unset or empty. Raises ConfigError."""
+    text = os.environ.get("GPU_MEMORY_GIB")
+    return read_gibibytes(text) if text else None
+
+
 def read_gibibytes(text: str) -> float:
-    """GPU_MEMORY_GIB. Raises ConfigError."""
+    """A device's memory. Raises ConfigError."""
     try:
         value = float(text)
     except ValueError:
@@ -105,7 +111,8 @@ def largest_micro_batch(inputs: Inputs, gibibytes: float, recomputes: bool) -> i
     """The largest that divides the batch and is estimated to fit every stage; None when not even 1 does."""
     config, grid = inputs.config, inputs.grid
     per_replica = config.train.global_batch_size // grid.data_parallel_size
-    for size in sorted((n for n in range(1, per_replica + 1) if per_replica % n == 0), reverse=True):
+    small = [n for n in range(1, math.isqrt(per_replica) + 1) if per_replica % n == 0]
+    for size in sorted({*small, *(per_replica // n for n in small)}, reverse=True):
         train = replace(config.train, micro_batch_size=size, activation_checkpointing=recomputes)
         trial = replace(config, train=train)
         stages = (grid._replace(stage=stage) for stage in range(grid.num_stages))

@@ -36,7 +36,7 @@ from deberta_xl.errors import ConfigError, counted
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.model.parameter_shapes import parameter_shapes
-from deberta_xl.outlook import print_outlook
+from deberta_xl.outlook import device_gibibytes, print_outlook
 from deberta_xl.parallel.grid import Grid, check_divisible, check_stages
 from deberta_xl.parallel.memory import estimate_memory
 from deberta_xl.parallel.stages import Split, split_model
@@ -81,6 +81,7 @@ def read_inputs(arguments: argparse.Namespace) -> Inputs:
     config = read_config(arguments.config, arguments.overrides)
     engine = load_deepspeed_config(arguments.deepspeed_config, config)
     launch = launch_of(arguments)
+    device_gibibytes()  # refused here where it is none, not when it is told
     grid = Grid.for_run(launch.rank, launch.world_size, config.parallel)
     engine.agree(grid.data_parallel_size, config)
     if config.data.train is None:

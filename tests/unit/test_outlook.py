@@ -57,6 +57,21 @@ def test_a_device_without_a_size_is_refused(text):
         read_gibibytes(text)
 
 
+def test_a_device_without_a_size_is_refused_with_the_inputs_and_an_empty_one_is_unset(
+    small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GPU_MEMORY_GIB", "80GB")
+    with pytest.raises(ConfigError, match="GPU_MEMORY_GIB='80GB' is not a number of GiB"):
+        look(small_dataset, tmp_path)
+    monkeypatch.setenv("GPU_MEMORY_GIB", "")
+    look(small_dataset, tmp_path)
+
+
+def test_a_batch_of_billions_is_no_work_to_divide(small_dataset, tmp_path):
+    inputs = look(small_dataset, tmp_path, f"train.global_batch_size={2**40}", "train.micro_batch_size=1")
+    assert largest_micro_batch(inputs, 80.0, recomputes=False) in [2**n for n in range(40)]
+
+
 def test_what_nobody_means_is_pointed_out_and_an_ordinary_run_is_not(small_dataset, tmp_path, monkeypatch):
     assert list(warnings(look(small_dataset, tmp_path, "train.steps=30"))) == []
     many = look(small_dataset, tmp_path, "train.steps=1000000")
