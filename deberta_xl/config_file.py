@@ -28,6 +28,12 @@ Config = typing.TypeVar("Config", RunConfig, FinetuneConfig)
 #: Written once, set in several places: `model.dropout=0` is short for both kinds of dropout.
 SHORTHANDS = {("model", "dropout"): ("hidden_dropout", "attention_dropout")}
 
+#: Keys that were once, and what decides today: a person who writes one has to know.
+GONE = {
+    ("sift", key): "sift.variant decides it (original or corrected; docs/finetuning.md has what each means)"
+    for key in ("entry", "norm", "step_size", "radius", "divergence", "regression")
+}
+
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """`did you mean …?` for a mistyped name, or the list of what is known."""
@@ -98,6 +104,8 @@ def check_keys(tree: dict[str, Any], source: str, root: type = RunConfig) -> Non
             raise ConfigError(f"{section!r} in {source} is a section of keys, not a value; write {section}.KEY=VALUE")
         for key in values:
             if key not in keys_of(section, root):
+                if (section, key) in GONE:
+                    raise ConfigError(f"{section}.{key} in {source} is no key any more: {GONE[section, key]}")
                 hint = nearest(key, keys_of(section, root)) + elsewhere(key, section, root)
                 raise ConfigError(f"unknown key {section}.{key} in {source}; {hint}")
         expand_shorthands(section, values, source)

@@ -92,12 +92,7 @@ def print_arithmetic(inputs: Inputs) -> None:
 
 def describe_sift(sift: SiftSection) -> str:
     """What SiFT does in this run, in words."""
-    chosen = sift.resolved()
-    steps = f"{chosen.steps} step{'s' if chosen.steps > 1 else ''} of {chosen.step_size:g} ({chosen.norm} norm)"
-    bound = "not projected" if chosen.radius is None else f"projected to {chosen.radius:g}"
-    words = (f"entry {chosen.entry}", f"divergence {chosen.divergence}", f"regression {chosen.regression}")
-    said = ", ".join(word.replace("_", " ") for word in words)
-    return f"weight {sift.weight:g}, {sift.variant} variant: {steps}, {bound}, noise {chosen.noise:g}, {said}"
+    return f"weight {sift.weight:g}, {sift.variant} variant, {counted(sift.steps, 'step')}, noise {sift.noise:g}"
 
 
 def look_ahead(inputs: Inputs) -> None:

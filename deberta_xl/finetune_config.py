@@ -166,79 +166,27 @@ class FinetuneEvaluationSection:
 
 
 @frozen
-class SiftSettings:
-    """SiFT with every choice made (`SiftSection.resolved`)."""
-
-    steps: int
-    noise: float
-    entry: Literal["normalized_twice", "scaled"]
-    norm: Literal["linf", "l2"]
-    step_size: float
-    radius: float | None
-    divergence: Literal["cross_entropy", "kl"]
-    regression: Literal["batch_softmax", "squared_error"]
-
-
-#: What the two variants choose where a key is unset; radius 0 is no projection.
-VARIANTS = {
-    "original": {
-        "entry": "normalized_twice",
-        "norm": "linf",
-        "step_size": 1e-4,
-        "radius": 0.0,
-        "divergence": "cross_entropy",
-        "regression": "batch_softmax",
-    },
-    "corrected": {
-        "entry": "scaled",
-        "norm": "l2",
-        "step_size": 0.05,
-        "radius": 0.05,
-        "divergence": "kl",
-        "regression": "squared_error",
-    },
-}
-
-
-@frozen
 class SiftSection:
-    """`sift`: adversarial consistency at the normalised embeddings. `training/sift.py` says what each choice does."""
+    """`sift`: adversarial consistency at the normalised embeddings (docs/finetuning.md)."""
 
     weight: float = 0.0
     """Factor of the adversarial loss (the original's lambda, 5 for its large models); 0 turns SiFT off."""
     variant: Literal["corrected", "original"] = "corrected"
-    """`original` repeats the released code. Each key below overrides one of its choices; unset, the variant's holds."""
+    """`original` repeats the released code; `corrected` departs from it where it is at fault."""
     steps: int = 1
     """Gradient steps of the perturbation (K)."""
     noise: float = 1e-2
     """Deviation of the initial perturbation, in deviations of the normalised embedding; cut off at twice that."""
-    entry: Literal["normalized_twice", "scaled"] | None = None
-    """Where the perturbation enters: between two normalisations, or scaled to the sum before the one."""
-    norm: Literal["linf", "l2"] | None = None
-    """Norm in which a token's step and projection are measured."""
-    step_size: float | None = None
-    """Length of a step, relative to the normalised embedding (l2), or of its largest element (linf)."""
-    radius: float | None = None
-    """Largest perturbation, in the same measure; 0 does not project."""
-    divergence: Literal["cross_entropy", "kl"] | None = None
-    """Whether the entropies are subtracted from the value. Gradients are the same."""
-    regression: Literal["batch_softmax", "squared_error"] | None = None
-    """The adversarial loss of a regression."""
 
     def __post_init__(self) -> None:
-        at_least(0, weight=self.weight, radius=self.radius)
+        at_least(0, weight=self.weight)
         at_least(1, steps=self.steps)
         positive(noise=self.noise)
-        if self.step_size is not None:
-            positive(step_size=self.step_size)
 
-    def resolved(self) -> SiftSettings:
-        """The settings in force."""
-        defaults = VARIANTS[self.variant]
-        chosen = {key: getattr(self, key) for key in defaults}
-        values = defaults | {key: value for key, value in chosen.items() if value is not None}
-        values["radius"] = values["radius"] or None
-        return SiftSettings(steps=self.steps, noise=self.noise, **values)
+    @property
+    def normalizes_twice(self) -> bool:
+        """Whether the embeddings are normalised once more, in evaluation too: a fact of the model it trains."""
+        return self.weight > 0 and self.variant == "original"
 
 
 @frozen

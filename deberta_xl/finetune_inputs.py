@@ -239,9 +239,8 @@ def describe_head(
     head = HeadConfig(kind=task.head, num_labels=num_labels, dropout=dropout)
     if head.is_pooled:
         head = dataclasses.replace(head, **pooling._asdict())
-    normalized_twice = bool(config.sift.weight) and config.sift.resolved().entry == "normalized_twice"
     lengths = config.model.sequence_length, config.model.document_stride
-    return HeadFacts(head, list(labels), task, *lengths, normalized_twice)
+    return HeadFacts(head, list(labels), task, *lengths, config.sift.normalizes_twice)
 
 
 def weights_of_classes(task: Task, head: HeadFacts, data: TaskData, config: FinetuneConfig) -> np.ndarray | None:

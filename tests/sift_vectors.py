@@ -48,8 +48,7 @@ class SiftVector:
         weights.pop("embeddings.position.weight")  # pretraining's decoder alone reads it
         self.model.load_state_dict(weights)
         self.section = SiftSection(
-            variant="original", weight=self.meta["vat_lambda"], step_size=self.meta["learning_rate"],
-            noise=self.meta["init_perturbation"],
+            variant="original", weight=self.meta["vat_lambda"], noise=self.meta["init_perturbation"]
         )  # fmt: skip
         self.sift = Sift(self.section, self.kind)
         self.delta = self.outputs["initial_delta"].to(dtype)

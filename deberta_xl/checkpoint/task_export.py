@@ -54,8 +54,8 @@ def export_task(source: Path, destination: Path, conversion: Conversion = TO_HUG
     check_expressible(model)
     if facts.normalized_twice:
         raise CheckpointError(
-            f"{source} was trained with sift.entry=normalized_twice, the original's: its embeddings are normalised "
-            "twice, which transformers cannot do; train with sift.entry=scaled to export"
+            f"{source} was trained with sift.variant=original: its embeddings are normalised twice, which transformers "
+            "cannot do; train with sift.variant=corrected to export"
         )
     fields = head_fields(config, facts) | {"dtype": str(most_common_type(tensors)).removeprefix("torch.")}
     tokenizer = Tokenizer.load(source / TOKENIZER_NAME)

@@ -6,15 +6,14 @@ its gradient is taken with respect to δ alone (`torch.autograd.grad`), so the p
 
 `original` repeats the released code. Where `corrected`, the default, departs from it:
 
-* `divergence`: the original's value is a symmetric cross-entropy, nearly all of which is the entropy of the
+* Divergence: the original's value is a symmetric cross-entropy, nearly all of which is the entropy of the
   predictions; ours is the divergence, so 0 means equal predictions. The gradients are the same.
-* `regression`: the original takes a softmax over the examples of the batch; ours is the squared difference.
-* `entry`: the original normalises embeddings without affine, perturbs, and lets the model's LayerNorm normalise once
+* Regression: the original takes a softmax over the examples of the batch; ours is the squared difference.
+* Entry: the original normalises embeddings without affine, perturbs, and lets the model's LayerNorm normalise once
   more, in clean passes and in evaluation, too. Ours adds δ times each token's own deviation to the sum before the one
   LayerNorm, which is the same perturbation of the normalised vector; a clean pass is the plain model's.
-* `norm`, `step_size`, `radius`: the original moves each coordinate by up to 1e-4 against a noise of 1e-2, and never
-  projects; ours moves by `step_size` in the L2 norm relative to the normalised vector's (whose elements have deviation
-  1), and projects to the ball of `radius`.
+* Step: the original moves each coordinate by up to 1e-4 against a noise of 1e-2, and never projects; ours moves by 0.05
+  in the L2 norm relative to the normalised vector's (whose elements have deviation 1), and projects to a ball of 0.05.
 * The original's hook could perturb only the module created last; here δ belongs to its pass.
 
 Both draw fresh dropout masks for every pass, and both keep the perturbed passes' gradient from the word table.
@@ -24,6 +23,9 @@ Shape suffixes of this file:
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,24 +39,26 @@ from deberta_xl.model.task_losses import distribution_logits
 
 EPSILON = 1e-7
 """Of the normalisation without affine, as in the original."""
+RADIUS = 0.05
+"""Of the ball that our perturbation stays in, and length of its step; relative to the normalised vector."""
 
 
 class Sift:
     """The adversarial term for batches of one kind of task."""
 
     def __init__(self, section: SiftSection, kind: HeadKind):
-        self.settings = section.resolved()
+        self.settings, self.variant = section, VARIANTS[section.variant]
         self.kind = kind
 
     def entry(self) -> Perturb | None:
         """What a clean pass needs, in training and in evaluation."""
-        return normalized if self.settings.entry == "normalized_twice" else None
+        return normalized if self.settings.normalizes_twice else None
 
     def with_delta(self, delta_BSD: Tensor) -> Perturb:
         """What adds `delta_BSD` to the normalised embeddings."""
 
         def perturb(summed_BSD: Tensor) -> Tensor:
-            if self.settings.entry == "normalized_twice":
+            if self.settings.normalizes_twice:
                 return (normalized(summed_BSD.detach()) + delta_BSD).to(summed_BSD.dtype)
             fixed_BSD = summed_BSD.detach().to(delta_BSD.dtype)
             deviation_BS1 = fixed_BSD.std(-1, correction=0, keepdim=True)
@@ -90,21 +94,8 @@ class Sift:
         return gradient_BSD
 
     def moved(self, delta_BSD: Tensor, gradient_BSD: Tensor) -> Tensor:
-        """δ after one step, projected where the settings have a radius; unmoved when the gradient is not finite."""
-        settings = self.settings
-        if settings.norm == "linf":
-            # 1e-6 is the original's: where the gradient is smaller than that, the step is, too.
-            direction_BSD = gradient_BSD / (1e-6 + gradient_BSD.abs().amax(-1, keepdim=True))
-            moved_BSD = delta_BSD + settings.step_size * direction_BSD
-            if settings.radius is not None:
-                moved_BSD = moved_BSD.clamp(-settings.radius, settings.radius)
-        else:
-            width = delta_BSD.shape[-1] ** 0.5  # the norm of a normalised vector
-            moved_BSD = delta_BSD + settings.step_size * width * F.normalize(gradient_BSD, dim=-1, eps=1e-30)
-            if settings.radius is not None:
-                length_BS1 = moved_BSD.norm(dim=-1, keepdim=True)
-                moved_BSD = moved_BSD * (settings.radius * width / length_BS1.clamp(min=1e-30)).clamp(max=1)
-        return torch.where(gradient_BSD.norm().isfinite(), moved_BSD, delta_BSD)
+        """δ after one step; unmoved when the gradient is not finite."""
+        return torch.where(gradient_BSD.norm().isfinite(), self.variant.step(delta_BSD, gradient_BSD), delta_BSD)
 
     def inner_distance(self, logits: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
         """What the steps make large."""
@@ -115,12 +106,8 @@ class Sift:
     def distance(self, logits: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
         """What is added to the loss, summed over the items."""
         if self.kind == "regression":
-            if self.settings.regression == "squared_error":
-                return squared_difference(logits, clean)
-            # The mean over one row is the row; the sum over the batch's examples is that many times it.
-            return cross_entropy_both_ways(logits[None], clean[None]) * len(logits)
-        measure = divergence_both_ways if self.settings.divergence == "kl" else cross_entropy_both_ways
-        return measure(*self.rows(logits, clean, labels)) / self.rows_per_item(logits)
+            return self.variant.regression(logits, clean)
+        return self.variant.divergence(*self.rows(logits, clean, labels)) / self.rows_per_item(logits)
 
     def rows(self, logits: Tensor, clean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Both predictions as independent distributions [I, C]."""
@@ -136,6 +123,20 @@ def normalized(summed_BSD: Tensor) -> Tensor:
     return F.layer_norm(summed_BSD, summed_BSD.shape[-1:], eps=EPSILON)
 
 
+def small_step(delta_BSD: Tensor, gradient_BSD: Tensor) -> Tensor:
+    """The original's: 1e-4 along the gradient over its largest element."""
+    # 1e-6 is the original's: where the gradient is smaller than that, the step is, too.
+    return delta_BSD + 1e-4 * (gradient_BSD / (1e-6 + gradient_BSD.abs().amax(-1, keepdim=True)))
+
+
+def projected_step(delta_BSD: Tensor, gradient_BSD: Tensor) -> Tensor:
+    """Ours: RADIUS along the gradient, then to the nearest point of the ball of RADIUS."""
+    width = delta_BSD.shape[-1] ** 0.5  # the norm of a normalised vector
+    moved_BSD = delta_BSD + RADIUS * width * F.normalize(gradient_BSD, dim=-1, eps=1e-30)
+    length_BS1 = moved_BSD.norm(dim=-1, keepdim=True)
+    return moved_BSD * (RADIUS * width / length_BS1.clamp(min=1e-30)).clamp(max=1)
+
+
 def squared_difference(logits: Tensor, clean: Tensor) -> Tensor:
     """Σ (logits − clean)²."""
     return (logits - clean).square().sum()
@@ -147,6 +148,12 @@ def cross_entropy_both_ways(logits_IC: Tensor, clean_IC: Tensor) -> Tensor:
     return -(log_p.detach().exp() * log_q).sum() - (log_q.detach().exp() * log_p).sum()
 
 
+def softmax_over_batch(logits: Tensor, clean: Tensor) -> Tensor:
+    """The original's distance of a regression's outputs."""
+    # The mean over one row is the row; the sum over the batch's examples is that many times it.
+    return cross_entropy_both_ways(logits[None], clean[None]) * len(logits)
+
+
 def divergence_both_ways(logits_IC: Tensor, clean_IC: Tensor) -> Tensor:
     """Σ over the items of KL(p ‖ q) + KL(q ‖ p), with the gradient of `cross_entropy_both_ways`.
 
@@ -155,6 +162,23 @@ def divergence_both_ways(logits_IC: Tensor, clean_IC: Tensor) -> Tensor:
     log_q, log_p = logits_IC.log_softmax(-1), clean_IC.log_softmax(-1)
     fixed_q, fixed_p = log_q.detach(), log_p.detach()
     return (fixed_p.exp() * (fixed_p - log_q)).sum() + (fixed_q.exp() * (fixed_q - log_p)).sum()
+
+
+class Variant(NamedTuple):
+    """What `sift.variant` decides, beside where δ enters (`SiftSection.normalizes_twice`)."""
+
+    step: Callable[[Tensor, Tensor], Tensor]
+    """(δ, gradient) -> δ."""
+    divergence: Callable[[Tensor, Tensor], Tensor]
+    """(logits, clean) -> their distance summed over the items."""
+    regression: Callable[[Tensor, Tensor], Tensor]
+    """The same of numbers."""
+
+
+VARIANTS = {
+    "original": Variant(small_step, cross_entropy_both_ways, softmax_over_batch),
+    "corrected": Variant(projected_step, divergence_both_ways, squared_difference),
+}
 
 
 def build_sift(section: SiftSection, kind: HeadKind) -> Sift | None:

@@ -112,7 +112,7 @@ def test_a_held_out_set_of_one_class_is_refused_where_the_metric_needs_two(encod
 
 @pytest.mark.parametrize("name", preset_names(FinetuneConfig))
 def test_presets_are_read_back_as_they_are_written(name, tmp_path):
-    config = load_config(name, ["sift.radius=0.1", "task.name=sst2"], FinetuneConfig)
+    config = load_config(name, ["sift.noise=0.1", "task.name=sst2"], FinetuneConfig)
     (tmp_path / "again.toml").write_text(to_toml(config))
     assert load_config(tmp_path / "again.toml", (), FinetuneConfig) == config
 

@@ -9,11 +9,12 @@ import torch
 from sift_vectors import CASES, SiftVector, outcome
 
 from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.config_file import load_config
 from deberta_xl.errors import ConfigError
-from deberta_xl.finetune_config import SiftSection
+from deberta_xl.finetune_config import FinetuneConfig, SiftSection
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.heads import TaskModel
-from deberta_xl.training.sift import Sift, normalized
+from deberta_xl.training.sift import RADIUS, Sift, normalized
 
 # float64: the original's own rounding is 1e-13; gradients pass through three forwards.
 TOLERANCE = 1e-9
@@ -133,20 +134,26 @@ def test_the_corrected_term_is_zero_without_perturbation_and_positive_with_it(ki
     assert term.item() > 1e-9
 
 
-def test_a_step_increases_the_distance_and_the_projection_holds():
+@pytest.mark.parametrize("variant", ["original", "corrected"])
+def test_a_step_increases_the_distance(variant):
     model, labels = small_model("classification", 3), KINDS["classification"][1]
-    predict, radius = predictor(model), 0.02
-    distances = {}
-    for norm in ("l2", "linf"):
-        sift = Sift(SiftSection(weight=1.0, norm=norm, step_size=0.05, radius=radius), "classification")
-        clean = predict()
-        delta = sift.draw((3, 10, 16), DropoutKey(1), clean)
-        moved = sift.moved(delta, sift.gradient(predict, clean, labels, delta, None))
-        for name, value in (("before", delta), ("after", moved)):
-            distances[norm, name] = sift.distance(predict(perturb=sift.with_delta(value)), clean, labels)
-        size = moved.norm(dim=-1) / 4 if norm == "l2" else moved.abs().amax(-1)
-        assert size.max() <= radius * (1 + 1e-9)
-        assert distances[norm, "after"] > distances[norm, "before"]
+    predict, sift = predictor(model), Sift(SiftSection(weight=1.0, variant=variant), "classification")
+    clean = predict(perturb=sift.entry())
+    delta = sift.draw((3, 10, 16), DropoutKey(1), clean)
+    moved = sift.moved(delta, sift.gradient(predict, clean, labels, delta, None))
+    before, after = (sift.distance(predict(perturb=sift.with_delta(d)), clean, labels) for d in (delta, moved))
+    assert after > before
+
+
+def test_the_corrected_perturbation_stays_in_its_ball_and_the_originals_step_is_small():
+    corrected, original = (
+        Sift(SiftSection(weight=1.0, variant=v), "classification") for v in ("corrected", "original")
+    )
+    generator = torch.Generator().manual_seed(4)
+    delta, gradient = (torch.randn(3, 10, 16, dtype=torch.float64, generator=generator) for _ in range(2))
+    for scale in (1e-3, 1.0, 1e3):
+        assert (corrected.moved(scale * delta, gradient).norm(dim=-1) / 4).max() <= RADIUS * (1 + 1e-9)
+    assert (original.moved(delta, gradient) - delta).abs().max() <= 1e-4
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_perturbation():
@@ -164,21 +171,15 @@ def test_equal_keys_draw_equal_noise_and_it_is_cut_off():
     assert 0.08 < first.std() < 0.1
 
 
-def test_every_choice_of_the_variant_can_be_overridden_alone():
-    original, corrected = SiftSection(variant="original").resolved(), SiftSection().resolved()
-    assert original.radius is None
-    for key in ("entry", "norm", "step_size", "divergence", "regression"):
-        chosen = getattr(original, key)
-        assert chosen != getattr(corrected, key)
-        mixed = SiftSection(**{key: chosen}).resolved()
-        assert getattr(mixed, key) == chosen
-        assert (
-            sum(getattr(mixed, k) != getattr(corrected, k) for k in ("entry", "norm", "step_size", "divergence")) <= 1
-        )
-    assert SiftSection(radius=0.0).resolved().radius is None
-
-
-@pytest.mark.parametrize("wrong", [{"weight": -1.0}, {"steps": 0}, {"noise": 0.0}, {"step_size": -0.1}])
+@pytest.mark.parametrize("wrong", [{"weight": -1.0}, {"steps": 0}, {"noise": 0.0}])
 def test_settings_without_meaning_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SiftSection(**wrong)
+
+
+@pytest.mark.parametrize("key", ["entry", "norm", "step_size", "radius", "divergence", "regression"])
+def test_a_key_of_old_is_refused_with_what_decides_it_now(key, tmp_path):
+    (tmp_path / "old.toml").write_text(f"[sift]\nweight = 5.0\n{key} = 0.1\n")
+    for preset, overrides in ((tmp_path / "old.toml", []), ("finetune_sift", [f"sift.{key}=0.1"])):
+        with pytest.raises(ConfigError, match=rf"sift\.{key} in .* is no key any more: sift\.variant decides it"):
+            load_config(preset, overrides, FinetuneConfig)
