@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test quickstart test test-all lint clean
+.PHONY: help setup setup-test quickstart test test-full test-all lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,7 +29,10 @@ quickstart: $(VENV)/.installed ## the whole pipeline on real English text, in mi
 test: $(VENV)/.installed-test ## every test but the full matrices; PYTEST_OPTIONS="-k config" chooses
 	$(PYTEST) -m "not full" $(PYTEST_OPTIONS)
 
-test-all: $(VENV)/.installed-test ## every test, the full matrices included
+test-full: $(VENV)/.installed-test ## the full matrices alone, which `make test` leaves out
+	$(PYTEST) -m full $(PYTEST_OPTIONS)
+
+test-all: $(VENV)/.installed-test ## every test: both of them in one run
 	$(PYTEST) $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.installed-test ## style and format of the source
