@@ -123,8 +123,8 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
 
     from deberta_xl.checkpoint.native_config import native_config
     from deberta_xl.checkpoint.weights import TOKENIZER_NAME
+    from deberta_xl.objectives.sift import build_sift
     from deberta_xl.training.safeguard import Safeguard
-    from deberta_xl.training.sift import build_sift
     from deberta_xl.training.start import start_engine, start_run
     from deberta_xl.training.task_loop import Finetuning
     from deberta_xl.training.task_state import TaskState

@@ -21,8 +21,8 @@ from deberta_xl.errors import ConfigError
 from deberta_xl.fill_mask import find_tokenizer
 from deberta_xl.finetuned import DebertaForTask, find_finetuned
 from deberta_xl.launch import Launch
-from deberta_xl.training.sift import normalized
-from deberta_xl.training.task_evaluate import task_logits
+from deberta_xl.objectives.sift import normalized
+from deberta_xl.objectives.task_evaluation import task_logits
 
 CHUNK = 4096
 """Records of a file that are held at once."""

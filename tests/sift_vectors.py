@@ -18,7 +18,7 @@ from deberta_xl.checkpoint.names import from_microsoft
 from deberta_xl.finetune_config import SiftSection
 from deberta_xl.model.heads import TaskModel
 from deberta_xl.model.task_losses import task_loss
-from deberta_xl.training.sift import Sift
+from deberta_xl.objectives.sift import Sift
 
 CASES = vector_folders("sift")
 HEAD = ("pooler.dense.", "classifier.")

@@ -33,9 +33,10 @@ from deberta_xl.data.unigram import log_unigram, token_counts
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.fill_mask import load_tokenizer
 from deberta_xl.launch import read_launch
+from deberta_xl.objectives.masked_evaluation import Evaluation, evaluate, predict_with
 from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.strict import at_least
-from deberta_xl.training.evaluate import Evaluation, evaluate, join_ranks, predict_with
+from deberta_xl.training.evaluate import join_ranks
 
 DEFAULT_SEED = 1
 

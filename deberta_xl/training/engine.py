@@ -24,10 +24,10 @@ from deberta_xl.errors import ConfigError, Diverged
 from deberta_xl.launch import Launch, device_number, ranks_of_node
 from deberta_xl.log import logger
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.objectives.masked_batches import MicroBatch
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.pipeline import PipelinedModel
 from deberta_xl.rendezvous import export_launch
-from deberta_xl.training.batches import MicroBatch
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.roll_call import all_ranks_here

@@ -20,17 +20,17 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.durations import duration
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
+from deberta_xl.objectives.figure_text import legend_table
+from deberta_xl.objectives.figures import confusion_figure, loss_curves
+from deberta_xl.objectives.masked_batches import micro_batch_keys, step_batches
+from deberta_xl.objectives.masked_evaluation import Evaluation, Predict, evaluate, predict_with
+from deberta_xl.objectives.masked_examples import MaskedExamples
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
-from deberta_xl.training.batches import micro_batch_keys, step_batches
 from deberta_xl.training.empty_steps import EmptySteps
 from deberta_xl.training.engine import StepResult, run_step, set_learning_rate, update_is_finite
-from deberta_xl.training.evaluate import Evaluation, Predict, evaluate, predict_with
-from deberta_xl.training.figure_text import legend_table
-from deberta_xl.training.figures import confusion_figure, save_loss_curve
 from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.masked_examples import MaskedExamples
-from deberta_xl.training.metrics import MetricsWriter, has_metric
+from deberta_xl.training.metrics import MetricsWriter, has_metric, save_curves
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.pipelined import predict_in_pipeline, run_pipeline_step
 from deberta_xl.training.profiling import StepProfiler
@@ -246,7 +246,7 @@ class Pretraining:
             writer.write_figure(step, "valid/confusion", confusion.figure)
             if confusion.legend:
                 writer.write_text(step, "valid/confusion_names", legend_table(confusion.legend))
-        save_loss_curve(self.folder.metrics, self.folder.path / "loss.png")
+        save_curves(self.folder.metrics, self.folder.path / "loss.png", loss_curves)
         rank_zero(
             "step %d  validation loss %.4f (unigram of the training set: %.4f)  perplexity %.2f  accuracy %.1f %%",
             step, result.loss, result.unigram_entropy, result.perplexity, 100 * result.accuracy,
@@ -266,7 +266,7 @@ class Pretraining:
         if writer is not None:
             writer.close()
             if self.folder.metrics.exists():
-                save_loss_curve(self.folder.metrics, self.folder.path / "loss.png")
+                save_curves(self.folder.metrics, self.folder.path / "loss.png", loss_curves)
             self.folder.write_state(ended)
         self.heartbeat.close()
         return ended

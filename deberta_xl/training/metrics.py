@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -171,6 +171,13 @@ def drop_lines_after(metrics_file: Path, step: int) -> None:
     text = metrics_file.read_text(encoding="utf-8", errors="replace")  # a crash may have left any bytes
     kept = [line for line in text.splitlines() if is_up_to(line, step)]
     replace_file(metrics_file, "".join(f"{line}\n" for line in kept))
+
+
+def save_curves(metrics_file: Path, picture: Path, draw: Callable[[list[dict[str, float]]], Figure]) -> None:
+    """Draw a picture of the lines of metrics.jsonl."""
+    figure = draw([json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()])
+    with writing(picture):
+        figure.savefig(picture, dpi=120)
 
 
 def has_metric(metrics_file: Path, step: int, name: str) -> bool:

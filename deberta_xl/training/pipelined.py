@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.objectives.masked_batches import MicroBatch
+from deberta_xl.objectives.masked_evaluation import Prediction
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.pipeline import StageInput
-from deberta_xl.training.batches import MicroBatch
 from deberta_xl.training.engine import StepResult, scaler_in_words
-from deberta_xl.training.evaluate import Prediction
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.timing import StepTimer
 

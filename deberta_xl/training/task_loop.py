@@ -27,23 +27,23 @@ from deberta_xl.errors import Diverged
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
+from deberta_xl.objectives.figure_text import Picture, legend_lines, legend_table
+from deberta_xl.objectives.masked_batches import micro_batch_keys
+from deberta_xl.objectives.sift import Sift
+from deberta_xl.objectives.task_batches import TaskMicroBatch, task_step_batches
+from deberta_xl.objectives.task_evaluation import task_logits
+from deberta_xl.objectives.task_figures import metric_curves, task_figures
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
-from deberta_xl.training.batches import micro_batch_keys
 from deberta_xl.training.empty_steps import EmptySteps
 from deberta_xl.training.engine import set_learning_rate, update_is_finite
-from deberta_xl.training.figure_text import Picture, legend_lines, legend_table
 from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.metrics import MetricsWriter, save_curves
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder, State, write_text, writing
 from deberta_xl.training.safeguard import Safeguard
 from deberta_xl.training.schedule import learning_rate
-from deberta_xl.training.sift import Sift
 from deberta_xl.training.signals import Agreement, StopRequested
-from deberta_xl.training.task_batches import TaskMicroBatch, task_step_batches
-from deberta_xl.training.task_evaluate import task_logits
-from deberta_xl.training.task_figures import save_metric_curves, task_figures
 from deberta_xl.training.task_recorder import TaskRecorder
 from deberta_xl.training.task_state import TaskState
 from deberta_xl.training.task_step import run_task_step
@@ -251,7 +251,9 @@ class Finetuning:
             writer.write(step, {f"valid_{name}": value for name, value in values.items()})
             for name, picture in task_figures(data.task, data.labels, data.examples, found).items():
                 self.write_picture(writer, name, picture)
-            save_metric_curves(self.folder.metrics, data.task.metrics, self.folder.path / "metrics.png")
+            save_curves(
+                self.folder.metrics, self.folder.path / "metrics.png", partial(metric_curves, names=data.task.metrics)
+            )
             rank_zero("step %d  %s%s", step, described(values), "  (best so far)" if is_best else "")
         return is_best
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.heads import Predict, TaskModel
 from deberta_xl.model.task_losses import hide_padding, task_loss
+from deberta_xl.objectives.sift import Sift
+from deberta_xl.objectives.task_batches import TaskMicroBatch
 from deberta_xl.training.engine import scaler_in_words
 from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.sift import Sift
-from deberta_xl.training.task_batches import TaskMicroBatch
 from deberta_xl.training.timing import StepTimer
 
 

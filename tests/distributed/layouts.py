@@ -26,13 +26,13 @@ from deberta_xl.config import DataSection, OptimizerSection, TrainSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.objectives.masked_batches import MicroBatch, micro_batch_keys, step_batches
 from deberta_xl.parallel import layers  # noqa: F401  (the forked ranks then need not import megatron-core)
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.pipeline import PipelinedModel, build_stage
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import split_model
-from deberta_xl.training.batches import MicroBatch, micro_batch_keys, step_batches
 from deberta_xl.training.engine import StepResult, build_engine, gradient_norm, run_step, set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer

@@ -20,11 +20,11 @@ from deberta_xl.config import DataSection, OptimizerSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
+from deberta_xl.objectives.masked_evaluation import evaluate, predict_with
 from deberta_xl.parallel.pipeline import PipelinedModel, StageInput, build_stage
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import split_model
 from deberta_xl.training.engine import build_engine
-from deberta_xl.training.evaluate import evaluate, predict_with
 from deberta_xl.training.pipelined import nothing_to_load, predict_in_pipeline
 
 

@@ -21,12 +21,12 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.objectives.masked_batches import MicroBatch, micro_batch_keys, step_batches
+from deberta_xl.objectives.masked_evaluation import evaluate, predict_with
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
-from deberta_xl.training.batches import MicroBatch, micro_batch_keys, step_batches
 from deberta_xl.training.engine import build_engine, gradient_norm, run_step, set_learning_rate
-from deberta_xl.training.evaluate import evaluate, predict_with
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.ownership import Ownership

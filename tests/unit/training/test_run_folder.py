@@ -16,9 +16,9 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.durable import write_files
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import logger
-from deberta_xl.training.figures import save_loss_curve
+from deberta_xl.objectives.figures import loss_curves
 from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.metrics import MetricsWriter
+from deberta_xl.training.metrics import MetricsWriter, save_curves
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.start import Start
@@ -186,7 +186,7 @@ def test_the_loss_curve_is_a_picture(tmp_path):
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
     lines += [{"step": 2, "valid_loss": 2.5, "valid_unigram_entropy": 3.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    save_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    save_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", loss_curves)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

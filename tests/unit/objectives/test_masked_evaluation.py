@@ -19,8 +19,9 @@ from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.errors import ConfigError
 from deberta_xl.launch import Launch
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.objectives.masked_evaluation import evaluate, evaluation_batches, predict_with
 from deberta_xl.training import evaluate as module
-from deberta_xl.training.evaluate import evaluate, evaluation_batches, join_ranks, predict_with
+from deberta_xl.training.evaluate import join_ranks
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig, SiftSection
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.heads import TaskModel
-from deberta_xl.training.sift import RADIUS, Sift, normalized
+from deberta_xl.objectives.sift import RADIUS, Sift, normalized
 
 # float64: the original's own rounding is 1e-13; gradients pass through three forwards.
 TOLERANCE = 1e-9

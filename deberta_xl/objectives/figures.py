@@ -1,10 +1,8 @@
-"""Pictures of a run: its loss curve, and the words it confuses."""
+"""Pictures of a run: its loss curves, and the words it confuses."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,8 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deberta_xl.training.figure_text import Names, Picture, names_for
-from deberta_xl.training.run_folder import writing
+from deberta_xl.objectives.figure_text import Names, Picture, names_for
 
 CONFUSION_WORDS = 20
 
@@ -25,9 +22,8 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save_loss_curve(metrics_file: Path, picture: Path) -> None:
-    """Draw training and validation loss over steps from metrics.jsonl."""
-    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+def loss_curves(lines: Sequence[Mapping[str, float]]) -> Figure:
+    """Training and validation loss over steps, from the lines of metrics.jsonl."""
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for name, style in (
@@ -46,8 +42,7 @@ def save_loss_curve(metrics_file: Path, picture: Path) -> None:
     axes.set_ylabel("masked-LM loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with writing(picture):
-        figure.savefig(picture, dpi=120)
+    return figure
 
 
 def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> Picture:

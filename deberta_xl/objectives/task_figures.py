@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.tasks import Example, Task
-from deberta_xl.training.figure_text import Picture, names_for
-from deberta_xl.training.figures import name_both_axes, new_figure
-from deberta_xl.training.run_folder import writing
+from deberta_xl.objectives.figure_text import Picture, names_for
+from deberta_xl.objectives.figures import name_both_axes, new_figure
 
 CALIBRATION_BINS = 10
 SHOWN_CLASSES = 40
@@ -111,9 +108,8 @@ def scatter(gold: Sequence[float], values: Sequence[float]) -> Figure:
     return figure
 
 
-def save_metric_curves(metrics_file: Path, names: Sequence[str], picture: Path) -> None:
-    """Draw the training loss, and the held-out metrics, over steps."""
-    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+def metric_curves(lines: Sequence[Mapping[str, float]], names: Sequence[str]) -> Figure:
+    """The training losses, and the held-out metrics of these names, over steps, from the lines of metrics.jsonl."""
     figure = new_figure(9, 4)
     loss_axes, metric_axes = figure.subplots(1, 2)
     for axes, keys in ((loss_axes, ["task_loss", "adversarial_loss"]), (metric_axes, [f"valid_{n}" for n in names])):
@@ -125,5 +121,4 @@ def save_metric_curves(metrics_file: Path, names: Sequence[str], picture: Path) 
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    with writing(picture):
-        figure.savefig(picture, dpi=120)
+    return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deberta_xl.training.task_batches import TaskOrder
+from deberta_xl.objectives.task_batches import TaskOrder
 
 LENGTHS = np.random.default_rng(1).integers(5, 60, 70)
 

@@ -7,7 +7,7 @@ import pytest
 
 from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.tasks import METRICS_OF, Example, Source, Task
-from deberta_xl.training.task_figures import calibration_error, task_figures
+from deberta_xl.objectives.task_figures import calibration_error, task_figures
 
 
 def test_the_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():

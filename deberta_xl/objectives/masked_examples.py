@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from deberta_xl.training.batches import MicroBatch
-from deberta_xl.training.figure_text import literal, plain
+from deberta_xl.objectives.figure_text import literal, plain
+from deberta_xl.objectives.masked_batches import MicroBatch
 
 EXAMPLES = 24
 AROUND = 12

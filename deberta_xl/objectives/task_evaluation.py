@@ -13,8 +13,8 @@ from deberta_xl.data.progress import tracked
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.model.heads import Perturb
 from deberta_xl.model.task_losses import hide_padding
-from deberta_xl.training.evaluate import batches_per_rank
-from deberta_xl.training.task_batches import build_task_micro_batch
+from deberta_xl.objectives.masked_evaluation import batches_per_rank
+from deberta_xl.objectives.task_batches import build_task_micro_batch
 
 
 def feature_batches(data: TaskData, micro_batch_size: int, *, rank: int, size: int) -> Iterator[np.ndarray]:
