@@ -7,15 +7,12 @@ Shape suffixes of this file:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from deberta_xl.checkpoint.weights import TOKENIZER_NAME
 from deberta_xl.data.tokenizer import MASK_PIECE, WORD_MARK, Tokenizer
-from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.errors import UserError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 
@@ -115,33 +112,3 @@ def encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
         ids += [tokenizer.mask_id] if number else []
         ids += tokenizer.encoder.ids(part.rstrip(), follows_mask=number > 0)
     return [tokenizer.cls_id, *ids, tokenizer.sep_id]
-
-
-def load_tokenizer(checkpoint: Path, given: Path | None) -> Tokenizer:
-    """The tokenizer of a checkpoint, or the one `given` for a checkpoint that has none.
-
-    Raises FillMaskError when there is none, or when the checkpoint has another one than the one given: its ids would
-    mean other pieces.
-    """
-    if given is None:
-        return Tokenizer.load(find_tokenizer(checkpoint))
-    tokenizer = Tokenizer.load(given)
-    own = next(tokenizer_folders(checkpoint), None)
-    if own is not None and not Tokenizer.load(own).has_same_ids(tokenizer):
-        raise FillMaskError(f"--tokenizer {given} is not the checkpoint's own, {own}; leave --tokenizer out")
-    return tokenizer
-
-
-def tokenizer_folders(checkpoint: Path) -> Iterator[Path]:
-    """Where a checkpoint has a tokenizer: `tokenizer/` in our layouts, the folder itself in the others."""
-    return (folder for folder in (checkpoint / TOKENIZER_NAME, checkpoint) if (folder / MODEL_FILE).is_file())
-
-
-def find_tokenizer(checkpoint: Path) -> Path:
-    """The tokenizer's folder of a checkpoint. Raises FillMaskError when there is none."""
-    for folder in tokenizer_folders(checkpoint):
-        return folder
-    raise FillMaskError(
-        f"{checkpoint} has no tokenizer ({MODEL_FILE}): copy its base model's there, which transformers does not save, "
-        "or give its folder to tools/fill_mask.py with --tokenizer"
-    )

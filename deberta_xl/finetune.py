@@ -105,7 +105,7 @@ def look_ahead(inputs: Inputs) -> None:
 def build_model(inputs: Inputs, *, is_new: bool) -> TaskModel:
     """The plain model: a fresh head on the encoder of `train.init` where the run `is_new`. Collective."""
     from deberta_xl.checkpoint.agreement import on_rank_zero
-    from deberta_xl.finetuned import find_init, load_encoder
+    from deberta_xl.checkpoint.initial_encoder import find_init, load_encoder
     from deberta_xl.model.heads import TaskModel
 
     train = inputs.config.train
@@ -165,7 +165,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Finetuning:
 def keep_best_weights(run: Finetuning) -> None:
     """Write the best weights alone, without the optimizer's state, into the run folder's `best`. Collective."""
     from deberta_xl.checkpoint.agreement import on_rank_zero
-    from deberta_xl.finetuned import replace_best
+    from deberta_xl.checkpoint.finetuned_folder import replace_best
     from deberta_xl.training.heartbeat import Heartbeat
 
     # Reading and writing a model takes a while, which the run's own heartbeat has not lived to see.

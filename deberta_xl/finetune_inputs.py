@@ -131,7 +131,7 @@ def read_config(name: str, overrides: Sequence[str]) -> FinetuneConfig:
 
 def check_weights(config: FinetuneConfig, architecture: DebertaConfig, head: HeadFacts) -> None:
     """Refuse a checkpoint to start from without the tensors that it should have."""
-    from deberta_xl.finetuned import peek_encoder
+    from deberta_xl.checkpoint.initial_encoder import peek_encoder
 
     peek_encoder(Path(config.train.init), architecture, head.head)
 
@@ -187,10 +187,10 @@ def hold_out(task: Task, examples: Sequence[Example], share: float) -> tuple[lis
 
 def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Pooling, Path]:
     """Architecture, pooler and tokenizer folder of the checkpoint to start from; its weights are read later."""
-    from deberta_xl.fill_mask import find_tokenizer
-    from deberta_xl.finetuned import peek, peek_pooling
+    from deberta_xl.checkpoint.initial_encoder import peek_init, peek_pooling
+    from deberta_xl.checkpoint.named_folder import find_tokenizer
 
-    folder, architecture = peek(Path(config.train.init))
+    folder, architecture = peek_init(Path(config.train.init))
     return config.model.applied_to(architecture), peek_pooling(folder, architecture), find_tokenizer(folder)
 
 
@@ -255,7 +255,7 @@ def fingerprints_of(
     config: FinetuneConfig,
 ) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint must agree with to be continued."""
-    from deberta_xl.pretrained import computed_by
+    from deberta_xl.checkpoint.initial_weights import computed_by
 
     return {
         "architecture": computed_by(architecture),

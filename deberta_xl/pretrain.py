@@ -110,7 +110,7 @@ def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
     folder = model_folder(name)
     if folder is None:
         return load_run_config(name, overrides)
-    from deberta_xl.pretrained import peek
+    from deberta_xl.checkpoint.named_folder import peek
 
     _, architecture = peek(folder, "--config")
     model = {key: value for key, value in dataclasses.asdict(architecture).items() if value is not None}
@@ -120,8 +120,8 @@ def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
 
 def check_init(init: str, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
     """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
-    from deberta_xl.fill_mask import tokenizer_folders
-    from deberta_xl.pretrained import check_same_architecture, peek, peek_tensors
+    from deberta_xl.checkpoint.initial_weights import check_same_architecture, peek_tensors
+    from deberta_xl.checkpoint.named_folder import peek, tokenizer_folders
 
     folder, there = peek(init)
     own = next(tokenizer_folders(folder), None)
@@ -176,7 +176,7 @@ def print_arithmetic(inputs: Inputs) -> None:
 
 def fingerprints_of(inputs: Inputs) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued."""
-    from deberta_xl.pretrained import computed_by
+    from deberta_xl.checkpoint.initial_weights import computed_by
 
     return {
         "architecture": computed_by(inputs.architecture),
@@ -199,8 +199,9 @@ def build_model(inputs: Inputs, units: range, *, is_new: bool) -> MaskedLanguage
     Collective.
     """
     from deberta_xl.checkpoint.agreement import on_rank_zero
+    from deberta_xl.checkpoint.initial_weights import load_initial_weights
+    from deberta_xl.checkpoint.named_folder import find_pretrained
     from deberta_xl.parallel.pipeline import build_stage
-    from deberta_xl.pretrained import find_pretrained, load_initial_weights
 
     train = inputs.config.train
     model = build_stage(inputs.architecture, units, train.seed)

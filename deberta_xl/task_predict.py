@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from deberta_xl.checkpoint.finetuned_folder import find_finetuned
+from deberta_xl.checkpoint.named_folder import find_tokenizer
 from deberta_xl.data.progress import progress
 from deberta_xl.data.records import Record, TaskDataError, read_jsonl
 from deberta_xl.data.task_features import TaskData
@@ -18,8 +20,7 @@ from deberta_xl.data.task_submission import describe
 from deberta_xl.data.tasks import Example, Source
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError
-from deberta_xl.fill_mask import find_tokenizer
-from deberta_xl.finetuned import DebertaForTask, find_finetuned
+from deberta_xl.finetuned import DebertaForTask
 from deberta_xl.launch import Launch
 from deberta_xl.objectives.sift import normalized
 from deberta_xl.objectives.task_evaluation import task_logits

@@ -36,6 +36,7 @@ from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.checkpoint.card_metadata import KEYS, read_metadata
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
+from deberta_xl.checkpoint.finetuned_folder import BEST_NAME, find_finetuned
 from deberta_xl.checkpoint.head_facts import HEAD_NAME
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.pretrained_folder import Kind
@@ -43,7 +44,6 @@ from deberta_xl.checkpoint.task_export import export_task
 from deberta_xl.checkpoint.tensor_files import DTYPES as STORED_DTYPES
 from deberta_xl.checkpoint.verify import TOLERANCES
 from deberta_xl.durations import duration
-from deberta_xl.finetuned import BEST_NAME, find_finetuned
 from deberta_xl.output_file import check_output_folder
 
 DTYPES = {"float32": STORED_DTYPES["F32"], "bfloat16": STORED_DTYPES["BF16"], "float16": STORED_DTYPES["F16"]}

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.checkpoint.named_folder import tokenizer_for
 from deberta_xl.config import DataSection, RunConfig
 from deberta_xl.config_file import load_run_config
 from deberta_xl.data.errors import TokenStoreError
@@ -31,12 +32,11 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.unigram import log_unigram, token_counts
 from deberta_xl.errors import ConfigError, counted
-from deberta_xl.fill_mask import load_tokenizer
 from deberta_xl.launch import read_launch
 from deberta_xl.objectives.masked_evaluation import Evaluation, evaluate, predict_with
 from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.strict import at_least
-from deberta_xl.training.evaluate import join_ranks
+from deberta_xl.training.joining import join_ranks
 
 DEFAULT_SEED = 1
 
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
     run_config = read_run(arguments.checkpoint)
     length = choose_length(arguments, run_config, model.config.max_position_embeddings)
-    tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer)
+    tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise ConfigError(f"the tokenizer has {sizes}; give the one that the model was trained with")

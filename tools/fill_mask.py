@@ -18,7 +18,8 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.fill_mask import Guess, fill_mask, load_tokenizer
+from deberta_xl.checkpoint.named_folder import tokenizer_for
+from deberta_xl.fill_mask import Guess, fill_mask
 from deberta_xl.pretrained import DebertaForMaskedLM
 
 
@@ -35,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Load, fill and print."""
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
-    tokenizer = load_tokenizer(arguments.checkpoint, arguments.tokenizer)
+    tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)
     for text in arguments.texts:
         answers = fill_mask(model, tokenizer, text, top_k=arguments.top_k)
         for number, guesses in enumerate(answers, start=1):

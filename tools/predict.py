@@ -24,7 +24,7 @@ from deberta_xl.launch import read_launch
 from deberta_xl.output_file import check_output, is_stream, open_output, report_stream
 from deberta_xl.strict import at_least
 from deberta_xl.task_predict import Predictor
-from deberta_xl.training.evaluate import join_ranks
+from deberta_xl.training.joining import join_ranks
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -57,6 +57,20 @@ NAMED_CLASSES: tuple[HeadKind, ...] = ("classification", "multi_label", "token")
 """Kinds whose outputs have names."""
 
 
+SPAN_OUTPUT, OUTPUT = "qa_outputs.", "classifier."
+"""Their output layer of a span, and what every output layer is called with us."""
+
+
+def from_their_head(name: str) -> str:
+    """Our name of an output layer's parameter; any other name as it is."""
+    return OUTPUT + name.removeprefix(SPAN_OUTPUT) if name.startswith(SPAN_OUTPUT) else name
+
+
+def to_their_head(name: str, kind: HeadKind) -> str:
+    """Their name of an output layer's parameter."""
+    return name.replace(OUTPUT, SPAN_OUTPUT) if kind == "span" else name
+
+
 class Pooling(NamedTuple):
     """What stands between [CLS] and a head's output layer, besides weights."""
 
@@ -93,7 +107,7 @@ def read_foreign_task(folder: Path) -> tuple[DebertaConfig, HeadFacts, dict[str,
     fields = read_config_fields(folder) or {}
     model = open_foreign(folder, may_be_fresh=True)
     weights = {name.removeprefix(EXTRA): tensor for name, tensor in model.tensors.items()}
-    weights |= {n.replace("qa_outputs.", "classifier."): w for n, w in weights.items() if n.startswith("qa_outputs.")}
+    weights |= {from_their_head(name): weight for name, weight in weights.items() if name.startswith(SPAN_OUTPUT)}
     kind = foreign_kind(folder, fields, weights)
     if "classifier.weight" not in weights:
         raise CheckpointError(f"{folder} has no output layer for {CLASSES[kind]}: it is no fine-tuned model")

@@ -12,7 +12,7 @@ from deberta_xl.architecture import DebertaConfig, HeadKind
 from deberta_xl.checkpoint.convert import Conversion, check_expressible
 from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.foreign_config import activation_there, to_huggingface_config
-from deberta_xl.checkpoint.foreign_heads import CLASSES, PROBLEMS
+from deberta_xl.checkpoint.foreign_heads import CLASSES, PROBLEMS, to_their_head
 from deberta_xl.checkpoint.head_facts import HeadFacts, read_head
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
 from deberta_xl.checkpoint.manifest import CheckpointError
@@ -34,7 +34,7 @@ def to_huggingface(name: str, kind: HeadKind) -> str:
     """Our name of a fine-tuned model's parameter -> transformers'."""
     if not name.startswith(HEAD):
         return to_microsoft(name)
-    return name.replace("classifier.", "qa_outputs.") if kind == "span" else name
+    return to_their_head(name, kind)
 
 
 TO_HUGGING_FACE = Conversion(to="huggingface")

@@ -29,15 +29,16 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+WEIGHTS_NAME = "model.safetensors"
+INDEX_SUFFIX = ".index.json"
 WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
+    WEIGHTS_NAME,
+    WEIGHTS_NAME + INDEX_SUFFIX,
     "weights.safetensors",
     "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+    "pytorch_model.bin" + INDEX_SUFFIX,
 )
 """What can hold a model's weights; the first that is there is read."""
-INDEX_SUFFIX = ".index.json"
 REOPEN_AFTER_BYTES = 2**30
 """A mapped pickle is mapped anew after so much has been read of it, which gives its pages back."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, read_finite
-from deberta_xl.checkpoint.tensor_files import DTYPES, INDEX_SUFFIX
+from deberta_xl.checkpoint.tensor_files import DTYPES, INDEX_SUFFIX, WEIGHTS_NAME
 from deberta_xl.durable import sync, write_file
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -44,7 +44,7 @@ def write_shards(
     """
     shards = cut_into_shards(tensors, shard_bytes)
     if len(shards) == 1:
-        names = ["model.safetensors"]
+        names = [WEIGHTS_NAME]
     else:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
@@ -55,8 +55,8 @@ def write_shards(
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
     }
-    write_file(folder / f"model.safetensors{INDEX_SUFFIX}", (json.dumps(index, indent=2) + "\n").encode())
-    return [*names, f"model.safetensors{INDEX_SUFFIX}"]
+    write_file(folder / f"{WEIGHTS_NAME}{INDEX_SUFFIX}", (json.dumps(index, indent=2) + "\n").encode())
+    return [*names, WEIGHTS_NAME + INDEX_SUFFIX]
 
 
 def cut_into_shards(tensors: LazyTensors, shard_bytes: int) -> list[LazyTensors]:

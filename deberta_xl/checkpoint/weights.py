@@ -1,4 +1,5 @@
-"""Weights without an engine: read them from a run, a checkpoint or a weights folder; write a weights folder.
+"""Weights without an engine: read them from a run, a checkpoint or a weights folder, into a model; write a weights
+folder.
 
 A weights folder is `model.safetensors` (canonical names; shards and their index where it is large), `config.json` and
 `tokenizer/`; a checkpoint holds the last two as well. Nothing here is collective, and DeepSpeed is not needed.
@@ -13,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from deberta_xl.checkpoint.destination import whole_or_nothing
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, verify_checkpoint
-from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, in_memory, read_all
+from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, check_finite, in_memory, read_all
 from deberta_xl.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -29,13 +30,12 @@ from deberta_xl.checkpoint.manifest import (
 from deberta_xl.checkpoint.native_config import read_native_config
 from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin, Pretrained, complete
 from deberta_xl.checkpoint.rank_file import Piece, StoredIndex, fill, is_rank_file, logical_shapes, read_indices
-from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, open_tensors
+from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, WEIGHTS_NAME, open_tensors
 from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no_progress, total_bytes, write_shards
 from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer import tokenizer_contents
 from deberta_xl.durable import below, write_files
 
-WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer"
 
@@ -120,6 +120,31 @@ def open_native(folder: Path, *, may_be_fresh: bool = False) -> Pretrained:
         origin=origin,
         fresh=fresh + (origin.fresh if origin else ()),
     )
+
+
+def check_fits(
+    model: nn.Module, weights: Mapping[str, Tensor | LazyTensor], folder: Path, prefixes: tuple[str, ...] = ("",)
+) -> None:
+    """Refuse weights of which the model needs others: every parameter that begins with one of `prefixes`."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefixes):
+            if name not in weights:
+                raise CheckpointError(f"{folder} has no tensor for {name}")
+            if weights[name].shape != parameter.shape:
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {list(weights[name].shape)}, the configuration asks for "
+                    f"{list(parameter.shape)}"
+                )
+
+
+def fill_model(model: nn.Module, weights: Mapping[str, Tensor], source: Path, dtype: torch.dtype) -> None:
+    """Make `weights` the parameters of `model`; every one must be there, fit, and be finite."""
+    check_fits(model, weights, source)
+    check_finite(weights, source)
+    known = {name: weights[name].to(dtype) for name, _ in model.named_parameters()}
+    model.load_state_dict(known, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
 
 
 def write_weights(

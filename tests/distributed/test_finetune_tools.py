@@ -15,15 +15,16 @@ from small_task import write_encoder, write_sentences
 
 from deberta_xl.architecture import HeadConfig
 from deberta_xl.checkpoint.head_facts import HeadFacts
+from deberta_xl.checkpoint.initial_encoder import load_encoder
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.records import TaskDataError
 from deberta_xl.data.tasks import load_task
 from deberta_xl.errors import ConfigError
-from deberta_xl.finetuned import DebertaForTask, load_encoder
+from deberta_xl.finetuned import DebertaForTask
 from deberta_xl.launch import read_launch
 from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.task_predict import Predictor
-from deberta_xl.training.evaluate import join_ranks
+from deberta_xl.training.joining import join_ranks
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,12 @@ from deberta_xl.command_line import run_tool
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.foreign_config import to_huggingface_config
+from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.named_folder import find_tokenizer
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.checkpoint.tokenizer_export import huggingface_tokenizer
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.fill_mask import FillMaskError, encode_with_masks, fill_mask, find_tokenizer, put
+from deberta_xl.fill_mask import FillMaskError, encode_with_masks, fill_mask, put
 from deberta_xl.pretrained import DebertaForMaskedLM
 
 EXTRA_ROWS = 4
@@ -233,7 +235,7 @@ def test_every_layout_of_a_checkpoint_gives_the_same_table(tool, native, model, 
 
 def test_a_checkpoint_without_tokenizer_asks_for_one(tool, model, native, tmp_path, capsys):
     model.save_pretrained(tmp_path / "bare")
-    with pytest.raises(FillMaskError, match="--tokenizer"):
+    with pytest.raises(CheckpointError, match="--tokenizer"):
         find_tokenizer(tmp_path / "bare")
     arguments = [str(tmp_path / "bare"), "the [MASK]"]
     assert run_tool(tool.run, tool.parse_arguments(arguments)) == 2

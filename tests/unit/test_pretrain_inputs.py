@@ -15,6 +15,8 @@ from small_dataset import NAMES, PIECES, SPECIALS, SmallDataset, documents
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
+from deberta_xl.checkpoint.initial_weights import load_initial_weights
+from deberta_xl.checkpoint.named_folder import peek
 from deberta_xl.config_file import load_run_config, to_toml
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.tokenizer import Tokenizer
@@ -22,7 +24,7 @@ from deberta_xl.errors import UserError
 from deberta_xl.log import logger
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.pretrain import Inputs, parse_arguments, read_inputs
-from deberta_xl.pretrained import DebertaForMaskedLM, load_initial_weights, peek
+from deberta_xl.pretrained import DebertaForMaskedLM
 
 ENGINE = Path(__file__).parent.parent.parent / "deepspeed_configs" / "cpu_debug.json"
 SIZES = {

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.initial_weights import check_same_architecture, load_initial_weights
 from deberta_xl.errors import ConfigError, UserError
-from deberta_xl.pretrained import DebertaForMaskedLM, check_same_architecture, load_initial_weights
+from deberta_xl.pretrained import DebertaForMaskedLM
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
 SIZES = {"position_buckets": 4, "max_position_embeddings": 16}

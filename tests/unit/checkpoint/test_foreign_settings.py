@@ -13,10 +13,11 @@ from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.foreign_config import from_foreign_config, to_huggingface_config, to_microsoft_config
 from deberta_xl.checkpoint.foreign_heads import Pooling
+from deberta_xl.checkpoint.initial_encoder import peek_pooling
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.errors import ConfigError
-from deberta_xl.finetuned import DebertaForTask, peek_pooling
+from deberta_xl.finetuned import DebertaForTask
 from deberta_xl.model.heads import TaskModel
 from deberta_xl.pretrained import DebertaForMaskedLM
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 from pathlib import Path
@@ -17,11 +16,8 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.errors import ConfigError
-from deberta_xl.launch import Launch
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.objectives.masked_evaluation import evaluate, evaluation_batches, predict_with
-from deberta_xl.training import evaluate as module
-from deberta_xl.training.evaluate import join_ranks
 
 CPU = torch.device("cpu")
 
@@ -39,19 +35,6 @@ def build_model(vocab_size: int) -> MaskedLanguageModel:
         max_position_embeddings=64,
     )  # fmt: skip
     return MaskedLanguageModel(config).eval()
-
-
-def test_a_rank_that_sees_only_its_own_gpu_takes_it_before_it_meets_the_others(monkeypatch):
-    acts = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", acts.append)
-    monkeypatch.setattr(module, "export_launch", lambda launch: None)
-    monkeypatch.setattr(module, "all_ranks_here", lambda launch: contextlib.nullcontext())
-    monkeypatch.setattr(module.dist, "init_process_group", acts.append)
-    monkeypatch.setattr(module.atexit, "register", lambda action: None)
-    assert join_ranks(Launch(rank=3, world_size=4, local_rank=3)) == torch.device("cuda", 0)
-    assert acts == [torch.device("cuda", 0), "nccl"]
 
 
 @pytest.mark.parametrize(("max_samples", "micro", "size"), [(0, 8, 1), (10, 4, 2), (10, 3, 3), (5, 8, 4)])

@@ -1,4 +1,4 @@
-"""Where tools meet their peers."""
+"""How the ranks of a tool meet, without an engine (`engine.start_engine_runtime` is a training command's way)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deberta_xl.training.roll_call import all_ranks_here
 
 
 def join_ranks(launch: Launch) -> torch.device:
-    """This rank's device; with several ranks, after meeting the others. For tools, which have no engine."""
+    """This rank's device; with several ranks, after meeting the others."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", device_number(launch.local_rank, torch.cuda.device_count()))
