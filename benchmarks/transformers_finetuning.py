@@ -32,6 +32,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.commands.task_data import TRAIN, VALID, read_examples
 from deberta_xl.config_file import load_config
 from deberta_xl.data.task_labels import encode_labels, labels_of
 from deberta_xl.data.task_metrics import evaluate_metrics, is_better
@@ -39,7 +40,6 @@ from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.tasks import Example, Task, load_task
 from deberta_xl.errors import UserError
 from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.finetune_inputs import TRAIN, VALID, read_examples
 from deberta_xl.training.task_loop import described
 
 HEADS = ("classification", "regression")

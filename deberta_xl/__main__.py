@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from deberta_xl.commands import main
+from deberta_xl.commands.dispatch import main
 
 sys.exit(main())

@@ -12,7 +12,7 @@ class UserError(ValueError):
     """Something a user wrote or has on disk cannot be used; the message says what, and the way out.
 
     Commands print the message alone and exit with status 2 (a training command that has joined its ranks already, with
-    `entry_point.REFUSED`); anything else that is raised is a fault of ours.
+    `training_command.REFUSED`); anything else that is raised is a fault of ours.
     """
 
 

@@ -19,7 +19,7 @@ from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.parallel.memory import GIB, MASTER_AND_MOMENTS, estimate_memory
 
 if TYPE_CHECKING:
-    from deberta_xl.pretrain import Inputs
+    from deberta_xl.commands.pretraining import PretrainingInputs as Inputs
 
 REFERENCE_FLOPS = 1e14
 """Operations per second and rank that days are told for: a round number to scale from, not a promise."""

@@ -16,7 +16,7 @@ from deberta_xl.interruption import end_at_once
 ENDED_BY_TERM = 128 + signal.SIGTERM
 ENDED_BY_TERM_UNDER_SRUN = 1
 """A rank that refuses to start makes srun send TERM to all others, and then tell the greatest status of all: that must
-be the one of the rank that knows why (`entry_point.REFUSED`)."""
+be the one of the rank that knows why (`training_command.REFUSED`)."""
 ONE_INTERRUPT_SECONDS = 2.0
 """Interrupts within this time are the same Ctrl-C."""
 

@@ -20,7 +20,7 @@
 
 set -uo pipefail
 
-readonly REFUSED=4 # deberta_xl/entry_point.py; srun tells it only when no rank was killed or ended with a greater one
+readonly REFUSED=4 # deberta_xl/commands/training_command.py; srun tells it only when no rank was killed or ended with a greater one
 
 say() { printf '[%(%F %T)T] %s%s\n' -1 "${SLURM_JOB_ID:+job ${job:-$SLURM_JOB_ID}.${SLURM_RESTART_COUNT:-0}: }" "$*"; }
 

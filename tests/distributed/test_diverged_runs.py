@@ -21,10 +21,12 @@ from small_dataset import SmallDataset
 from small_task import finetune_arguments, write_encoder, write_sentences
 from test_pretrain_command import arguments
 
-from deberta_xl import entry_point, finetune, finetune_inputs
-from deberta_xl.entry_point import REFUSED, train_and_report
+from deberta_xl import finetune
+from deberta_xl.commands import finetuning, training_command
+from deberta_xl.commands.pretraining import parse_arguments, read_inputs
+from deberta_xl.commands.training_command import REFUSED, train_and_report
 from deberta_xl.errors import Diverged
-from deberta_xl.pretrain import assemble, parse_arguments, read_inputs
+from deberta_xl.pretrain import assemble
 from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.loop import Pretraining
 from deberta_xl.training.safeguard import PATIENCE
@@ -75,7 +77,10 @@ def start(run: Run) -> Ending:
                 stack.callback(hook.remove)
             return step(engine, *given, **named)
 
-    with mock.patch.object(entry_point, "leave", leave), mock.patch.object(Pretraining, "run_step", property(run_step)):
+    with (
+        mock.patch.object(training_command, "leave", leave),
+        mock.patch.object(Pretraining, "run_step", property(run_step)),
+    ):
         try:
             train_and_report(
                 lambda: assemble(read_inputs(parse_arguments(run.arguments)), StopRequest()), lambda _: None
@@ -192,7 +197,7 @@ def test_the_end_of_the_search_for_a_loss_scale_is_told_in_words(small_dataset, 
 
 def fine_tune(words: list[str], bad_steps: list[int]) -> str:
     """A fine-tuning run on this rank whose gradient is not a number in some steps; how it ended."""
-    run = finetune.assemble(finetune_inputs.read_inputs(finetune.parse_arguments(words)), StopRequest())
+    run = finetune.assemble(finetuning.read_inputs(finetuning.parse_arguments(words)), StopRequest())
     next(run.engine.module.parameters()).register_hook(
         lambda gradient: gradient * (float("nan") if run.state.step + 1 in bad_steps else 1.0)
     )

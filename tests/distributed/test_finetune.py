@@ -13,8 +13,8 @@ from small_dataset import SmallDataset
 from small_task import finetune_arguments, write_encoder, write_questions, write_sentences
 
 from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
-from deberta_xl.finetune import assemble, keep_best_weights, parse_arguments
-from deberta_xl.finetune_inputs import read_inputs
+from deberta_xl.commands.finetuning import parse_arguments, read_inputs
+from deberta_xl.finetune import assemble, keep_best_weights
 from deberta_xl.finetuned import DebertaForTask
 from deberta_xl.stop_request import StopRequest
 

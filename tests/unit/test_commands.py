@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from deberta_xl import commands
+from deberta_xl.commands import dispatch
+from deberta_xl.commands.pretraining import parse_arguments
 from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_config, load_run_config, section_types
 from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.pretrain import parse_arguments
 from deberta_xl.settings_reference import settings_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,7 +28,7 @@ def run(monkeypatch, capsys):
         monkeypatch.delenv(key, raising=False)
 
     def words(*arguments: str) -> tuple[int, str, str]:
-        status = commands.main(arguments)
+        status = dispatch.main(arguments)
         return status, *capsys.readouterr()
 
     return words
@@ -118,14 +118,14 @@ def test_every_tool_is_a_command(run):
 def test_a_mistyped_command_names_the_nearest_and_where_the_tools_are(run, monkeypatch):
     status, _, said = run("pretain")
     assert (status, said) == (2, "error: no command 'pretain'; did you mean 'pretrain'?\n")
-    monkeypatch.setattr(commands, "TOOLS", Path("/nowhere/tools"))
+    monkeypatch.setattr(dispatch, "TOOLS", Path("/nowhere/tools"))
     assert "the tools stand in a clone of the repository (pip install -e)" in run("convert")[2]
 
 
 def test_ranks_start_the_launcher_quietly_and_a_check_of_ranks_none(run, monkeypatch):
     started = []
     monkeypatch.setattr(os, "execv", lambda program, words: started.append(words) or 0)
-    monkeypatch.setattr(commands, "choose_accelerator", lambda: None)
+    monkeypatch.setattr(dispatch, "choose_accelerator", lambda: None)
     run("pretrain", "--ranks", "2", "--config", "debug", "train.steps=5")
     (words,) = started
     assert words[1:6] == ["-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2"]

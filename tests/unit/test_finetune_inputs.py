@@ -14,12 +14,12 @@ from small_dataset import SmallDataset
 from small_task import finetune_arguments, write_encoder, write_sentences
 
 from deberta_xl.checkpoint.convert import Conversion, convert
+from deberta_xl.commands.finetuning import parse_arguments, read_inputs
+from deberta_xl.commands.task_data import report_measures
 from deberta_xl.config_file import load_config, preset_names, to_toml
 from deberta_xl.data.tasks import Example, Source, Task
 from deberta_xl.errors import UserError
-from deberta_xl.finetune import parse_arguments
 from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.finetune_inputs import read_inputs, report_measures
 from deberta_xl.training.task_state import TaskState
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from deberta_xl import entry_point
+from deberta_xl.commands import training_command
 from deberta_xl.errors import ConfigError, PeerError
 from deberta_xl.launch import Launch, device_number, ranks_of_node, read_launch
 from deberta_xl.log import configure_logging
@@ -129,7 +129,7 @@ def test_a_refusal_is_said_whatever_rank_is_left_over(monkeypatch, capsys):
     ):
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
-        entry_point.complain_once_per_node(ConfigError("no such file"))
+        training_command.complain_once_per_node(ConfigError("no such file"))
         assert "no such file" in capsys.readouterr().err
         for key in environment:
             monkeypatch.delenv(key)
@@ -248,7 +248,7 @@ def test_a_port_that_is_taken_is_named():
 def test_a_device_that_is_not_here_is_refused(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "quantum")
     with pytest.raises(ConfigError, match=r"DS_ACCELERATOR=quantum, but there is cpu.* here"):
-        entry_point.choose_accelerator()
+        training_command.choose_accelerator()
 
 
 def status_after(number: signal.Signals, *, is_training: bool) -> int:
@@ -269,7 +269,7 @@ def test_term_ends_a_start_at_once_and_training_at_its_next_step(monkeypatch):
     assert status_after(signal.SIGTERM, is_training=True) == 0
     assert status_after(signal.SIGUSR1, is_training=False) == 0
     monkeypatch.setenv("SLURM_PROCID", "1")
-    assert 0 < status_after(signal.SIGTERM, is_training=False) < entry_point.REFUSED
+    assert 0 < status_after(signal.SIGTERM, is_training=False) < training_command.REFUSED
 
 
 def test_several_nodes_need_an_address_to_meet_at():

@@ -10,16 +10,16 @@ import pytest
 from small_dataset import SmallDataset
 
 from deberta_xl import outlook
+from deberta_xl.commands.pretraining import PretrainingInputs, parse_arguments, read_inputs
 from deberta_xl.errors import ConfigError
 from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.outlook import describe_disk, describe_fit, describe_work, largest_micro_batch, read_gibibytes, warnings
 from deberta_xl.parallel.memory import GIB, estimate_memory
-from deberta_xl.pretrain import Inputs, parse_arguments, read_inputs
 
 ENGINE = Path(__file__).parent.parent.parent / "deepspeed_configs" / "cpu_debug.json"
 
 
-def look(dataset: SmallDataset, folder: Path, *arguments: str) -> Inputs:
+def look(dataset: SmallDataset, folder: Path, *arguments: str) -> PretrainingInputs:
     """What a check finds."""
     files = [f"data.train={dataset.train}", f"run.folder={folder / 'run'}", "model.sequence_length=48"]
     options = ["--config", "debug", "--deepspeed_config", str(ENGINE), "--check"]

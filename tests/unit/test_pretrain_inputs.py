@@ -17,13 +17,13 @@ from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.checkpoint.edits import Edits
 from deberta_xl.checkpoint.initial_weights import load_initial_weights
 from deberta_xl.checkpoint.named_folder import peek
+from deberta_xl.commands.pretraining import PretrainingInputs, parse_arguments, read_inputs
 from deberta_xl.config_file import load_run_config, to_toml
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import UserError
 from deberta_xl.log import logger
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.pretrain import Inputs, parse_arguments, read_inputs
 from deberta_xl.pretrained import DebertaForMaskedLM
 
 ENGINE = Path(__file__).parent.parent.parent / "deepspeed_configs" / "cpu_debug.json"
@@ -47,7 +47,7 @@ def write_weights(folder: Path, tokenizer: Tokenizer) -> Path:
     return folder
 
 
-def read(dataset: SmallDataset, run_folder: Path, init: Path, *overrides: str) -> Inputs:
+def read(dataset: SmallDataset, run_folder: Path, init: Path, *overrides: str) -> PretrainingInputs:
     """What a start with `train.init` finds."""
     sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
     files = [f"data.train={dataset.train}", f"run.folder={run_folder}", f"train.init={init}"]
@@ -159,7 +159,7 @@ def without(source: Path, folder: Path, beginning: str | tuple[str, ...]) -> Pat
     return folder
 
 
-def read_from_folder(dataset: SmallDataset, folder: Path, run_folder: Path, *overrides: str) -> Inputs:
+def read_from_folder(dataset: SmallDataset, folder: Path, run_folder: Path, *overrides: str) -> PretrainingInputs:
     """What a start with `--config folder` finds."""
     files = [f"data.train={dataset.train}", f"run.folder={run_folder}"]
     return read_inputs(

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deberta_xl import entry_point
+from deberta_xl.commands import training_command
 from deberta_xl.data.task_metrics import is_better
 from deberta_xl.errors import Diverged, HopelessRunError
 from deberta_xl.training.divergence import Explosion
@@ -165,10 +165,10 @@ def test_a_hopeless_run_says_so_and_ends_with_the_status_that_slurm_does_not_req
     run = SimpleNamespace(
         folder=folder, train=train, heartbeat=heartbeat, safeguard=safeguard, state=safeguard.state
     )  # fmt: skip
-    monkeypatch.setattr(entry_point, "leave", leave)
+    monkeypatch.setattr(training_command, "leave", leave)
     with pytest.raises(Left) as left:
-        entry_point.train_and_report(lambda: run, lambda _: None)
-    assert left.value.args == (entry_point.REFUSED,)
+        training_command.train_and_report(lambda: run, lambda _: None)
+    assert left.value.args == (training_command.REFUSED,)
     assert folder.state_file.read_text() == f"{state}\n"
     assert beats == [(3, "stopped")]
     assert caplog.messages[-1].startswith(f"step 3, phase optimizer: {words}")

@@ -12,15 +12,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from deberta_xl.commands.inputs import Inputs, print_description
 from deberta_xl.config import RunConfig
-from deberta_xl.config_file import Config, preset_names, section_types, to_toml
+from deberta_xl.config_file import to_toml
 from deberta_xl.data.screen import screen
 from deberta_xl.errors import ConfigError, Diverged, HopelessRunError, PeerError, UserError
 from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.launch import Launch, read_launch
-from deberta_xl.log import configure_logging, logger, rank_zero, take_any_character
+from deberta_xl.launch import read_launch
+from deberta_xl.log import configure_logging, logger, rank_zero
 from deberta_xl.rendezvous import meeting_point
-from deberta_xl.settings_reference import Help
 from deberta_xl.stop_request import StopRequest
 
 REFUSED = 4
@@ -30,67 +30,18 @@ labels): another start would end there, too.
 Not 2, which Python gives when it cannot open a script; `slurm/lib/launch.sh` knows this number."""
 
 
-def build_parser(description: str, example: str, root: type[Config]) -> argparse.ArgumentParser:
-    """The options that every training command has; `root` is its configuration's class. Use `parse` with it."""
-    take_any_character()  # --help is shown before anything else
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=formatter, add_help=False)
-    sections = ", ".join(section_types(root))
-    parser.add_argument(
-        "-h", "--help", action=Help, root=root, metavar="SECTION",
-        help=f"this help, or the settings of a section ({sections}), of one key (train.steps), or all",
-    )  # fmt: skip
-    parser.add_argument(
-        "--config", required=True, help=f"preset ({', '.join(preset_names(root))}), TOML file, or a model's folder"
-    )
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON: ZeRO stage, precision, offload (required)")
-    parser.add_argument(
-        "--print-config", "--print_config", action="store_true",
-        help="print the whole configuration as TOML, which --config reads, then exit",
-    )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="check everything that can be checked at once, then exit")
-    parser.add_argument("--ranks", type=int, metavar="N", help="with --check: describe the run on N ranks")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, e.g. train.steps=500")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed arguments; overrides may stand anywhere among them."""
-    parsed = parser.parse_intermixed_args(arguments)
-    if parsed.deepspeed_config is None and not parsed.print_config:
-        parser.error("the following arguments are required: --deepspeed_config (deepspeed_configs/ has some)")
-    return parsed
-
-
-def launch_of(arguments: argparse.Namespace) -> Launch:
-    """This process among all; with `--check --ranks N`, the first of N that need not exist. Raises ConfigError."""
-    if arguments.ranks is None:
-        return read_launch()
-    if not arguments.check:
-        raise ConfigError(
-            f"--ranks {arguments.ranks} goes with --check only; to start so many: deepspeed --num_accelerators "
-            f"{arguments.ranks} {sys.argv[0]} … (docs/pretraining.md, or docs/slurm.md for a cluster)"
-        )
-    if arguments.ranks < 1:
-        raise ConfigError(f"--ranks {arguments.ranks}: at least 1")
-    return Launch(world_size=arguments.ranks)
-
-
 def run_command(
     arguments: argparse.Namespace,
     *,
     read_config: Callable[[str, Sequence[str]], RunConfig | FinetuneConfig],
-    read_inputs: Callable[[argparse.Namespace], Any],
-    look_ahead: Callable[[Any], None],
-    print_arithmetic: Callable[[Any], None],
+    read_inputs: Callable[[argparse.Namespace], Inputs],
     assemble: Callable[[Any, StopRequest], Any],
     conclude: Callable[[Any], None] = lambda run: None,
 ) -> None:
     """A training command from its arguments on.
 
     `read_config` takes --config and the overrides. `read_inputs` raises UserError for what cannot be; with `--check`
-    the run is only described, after a `look_ahead` at its folder, which raises as well. `assemble` makes the run
+    the run is only described, after a look at its folder, which raises as well. `assemble` makes the run
     (`Pretraining`, `Finetuning`), which is trained; `conclude` comes after its last step, not after a stop.
     """
     configure_logging()
@@ -114,9 +65,16 @@ def run_command(
     except KeyboardInterrupt:
         sys.exit(130)
     if arguments.check:
-        print_arithmetic(inputs)
+        print_description(inputs)
     else:
         train_and_report(lambda: assemble(inputs, stop), conclude)
+
+
+def look_ahead(inputs: Inputs) -> None:
+    """Refuse what the start would refuse for its run folder's sake."""
+    from deberta_xl.training.look_ahead import check_run_folder
+
+    check_run_folder(inputs.config.run.folder, inputs.fingerprints, inputs.total_steps)
 
 
 def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None]) -> None:

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from deberta_xl.commands.training_command import choose_accelerator
 from deberta_xl.config_file import nearest
-from deberta_xl.entry_point import choose_accelerator
 from deberta_xl.errors import ConfigError
 from deberta_xl.rendezvous import free_port
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 TOOLS = PACKAGE.parent / "tools"
 TRAINING = {"pretrain": "Pretrain a DeBERTa.", "finetune": "Fine-tune one on a task."}
 DESCRIBING = ("--check", "--print-config", "--print_config", "-h", "--help")

@@ -1,0 +1,234 @@
+"""A fine-tuning run's command line and inputs, read and checked before DeepSpeed is imported."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.checkpoint.manifest import step_folders
+from deberta_xl.commands.arguments import build_parser, parse
+from deberta_xl.commands.inputs import Inputs, read_layout
+from deberta_xl.commands.task_data import TRAIN, examples_fingerprint, read_examples, tokenize_all
+from deberta_xl.config import ScheduleSection
+from deberta_xl.config_file import load_config, model_folder
+from deberta_xl.data.task_features import TaskData
+from deberta_xl.data.task_labels import class_weights
+from deberta_xl.data.tasks import Task, load_task, task_names
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.errors import ConfigError, counted
+from deberta_xl.finetune_config import FinetuneConfig, SiftSection
+from deberta_xl.log import rank_zero
+from deberta_xl.model.parameter_shapes import task_parameter_shapes
+from deberta_xl.parallel.grid import check_divisible
+from deberta_xl.parallel.memory import RankMemory, estimate_task_memory
+
+if TYPE_CHECKING:
+    from deberta_xl.checkpoint.foreign_heads import Pooling
+    from deberta_xl.checkpoint.head_facts import HeadFacts
+
+DEFAULT_PRESET = "finetune"
+SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
+"""Options of the command line that stand for keys of the configuration."""
+EXAMPLE = """\
+example:
+  deepspeed --quiet --num_accelerators 2 deberta_xl/finetune.py --config finetune \\
+      --deepspeed_config deepspeed_configs/cpu_debug.json --task sst2 --data glue/SST-2 --init runs/first \\
+      run.folder=runs/sst2 train.epochs=3
+
+The same command in the same run folder resumes from its newest whole checkpoint.
+Every key of the configuration can be overridden: --help SECTION shows them, and docs/settings.md. docs/finetuning.md
+has the rest."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; --task, --data and --init are other words for keys of the configuration."""
+    description = "Fine-tune a DeBERTa on DeepSpeed, with SiFT or without."
+    parser = build_parser(description, EXAMPLE, FinetuneConfig)
+    parser.add_argument("--task", help=f"a TOML file, or one of: {', '.join(task_names())}")
+    parser.add_argument("--data", help="folder with the task's files")
+    parser.add_argument("--init", help="folder of the pretrained (or fine-tuned) model to start from")
+    parsed = parse(parser, arguments)
+    given = {key: getattr(parsed, short) for short, key in SHORT_FORMS.items() if getattr(parsed, short) is not None}
+    parsed.overrides += [f"{key}={value}" for key, value in given.items()]
+    return parsed
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningInputs(Inputs):
+    """Everything that a fine-tuning run is assembled from."""
+
+    config: FinetuneConfig
+    head: HeadFacts
+    train_data: TaskData
+    held_out: Mapping[str, TaskData]
+    """Split -> its examples."""
+    schedule: ScheduleSection
+    class_weights: np.ndarray | None
+    """float32 [classes]; None where all count alike."""
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Of architecture, task, data and tokenizer."""
+        from deberta_xl.checkpoint.initial_weights import computed_by
+
+        return {
+            "architecture": computed_by(self.architecture),
+            "task": {
+                "kind": self.head.head.kind,
+                "labels": self.head.labels,
+                "document_stride": self.head.document_stride if self.head.head.kind == "span" else None,
+                "normalized_twice": self.head.normalized_twice,
+            },
+            "sequence_length": self.config.model.sequence_length,
+            "data": examples_fingerprint(self.train_data.examples),
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of encoder and head."""
+        return task_parameter_shapes(self.architecture, self.head.head)
+
+    @property
+    def model_in_words(self) -> str:
+        """`head: classification`."""
+        return f"head: {self.head.head.kind}"
+
+    @property
+    def batch_in_words(self) -> str:
+        """`32 examples`."""
+        return counted(self.config.train.global_batch_size, "example")
+
+    @property
+    def data_in_words(self) -> str:
+        """`3.00 epochs of 67,349 examples; held out: valid 872`."""
+        data, read = self.train_data, self.total_steps * self.config.train.global_batch_size
+        held_out = ", ".join(f"{split} {len(of_split.examples):,}" for split, of_split in self.held_out.items())
+        windows = f" in {counted(len(data), 'window')}" if len(data) != len(data.examples) else ""
+        examples = counted(len(data.examples), "example")
+        return f"{read / len(data):.2f} epochs of {examples}{windows}; held out: {held_out}"
+
+    def memory(self) -> Iterator[tuple[str, RankMemory]]:
+        """Of every rank."""
+        num_options = len(self.train_data.features[0].rows)
+        yield (
+            "",
+            estimate_task_memory(self.architecture, self.head.head, self.config, self.engine, self.grid, num_options),
+        )
+
+    def print_more(self) -> None:
+        """What SiFT does."""
+        if self.config.sift.weight:
+            rank_zero("SiFT: %s", describe_sift(self.config.sift))
+
+
+def describe_sift(sift: SiftSection) -> str:
+    """What SiFT does in this run, in words."""
+    return f"weight {sift.weight:g}, {sift.variant} variant, {counted(sift.steps, 'step')}, noise {sift.noise:g}"
+
+
+def read_inputs(arguments: argparse.Namespace) -> FinetuningInputs:
+    """Read and check configuration, launcher, the checkpoint's description and the task's files. Raises UserError."""
+    config = read_config(arguments.config, arguments.overrides)
+    refuse_pipeline(config)
+    layout = read_layout(arguments, config)
+    check_given(config)
+    task = load_task(config.task.name)
+    if config.train.class_weights != "none" and not task.has_classes:
+        raise ConfigError(f"train.class_weights=balanced: a {task.head} has no classes to weigh; leave it at none")
+    examples = read_examples(task, config)
+    architecture, pooling, tokenizer_folder = describe_init(config)
+    check_divisible(architecture, layout.grid.tensor_parallel_size)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ConfigError(f"{tokenizer_folder} has {tokenizer.vocab_size} ids, the model {architecture.vocab_size}")
+    data = tokenize_all(task, examples, tokenizer, config)
+    head = describe_head(task, data[TRAIN].labels, architecture, pooling, config)
+    if not config.train.fresh_weights and not step_folders(Path(config.run.folder) / "checkpoints"):
+        check_weights(config, architecture, head)
+    train_data = data.pop(TRAIN)
+    total_steps = config.train.total_steps(len(train_data))
+    balanced = config.train.class_weights == "balanced"
+    return FinetuningInputs(
+        config=config,
+        **layout._asdict(),
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
+        architecture=architecture,
+        total_steps=total_steps,
+        head=head,
+        train_data=train_data,
+        held_out=data,
+        schedule=config.schedule.for_steps(total_steps),
+        class_weights=class_weights(task, head.head.num_labels, train_data.examples) if balanced else None,
+    )
+
+
+def read_config(name: str, overrides: Sequence[str]) -> FinetuneConfig:
+    """The configuration of a preset or TOML file; of a model's folder, the preset `finetune` of that model."""
+    folder = model_folder(name, FinetuneConfig)
+    if folder is None:
+        return load_config(name, overrides, FinetuneConfig)
+    config = load_config(DEFAULT_PRESET, [f"train.init={folder}", *overrides], FinetuneConfig)
+    if config.train.init is None or Path(config.train.init).resolve() != folder.resolve():
+        raise ConfigError(
+            f"--config {folder}: a fine-tuned model has the architecture of the one it starts from, which is to be "
+            f"{config.train.init}; leave out one of the two (--config {DEFAULT_PRESET} goes with any)"
+        )
+    return config
+
+
+def check_weights(config: FinetuneConfig, architecture: DebertaConfig, head: HeadFacts) -> None:
+    """Refuse a checkpoint to start from without the tensors that it should have."""
+    from deberta_xl.checkpoint.initial_encoder import peek_encoder
+
+    peek_encoder(Path(config.train.init), architecture, head.head)
+
+
+def refuse_pipeline(config: FinetuneConfig) -> None:
+    """Stages pass on one forward per micro-batch; fine-tuning's objective makes several."""
+    stages = config.parallel.pipeline_parallel_size
+    if stages > 1:
+        raise ConfigError(
+            f"parallel.pipeline_parallel_size={stages} is for pretraining; fine-tuning divides a model by "
+            "parallel.tensor_parallel_size and the ZeRO stage of the DeepSpeed JSON"
+        )
+
+
+def check_given(config: FinetuneConfig) -> None:
+    """Refuse a run without task, data or checkpoint."""
+    for short, key in SHORT_FORMS.items():
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) is None:
+            raise ConfigError(f"{key} is not set: give it by --{short} (deberta_xl/finetune.py --help has an example)")
+
+
+def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Pooling, Path]:
+    """Architecture, pooler and tokenizer folder of the checkpoint to start from; its weights are read later."""
+    from deberta_xl.checkpoint.initial_encoder import peek_init, peek_pooling
+    from deberta_xl.checkpoint.named_folder import find_tokenizer
+
+    folder, architecture = peek_init(Path(config.train.init))
+    return config.model.applied_to(architecture), peek_pooling(folder, architecture), find_tokenizer(folder)
+
+
+def describe_head(
+    task: Task, labels: Sequence[str], architecture: DebertaConfig, pooling: Pooling, config: FinetuneConfig
+) -> HeadFacts:
+    """The head that the task needs, and what has to be known to use it."""
+    from deberta_xl.checkpoint.head_facts import HeadFacts
+
+    chosen = config.model.head_dropout
+    num_labels = len(labels) if task.has_classes else 2 if task.head == "span" else 1
+    dropout = architecture.hidden_dropout if chosen is None else chosen
+    head = HeadConfig(kind=task.head, num_labels=num_labels, dropout=dropout)
+    if head.is_pooled:
+        head = dataclasses.replace(head, **pooling._asdict())
+    lengths = config.model.sequence_length, config.model.document_stride
+    return HeadFacts(head, list(labels), task, *lengths, config.sift.normalizes_twice)

@@ -1,0 +1,108 @@
+"""What every training command reads and checks before torch is imported, and how it tells what it is going to do."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.commands.arguments import launch_of
+from deberta_xl.config import RunConfig
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
+from deberta_xl.errors import counted
+from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.launch import Launch
+from deberta_xl.log import rank_zero
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.memory import RankMemory
+
+
+class Layout(NamedTuple):
+    """On what a run takes place."""
+
+    engine: DeepSpeedConfig
+    launch: Launch
+    grid: Grid
+
+
+def read_layout(arguments: argparse.Namespace, config: RunConfig | FinetuneConfig) -> Layout:
+    """The engine's settings, the launcher's ranks and their grid, in agreement with `config`. Raises UserError."""
+    engine = load_deepspeed_config(arguments.deepspeed_config, config)
+    launch = launch_of(arguments)
+    grid = Grid.for_run(launch.rank, launch.world_size, config.parallel)
+    engine.agree(grid.data_parallel_size, config)
+    return Layout(engine, launch, grid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(ABC):
+    """Everything that a run is assembled from, checked."""
+
+    config: RunConfig | FinetuneConfig
+    engine: DeepSpeedConfig
+    launch: Launch
+    grid: Grid
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    architecture: DebertaConfig
+    total_steps: int
+    """Optimizer updates of the run."""
+
+    @abstractmethod
+    def fingerprints(self) -> Mapping[str, Any]:
+        """What a checkpoint must agree with to be continued."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameter of the plain model -> its shape."""
+
+    @property
+    @abstractmethod
+    def model_in_words(self) -> str:
+        """What the model is, beside its size."""
+
+    @property
+    @abstractmethod
+    def batch_in_words(self) -> str:
+        """What a step reads."""
+
+    @property
+    @abstractmethod
+    def data_in_words(self) -> str:
+        """How much is read in all, of what."""
+
+    @abstractmethod
+    def memory(self) -> Iterator[tuple[str, RankMemory]]:
+        """Of each kind of rank, named where there are several: what it is estimated to need."""
+
+    @abstractmethod
+    def print_more(self) -> None:
+        """Whatever else is to be known of the run, on rank 0."""
+
+
+def print_description(inputs: Inputs) -> None:
+    """What the run is going to be: sizes, ranks, samples, on rank 0."""
+    config, train, ranks = inputs.config, inputs.config.train, inputs.grid.data_parallel_size
+    num_parameters = sum(map(math.prod, inputs.shapes.values()))
+    rank_zero("model: %s parameters, %s", f"{num_parameters:,}", inputs.model_in_words)
+    sliced = ", sequence divided" if config.parallel.sequence_parallel else ""
+    zero = f"ZeRO-{inputs.engine.zero_stage} in {inputs.engine.precision}"
+    rank_zero("ranks: %s%s, %s", inputs.grid.describe(), sliced, zero)
+    for whose, needed in inputs.memory():
+        rank_zero("each rank%s: %s estimated", whose, needed.describe())
+    rank_zero(
+        "step: %s (micro-batch %d x %d accumulated x %s)",
+        inputs.batch_in_words, train.micro_batch_size, train.gradient_accumulation_steps(ranks),
+        counted(ranks, "replica"),
+    )  # fmt: skip
+    rank_zero("run: %s = %s", counted(inputs.total_steps, "step"), inputs.data_in_words)
+    interval = counted(config.checkpoint.interval, "step").removeprefix("1 ")
+    rank_zero("run folder: %s (checkpoint every %s)", config.run.folder, interval)
+    inputs.print_more()

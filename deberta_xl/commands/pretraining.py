@@ -1,0 +1,170 @@
+"""A pretraining run's command line and inputs, read and checked before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.manifest import step_folders
+from deberta_xl.commands.arguments import build_parser, parse
+from deberta_xl.commands.inputs import Inputs, read_layout
+from deberta_xl.config import ModelSection, RunConfig
+from deberta_xl.config_file import complete_config, load_run_config, model_folder
+from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.errors import ConfigError, counted
+from deberta_xl.log import rank_zero
+from deberta_xl.model.parameter_shapes import parameter_shapes
+from deberta_xl.outlook import device_gibibytes, print_outlook
+from deberta_xl.parallel.grid import check_divisible, check_stages
+from deberta_xl.parallel.memory import RankMemory, estimate_memory
+from deberta_xl.parallel.stages import Split, split_model
+
+EXAMPLE = """\
+example:
+  deepspeed --quiet --num_accelerators 2 deberta_xl/pretrain.py --config debug \\
+      --deepspeed_config deepspeed_configs/cpu_debug.json data.train=data/wiki run.folder=runs/first train.steps=500
+
+The same command in the same run folder resumes from its newest whole checkpoint.
+Every key of the configuration can be overridden: --help SECTION shows them, and docs/settings.md."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    description = "Pretrain a DeBERTa with enhanced mask decoder on DeepSpeed."
+    return parse(build_parser(description, EXAMPLE, RunConfig), arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingInputs(Inputs):
+    """Everything that a pretraining run is assembled from."""
+
+    config: RunConfig
+    split: Split
+    data: PretrainingData
+    valid: PretrainingData | None
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Of architecture, data and tokenizer."""
+        from deberta_xl.checkpoint.initial_weights import computed_by
+
+        return {
+            "architecture": computed_by(self.architecture),
+            "sequence_length": self.config.model.sequence_length,
+            "data": self.data.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of encoder, decoder and head."""
+        return parameter_shapes(self.architecture)
+
+    @property
+    def model_in_words(self) -> str:
+        """`vocabulary 128100`."""
+        return f"vocabulary {self.architecture.vocab_size}"
+
+    @property
+    def batch_in_words(self) -> str:
+        """`256 sequences x 512 tokens = 131,072 tokens`."""
+        batch, length = self.config.train.global_batch_size, self.config.model.sequence_length
+        return f"{counted(batch, 'sequence')} x {length} tokens = {batch * length:,} tokens"
+
+    @property
+    def data_in_words(self) -> str:
+        """`2,560 sequences = 0.50 epochs of 5,120 rows (2,600,000 tokens)`."""
+        samples = self.total_steps * self.config.train.global_batch_size
+        rows, tokens = counted(self.data.num_rows, "row"), counted(self.data.tokens, "token")
+        return f"{counted(samples, 'sequence')} = {samples / self.data.num_rows:.2f} epochs of {rows} ({tokens})"
+
+    def memory(self) -> Iterator[tuple[str, RankMemory]]:
+        """Of the ranks of each stage."""
+        for stage in range(self.split.num_stages):
+            grid = self.grid._replace(stage=stage)
+            needed = estimate_memory(self.architecture, self.config, self.engine, grid, self.split)
+            yield f" of stage {stage}" if self.split.num_stages > 1 else "", needed
+
+    def print_more(self) -> None:
+        """The stages, and what the run will take."""
+        if self.split.num_stages > 1:
+            accumulation = self.config.train.gradient_accumulation_steps(self.grid.data_parallel_size)
+            rank_zero("stages: %s", self.split.describe(accumulation))
+        print_outlook(self)
+
+
+def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
+    """Read and check configuration, launcher, tokenizer and datasets. Raises UserError."""
+    config = read_config(arguments.config, arguments.overrides)
+    layout = read_layout(arguments, config)
+    device_gibibytes()  # refused here where it is none, not when it is told
+    if config.data.train is None:
+        raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
+    store = TokenStore(config.data.train)
+    tokenizer, tokenizer_folder = store.tokenizer(), store.paths.tokenizer
+    architecture = config.model.architecture(tokenizer.vocab_size)
+    check_divisible(architecture, layout.grid.tensor_parallel_size)
+    check_stages(architecture, layout.grid.num_stages)
+    length, share = config.model.sequence_length, config.data.mask_probability
+    if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
+        check_init(config.train.init, architecture, tokenizer, tokenizer_folder)
+    options = (tokenizer, config.data, length, config.train.seed)
+    data = PretrainingData(store, *options)
+    data.check_training()
+    valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
+    if valid:
+        valid.check_held_out(config.evaluation.max_samples)
+    return PretrainingInputs(
+        config=config,
+        **layout._asdict(),
+        split=split_model(architecture, layout.grid.num_stages, config.train.micro_batch_size, length, share),
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
+        architecture=architecture,
+        total_steps=config.train.steps,
+        data=data,
+        valid=valid,
+    )
+
+
+def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a preset or TOML file; of a model's folder, its architecture and defaults otherwise."""
+    folder = model_folder(name)
+    if folder is None:
+        return load_run_config(name, overrides)
+    from deberta_xl.checkpoint.named_folder import peek
+
+    _, architecture = peek(folder, "--config")
+    model = {key: value for key, value in dataclasses.asdict(architecture).items() if value is not None}
+    model["sequence_length"] = min(ModelSection.sequence_length, architecture.max_position_embeddings)
+    return complete_config({"model": model}, str(folder), overrides, RunConfig)
+
+
+def check_init(init: str, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
+    """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
+    from deberta_xl.checkpoint.initial_weights import check_same_architecture, peek_tensors
+    from deberta_xl.checkpoint.named_folder import peek, tokenizer_folders
+
+    folder, there = peek(init)
+    own = next(tokenizer_folders(folder), None)
+    theirs = Tokenizer.load(own) if own is not None else None
+    if theirs is None:
+        rank_zero(
+            "train.init=%s has no tokenizer: nobody can tell whether its ids stand for the pieces of %s",
+            folder, tokenizer_folder, level=logging.WARNING,
+        )  # fmt: skip
+    elif not theirs.has_same_ids(tokenizer):
+        raise ConfigError(
+            f"train.init={folder}: another tokenizer: {tokenizer.difference_from(theirs)}. Use a dataset "
+            f"made with {own}, or let the weights follow their pieces to the ids of this one: python tools/convert.py "
+            f"--to native --tokenizer {tokenizer_folder} {init} NEW_FOLDER, then train.init=NEW_FOLDER"
+        )
+    check_same_architecture(architecture, there, folder)
+    peek_tensors(init)
