@@ -11,9 +11,7 @@ import json
 import logging
 import math
 import os
-import re
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,11 +20,12 @@ from pydantic import ValidationError
 
 from deberta_xl.config import RunConfig
 from deberta_xl.config_file import nearest
-from deberta_xl.deepspeed_schema import REFUSED, EngineSettings, Section
+from deberta_xl.deepspeed_json import read_json_object
+from deberta_xl.deepspeed_refused import REFUSED
+from deberta_xl.deepspeed_schema import EngineSettings, Section
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import rank_zero
-from deberta_xl.settings_file import read_settings
 
 SHIPPED_CONFIGS = Path(__file__).parent.parent / "deepspeed_configs"
 
@@ -114,6 +113,8 @@ def load_deepspeed_config(path: str | Path, run: RunConfig | FinetuneConfig) -> 
     Raises ConfigError naming the key, what is allowed or nearest, and the file.
     """
     path = Path(path).expanduser()
+    if not os.path.isfile(path):
+        raise ConfigError(f"--deepspeed_config {path}: no such file; {shipped_configs()}")
     tree = read_json_object(path)
     check_keys(path, tree, EngineSettings)
     try:
@@ -131,71 +132,10 @@ def load_deepspeed_config(path: str | Path, run: RunConfig | FinetuneConfig) -> 
     return DeepSpeedConfig(path, settings)
 
 
-# Reading: strict JSON, with a place for each complaint.
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a strict JSON file: no comments, trailing commas, NaN or duplicate keys."""
-    if not os.path.isfile(path):
-        raise ConfigError(f"--deepspeed_config {path}: no such file; {shipped_configs()}")
-    try:
-        text = read_settings(path, "JSON")
-        tree = json.loads(text, object_pairs_hook=unique_keys(path, text), parse_constant=refuse_constant(path))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        place = f"{path}, line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{place}: {explain_syntax(error)}") from None
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:  # Python's limits, on digits of a number too
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no JSON object but {type(tree).__name__}; it must look like {{...}}")
-    return tree
-
-
 def shipped_configs() -> str:
     """A sentence on the files of the default folder."""
     names = sorted(path.name for path in SHIPPED_CONFIGS.glob("*.json"))
     return f"{SHIPPED_CONFIGS} has {', '.join(names)}" if names else "give the path of a DeepSpeed JSON"
-
-
-def unique_keys(path: Path, text: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """A hook for `json.loads` that refuses an object with the same key twice."""
-
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [key for key, _ in pairs]
-        for key in names:
-            if names.count(key) > 1:
-                pattern = re.compile(rf'"{re.escape(key)}"\s*:')
-                lines = [str(text.count("\n", 0, match.start()) + 1) for match in pattern.finditer(text)]
-                raise ConfigError(f"{path}: key {key!r} is written twice in one object (lines {', '.join(lines)})")
-        return dict(pairs)
-
-    return build
-
-
-def refuse_constant(path: Path) -> Callable[[str], None]:
-    """A hook for `json.loads` that refuses NaN and Infinity."""
-
-    def refuse(name: str) -> None:
-        raise ConfigError(f"{path}: {name} is not a number of JSON")
-
-    return refuse
-
-
-def explain_syntax(error: json.JSONDecodeError) -> str:
-    """A syntax error in words: the usual suspects are comments and trailing commas."""
-    if not error.doc.strip():
-        return "the file is empty; the smallest valid one is " + '{"zero_optimization": {"stage": 1}}'
-    rest = error.doc[error.pos :].lstrip()
-    if rest.startswith(("//", "#", "/*")):
-        return "JSON has no comments; remove it"
-    before = error.doc[: error.pos].rstrip()
-    if (before.endswith(",") and rest.startswith(("}", "]"))) or "trailing comma" in error.msg:
-        return "a comma before the closing bracket; remove it"
-    return f"not valid JSON: {error.msg}"
 
 
 # Checking: keys, then types, then agreement with the run.

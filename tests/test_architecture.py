@@ -51,6 +51,8 @@ FLOORS = {
     "config": Floor(0, "0"),
     "config_file": Floor(0, "0"),
     "deepspeed_config": Floor(0, "0"),
+    "deepspeed_json": Floor(0, "0"),
+    "deepspeed_refused": Floor(0, "0"),
     "deepspeed_schema": Floor(0, "0"),
     "durable": Floor(0, "0"),
     "durations": Floor(0, "0"),

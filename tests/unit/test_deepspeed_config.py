@@ -11,8 +11,8 @@ import pytest
 from deberta_xl.config import RunConfig
 from deberta_xl.config_file import load_run_config
 from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
+from deberta_xl.deepspeed_refused import REFUSED
 from deberta_xl.deepspeed_schema import (
-    REFUSED,
     BFloat16,
     CommsLogger,
     EngineSettings,
