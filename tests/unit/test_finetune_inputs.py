@@ -15,7 +15,7 @@ from small_task import finetune_arguments, write_encoder, write_sentences
 
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.commands.finetuning import parse_arguments, read_inputs
-from deberta_xl.commands.task_data import report_measures
+from deberta_xl.commands.task_data import examples_fingerprint, report_measures
 from deberta_xl.config_file import load_config, preset_names, to_toml
 from deberta_xl.data.tasks import Example, Source, Task
 from deberta_xl.errors import UserError
@@ -188,3 +188,12 @@ def test_what_the_metrics_are_of_and_held_out_texts_that_are_trained_on_are_said
     task = Task(name="t", head="token", metrics=["span_f1"], sources=source)
     report_measures(task, ["O", "U-X"], {"train": []})
     assert "tags of the scheme BILOU" in caplog.text
+
+
+def test_the_fingerprint_of_examples_follows_their_contents_and_no_name_of_ours():
+    examples = [Example("1", ("A text\ud800.", "another"), label=1), Example("2", ("a", "b"), (0, 1), "g", "v", ("x",))]
+    # Checkpoints hold it: it may not change. It was the hash of the list's repr when it was first written down.
+    known = "93841e50c2b579ad4e71810213b94cf5dd2745f14804b991d6b2467635f2ac7a"
+    assert examples_fingerprint(examples) == known
+    assert examples_fingerprint(examples[::-1]) != known
+    assert examples_fingerprint([examples[0]._replace(label=0), examples[1]]) != known
