@@ -20,7 +20,7 @@ from deberta_xl.command_line import build_parser
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.config_file import load_run_config
 from deberta_xl.finetune_config import SiftSection
-from deberta_xl.model.heads import TaskModel
+from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.sift import Sift
 from deberta_xl.objectives.task_batches import TaskMicroBatch
 from deberta_xl.training.task_step import TaskObjective

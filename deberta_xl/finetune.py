@@ -26,7 +26,7 @@ from deberta_xl.log import rank_zero
 from deberta_xl.stop_request import StopRequest
 
 if TYPE_CHECKING:
-    from deberta_xl.model.heads import TaskModel
+    from deberta_xl.model.task_model import TaskModel
     from deberta_xl.training.task_loop import Finetuning
 
 
@@ -34,7 +34,7 @@ def build_model(inputs: FinetuningInputs, *, is_new: bool) -> TaskModel:
     """The plain model: a fresh head on the encoder of `train.init` where the run `is_new`. Collective."""
     from deberta_xl.checkpoint.agreement import on_rank_zero
     from deberta_xl.checkpoint.initial_encoder import find_init, load_encoder
-    from deberta_xl.model.heads import TaskModel
+    from deberta_xl.model.task_model import TaskModel
 
     train = inputs.config.train
     model = TaskModel(inputs.architecture, inputs.head.head, seed=train.seed)

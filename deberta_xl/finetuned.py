@@ -13,7 +13,7 @@ from deberta_xl.checkpoint.foreign_heads import read_foreign_task
 from deberta_xl.checkpoint.head_facts import HeadFacts, read_head
 from deberta_xl.checkpoint.native_config import read_native_config
 from deberta_xl.checkpoint.weights import CONFIG_NAME, fill_model, read_weights
-from deberta_xl.model.heads import TaskModel
+from deberta_xl.model.task_model import TaskModel
 
 
 class DebertaForTask(TaskModel):

@@ -16,8 +16,8 @@ from deberta_xl.architecture import HeadConfig
 from deberta_xl.checkpoint.foreign_config import from_foreign_config
 from deberta_xl.checkpoint.names import from_microsoft
 from deberta_xl.finetune_config import SiftSection
-from deberta_xl.model.heads import TaskModel
 from deberta_xl.model.task_losses import task_loss
+from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.sift import Sift
 
 CASES = vector_folders("sift")

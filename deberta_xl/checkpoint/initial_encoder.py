@@ -23,7 +23,7 @@ from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin
 from deberta_xl.checkpoint.weights import check_fits, open_weights
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import rank_zero
-from deberta_xl.model.heads import TaskModel
+from deberta_xl.model.task_model import TaskModel
 
 PROJECTION = ("classifier.weight", "classifier.bias")
 ENCODER = ("embeddings.", "encoder.")

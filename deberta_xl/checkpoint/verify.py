@@ -22,7 +22,7 @@ from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.data.progress import progress
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import TOKENIZER_FILE, unread_files
-from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel, read_mask
+from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 
 TEXT = (
     "The old harbour lies where the river meets the sea. In 1893 its first lighthouse was built of grey stone; the "
@@ -104,12 +104,10 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
     with torch.device("meta"):
         model = MaskedLanguageModel(source.config).eval()
     input_ids_BS, labels_BS = batch(source)
-    segments_BS, mask_BST = read_mask(input_ids_BS, None)
-    pairs = model.pairs(mask_BST)
     with filled(model.encoder.relative_position, "encoder.relative_position.", source.tensors):
-        relative_RD = model.encoder.relative_position()
+        scene = model.scene(input_ids_BS)
     with filled(model.embeddings, "embeddings.", source.tensors):
-        hidden_BSD = model.embeddings(input_ids_BS, segments_BS)
+        hidden_BSD = model.embed(input_ids_BS, scene)
     yield hidden_BSD[0]
     inputs = []
     for number in range(source.config.num_layers):
@@ -119,9 +117,7 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
             stack.enter_context(filled_layer(model, number, source.tensors))
             if number == 0 and model.encoder.convolution is not None:
                 stack.enter_context(filled(model.encoder.convolution, "encoder.convolution.", source.tensors))
-            (hidden_BSD,) = model.encoder(
-                hidden_BSD, segments_BS, relative_RD, pairs, numbers=range(number, number + 1)
-            )
+            (hidden_BSD,) = model.encoder(hidden_BSD, scene, numbers=range(number, number + 1))
         yield hidden_BSD[0]
     # The enhanced mask decoder starts from what the last layer reads.
     last_BSD = hidden_BSD if source.config.position_biased_input else inputs[0]
@@ -130,7 +126,7 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
         filled(model.embeddings, "embeddings.", source.tensors),
         filled(model.head, "head.", source.tensors),
     ):
-        yield model.predict(last_BSD, segments_BS, relative_RD, pairs, LabelledPositions.of(labels_BS)).logits
+        yield model.predict(last_BSD, scene, LabelledPositions.of(labels_BS)).logits
 
 
 @contextlib.contextmanager

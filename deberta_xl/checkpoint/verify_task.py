@@ -15,7 +15,7 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.checkpoint.verify import Difference, batch, compare_tokenizers
 from deberta_xl.checkpoint.weights import read_weights
-from deberta_xl.model.heads import TaskModel
+from deberta_xl.model.task_model import TaskModel
 
 
 def verify_task(source: Pretrained, written: Path, tolerance: float, show: Callable[[str], None]) -> None:

@@ -13,21 +13,8 @@ from torch import Tensor, nn
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.kernels.reference import disentangled_attention
-from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
-
-
-class Pairs(NamedTuple):
-    """What is known of every pair of query i and key j."""
-
-    delta: Tensor
-    """Row of the relative table, int64 [S, T] or [B, S, T]."""
-    mask_BST: Tensor
-    """Whether i may see j, bool."""
-
-    def of_queries(self, position_BM: Tensor) -> Pairs:
-        """The pairs of chosen queries only: `position_BM` holds their positions in the sequence."""
-        rows = position_BM.unsqueeze(-1).expand(-1, -1, self.mask_BST.shape[-1])
-        return Pairs(self.delta[position_BM], self.mask_BST.gather(1, rows))
+from deberta_xl.model.dropout import Dropout, fold_key
+from deberta_xl.model.scene import Scene
 
 
 class Memory(NamedTuple):
@@ -83,18 +70,16 @@ class DisentangledAttention(nn.Module):
         to_query = self.query_proj if self.shares_projections else self.pos_query_proj
         return position_key_NRH, self.split_heads(to_query(relative_RD))
 
-    def forward(
-        self, query_BNSH: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
-    ) -> Tensor:
-        """The attended and projected context of the queries, [B, S, D]; `key` names the dropout masks."""
-        relative_RD = self.relative_entry(self.relative_dropout(relative_RD, fold_key(key, "relative")))
-        position_key_NRH, position_query_NRH = self.project_positions(relative_RD)
+    def forward(self, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
+        """The attended and projected context of the scene's queries, [B, S, D]."""
+        relative_RD = self.relative_dropout(scene.relative_RD, fold_key(scene.key, "relative"))
+        position_key_NRH, position_query_NRH = self.project_positions(self.relative_entry(relative_RD))
         context_BNSH = disentangled_attention(
             query_BNSH,
             *memory,
             position_key_NRH,
             position_query_NRH,
-            *pairs,
-            dropout=partial(self.probability_dropout, key=fold_key(key, "probabilities")),
+            *scene.pairs,
+            dropout=partial(self.probability_dropout, key=fold_key(scene.key, "probabilities")),
         )
         return self.out_proj(context_BNSH.transpose(1, 2).flatten(-2))

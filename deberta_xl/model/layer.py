@@ -1,7 +1,7 @@
 """One encoder layer: disentangled attention and a feed-forward block, each followed by residual and LayerNorm.
 
 Shape suffixes of this file:
-    B batch   S queries   T keys   D hidden   N heads on this rank   H head size   R relative rows (2k)
+    B batch   S queries   D hidden   N heads on this rank   H head size
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.architecture import Activation, DebertaConfig
-from deberta_xl.model.disentangled_attention import DisentangledAttention, Memory, Pairs
-from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
+from deberta_xl.model.disentangled_attention import DisentangledAttention, Memory
+from deberta_xl.model.dropout import Dropout, fold_key
+from deberta_xl.model.scene import Scene
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -53,30 +54,20 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_BSD: Tensor, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, scene: Scene) -> Tensor:
         """Every position attends to the sequence it stands in."""
         entered_BSD = self.attention.entry(hidden_BSD)
         query_BNSH, memory = self.attention.ask(entered_BSD), self.attention.memorize(entered_BSD)
-        return self.finish(hidden_BSD, query_BNSH, memory, relative_RD, pairs, key)
+        return self.finish(hidden_BSD, query_BNSH, memory, scene)
 
-    def refine(
-        self, source_BSD: Tensor, memory: Memory, relative_RD: Tensor, pairs: Pairs, key: DropoutKey | None = None
-    ) -> Tensor:
+    def refine(self, source_BSD: Tensor, memory: Memory, scene: Scene) -> Tensor:
         """States of their own attend to a given memory. The enhanced mask decoder applies this twice."""
         query_BNSH = self.attention.ask(self.attention.entry(source_BSD))
-        return self.finish(source_BSD, query_BNSH, memory, relative_RD, pairs, key)
+        return self.finish(source_BSD, query_BNSH, memory, scene)
 
-    def finish(
-        self,
-        residual_BSD: Tensor,
-        query_BNSH: Tensor,
-        memory: Memory,
-        relative_RD: Tensor,
-        pairs: Pairs,
-        key: DropoutKey | None,
-    ) -> Tensor:
+    def finish(self, residual_BSD: Tensor, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
         """Attend, add the residual, and the feed-forward block."""
-        attended_BSD = self.attention(query_BNSH, memory, relative_RD, pairs, fold_key(key, "attention"))
-        u_BSD = self.attention_norm(residual_BSD + self.dropout(attended_BSD, fold_key(key, "attention_output")))
-        inner_BSD = self.dropout(self.feed_forward(u_BSD), fold_key(key, "feed_forward_output"))
+        attended_BSD = self.attention(query_BNSH, memory, scene.within("attention"))
+        u_BSD = self.attention_norm(residual_BSD + self.dropout(attended_BSD, fold_key(scene.key, "attention_output")))
+        inner_BSD = self.dropout(self.feed_forward(u_BSD), fold_key(scene.key, "feed_forward_output"))
         return self.feed_forward_norm(u_BSD + inner_BSD)

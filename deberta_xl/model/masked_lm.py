@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.model.disentangled_attention import Pairs
-from deberta_xl.model.dropout import DropoutKey, fold_key
-from deberta_xl.model.embeddings import Embeddings
-from deberta_xl.model.encoder import Encoder, recompute
+from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.enhanced_mask_decoder import enhanced_mask_decoder
-from deberta_xl.model.initialization import initialize_weights
 from deberta_xl.model.layer import ACTIVATIONS
+from deberta_xl.model.scene import Scene
+from deberta_xl.model.trunk import Trunk
 
 
 class LabelledPositions(NamedTuple):
@@ -83,35 +81,22 @@ def masked_lm_loss(logits_LV: Tensor, label_L: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits_LV, label_L, reduction="sum"), logits_LV.detach().argmax(-1)
 
 
-def pair_mask(segments_BS: Tensor) -> Tensor:
-    """Which tokens see which: those of the same document, padding none; bool [B, S, S]."""
-    is_same_BST = segments_BS.unsqueeze(2) == segments_BS.unsqueeze(1)
-    return is_same_BST & (segments_BS > 0).unsqueeze(1)
-
-
-class MaskedLanguageModel(nn.Module):
+class MaskedLanguageModel(Trunk):
     """DeBERTa with its pretraining head."""
 
     def __init__(self, config: DebertaConfig, seed: int = 0):
         """Fresh weights from `seed`. Under `torch.device("meta")` nothing is allocated or initialised."""
-        super().__init__()
-        self.config = config
+        with torch.device("meta"):  # torch's own initialisation would be thrown away
+            super().__init__(config)
+            self.head = MaskedLanguageModelHead(config)
         self.loss = masked_lm_loss
         """Cross-entropy and guesses from logits; the plan puts another here where the vocabulary is divided."""
-        self.prediction_entry = nn.Identity()
-        """Before prediction; where ranks divide the sequence, the plan puts in its place what joins the slices."""
-        device = torch.get_default_device()
-        with torch.device("meta"):  # torch's own initialisation would be thrown away
-            self.embeddings = Embeddings(config)
-            self.encoder = Encoder(config)
-            self.head = MaskedLanguageModelHead(config)
-        if device.type != "meta":
-            self.to_empty(device=device)
-            initialize_weights(self, config.initializer_range, seed)
+        self.draw_weights(seed)
 
-    def checkpoint_activations(self) -> None:
-        """Recompute each layer in the backward pass instead of keeping its activations."""
-        self.encoder.apply_layer = recompute
+    @property
+    def num_ordinary_layers(self) -> int:
+        """Layers whose states are read: without the last where EMD takes the place of its ordinary pass."""
+        return self.config.num_layers - (0 if self.config.position_biased_input else 1)
 
     def forward(
         self,
@@ -127,66 +112,35 @@ class MaskedLanguageModel(nn.Module):
         """Predict the labelled positions, or every position without labels.
 
         Args:
-            input_ids: [batch, sequence].
-            attention_mask: [batch, sequence], 0 at padding and 1 elsewhere, or the number 1, 2, … of the document each
-                token belongs to: documents of one row do not see each other. Or [batch, query, key], used as it is.
-                All ones when absent.
+            input_ids, attention_mask, dropout_key: as in `Trunk.scene`.
             token_type_ids: [batch, sequence]; zeros when absent.
             labels: [batch, sequence], 0 or −100 where nothing is predicted; or the positions found beforehand.
             label_count: divisor of the loss, for a mean over more than this batch.
             output_hidden_states: return every layer's states too (the last layer then runs although EMD replaces it).
-            dropout_key: names the dropout masks; torch's global generator draws them when absent.
         """
-        segments_BS, mask_BST = read_mask(input_ids, attention_mask)
-        pairs = self.pairs(mask_BST)
-        relative_RD = self.encoder.relative_position()
-        embedded_BSD = self.embeddings(input_ids, segments_BS, token_type_ids, fold_key(dropout_key, "embeddings"))
-        num_layers = self.config.num_layers if output_hidden_states else self.num_ordinary_layers
+        scene = self.scene(input_ids, attention_mask, dropout_key)
         states = self.encoder(
-            embedded_BSD,
-            segments_BS,
-            relative_RD,
-            pairs,
-            numbers=range(num_layers),
+            self.embed(input_ids, scene, token_type_ids),
+            scene,
+            numbers=range(self.config.num_layers if output_hidden_states else self.num_ordinary_layers),
             keep_states=output_hidden_states,
-            key=dropout_key,
         )
         labelled = LabelledPositions.of(labels) if isinstance(labels, Tensor) else labels
-        output = self.predict(
-            states[self.num_ordinary_layers if output_hidden_states else -1],
-            segments_BS,
-            relative_RD,
-            pairs,
-            labelled,
-            label_count=label_count,
-            key=dropout_key,
-        )
+        hidden_BSD = states[self.num_ordinary_layers if output_hidden_states else -1]
+        output = self.predict(hidden_BSD, scene, labelled, label_count=label_count)
         return output._replace(hidden_states=tuple(states) if output_hidden_states else None)
-
-    @property
-    def num_ordinary_layers(self) -> int:
-        """Layers whose states are read: without the last where EMD takes the place of its ordinary pass."""
-        return self.config.num_layers - (0 if self.config.position_biased_input else 1)
-
-    def pairs(self, mask_BST: Tensor) -> Pairs:
-        """What the layers know of every pair of positions."""
-        return Pairs(self.encoder.relative_position.index(mask_BST.shape[-1], mask_BST.device), mask_BST)
 
     def predict(
         self,
         hidden_BSD: Tensor,
-        segments_BS: Tensor,
-        relative_RD: Tensor,
-        pairs: Pairs,
+        scene: Scene,
         labelled: LabelledPositions | None,
         *,
         label_count: float | None = None,
-        key: DropoutKey | None = None,
     ) -> MaskedLMOutput:
         """From the states after the ordinary layers to logits, loss and guesses."""
-        position_BM = None if labelled is None else labelled.position_BM
         hidden_BSD = self.prediction_entry(hidden_BSD)
-        decoded = self.decode(hidden_BSD, segments_BS, relative_RD, pairs, position_BM, key)
+        decoded = self.decode(hidden_BSD, scene, None if labelled is None else labelled.position_BM)
         if labelled is None:
             return MaskedLMOutput(None, self.head(decoded, self.embeddings.word))
         logits_LV = self.head(decoded.flatten(0, 1)[labelled.slot_L], self.embeddings.word)
@@ -194,38 +148,14 @@ class MaskedLanguageModel(nn.Module):
         divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
         return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L)
 
-    def decode(
-        self,
-        hidden_BSD: Tensor,
-        segments_BS: Tensor,
-        relative_RD: Tensor,
-        pairs: Pairs,
-        position_BM: Tensor | None,
-        key: DropoutKey | None,
-    ) -> Tensor:
+    def decode(self, hidden_BSD: Tensor, scene: Scene, position_BM: Tensor | None) -> Tensor:
         """The states to predict from: those at `position_BM`, [B, M, D], or at all positions, [B, S, D]."""
         if self.config.position_biased_input:
             return take_rows(hidden_BSD, position_BM)
+        query_BMD = take_rows(hidden_BSD + self.embeddings.positions(scene.segments_BS), position_BM)
         return enhanced_mask_decoder(
-            self.encoder.layers[-1],
-            hidden_BSD,
-            take_rows(hidden_BSD + self.embeddings.positions(segments_BS), position_BM),
-            relative_RD,
-            pairs if position_BM is None else pairs.of_queries(position_BM),
-            apply_layer=self.encoder.apply_layer,
-            key=key,
+            self.encoder.layers[-1], hidden_BSD, query_BMD, scene.of_queries(position_BM), self.encoder.apply_layer
         )
-
-
-def read_mask(input_ids_BS: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Segments [B, S] and pair mask [B, S, S] from any form of attention mask."""
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids_BS)
-    if attention_mask.dim() == 3:
-        mask_BST = attention_mask > 0
-        return mask_BST.any(dim=1).long(), mask_BST
-    segments_BS = attention_mask.long()
-    return segments_BS, pair_mask(segments_BS)
 
 
 def take_rows(x_BSD: Tensor, position_BM: Tensor | None) -> Tensor:

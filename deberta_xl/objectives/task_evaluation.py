@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deberta_xl.data.progress import tracked
 from deberta_xl.data.task_features import TaskData
-from deberta_xl.model.heads import Perturb
 from deberta_xl.model.task_losses import hide_padding
+from deberta_xl.model.trunk import Perturb
 from deberta_xl.objectives.masked_evaluation import batches_per_rank
 from deberta_xl.objectives.task_batches import build_task_micro_batch
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from deberta_xl import signs
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.model.dropout import DropoutKey, fold_key
+from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.initialization import initialize_weights
-from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel, read_mask
+from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.parameter_shapes import parameter_shapes
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.stages import Split, owners
@@ -170,26 +170,18 @@ class PipelinedModel(PipelineModule):
         given = next(self.inputs)
         signs.moved()
         model = self.stage_model
-        segments_BS, mask_BST = read_mask(given.input_ids_BS, given.segments_BS)
-        pairs = model.pairs(mask_BST)
         if self.stage_id == 0:
-            embedded_BSD = model.embeddings(
-                given.input_ids_BS, segments_BS, given.token_type_ids_BS, fold_key(given.key, "embeddings")
-            )
-            state = Activations(embedded_BSD, model.encoder.relative_position())
+            scene = model.scene(given.input_ids_BS, given.segments_BS, given.key)
+            hidden_BSD = model.embed(given.input_ids_BS, scene, given.token_type_ids_BS)
         else:
-            state = Activations.unpack(received, len(segments_BS), self.num_relative)
+            hidden_BSD, relative_RD = Activations.unpack(received, len(given.segments_BS), self.num_relative)
+            scene = model.scene(given.input_ids_BS, given.segments_BS, given.key, relative_RD)
         layers = self.split.layers(self.stage_id)
         numbers = range(layers.start, min(layers.stop, model.num_ordinary_layers))
-        (hidden_BSD,) = model.encoder(
-            state.hidden_BSD, segments_BS, state.relative_RD, pairs, numbers=numbers, key=given.key
-        )
+        (hidden_BSD,) = model.encoder(hidden_BSD, scene, numbers=numbers)
         if not self.grid.is_last_stage:
-            return state._replace(hidden_BSD=hidden_BSD).pack()
-        output = model.predict(
-            hidden_BSD, segments_BS, state.relative_RD, pairs, given.labelled,
-            label_count=given.label_count, key=given.key,
-        )  # fmt: skip
+            return Activations(hidden_BSD, scene.relative_RD).pack()
+        output = model.predict(hidden_BSD, scene, given.labelled, label_count=given.label_count)
         self.guesses.append(output.guess_L)
         return output.loss
 

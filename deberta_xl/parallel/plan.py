@@ -19,8 +19,8 @@ from deberta_xl.parallel.grid import check_divisible
 if TYPE_CHECKING:  # the tables are read before torch is imported
     from torch import nn
 
-    from deberta_xl.model.heads import TaskModel
     from deberta_xl.model.masked_lm import MaskedLanguageModel
+    from deberta_xl.model.trunk import Trunk
     from deberta_xl.parallel.groups import Groups
 
 #: Ends of module names in the plain model, and what takes their place.
@@ -63,7 +63,7 @@ SLICED_MODEL_PLAN = {
 }
 
 
-def plan_of(model: MaskedLanguageModel | TaskModel, *, sequence_parallel: bool) -> dict[str, str]:
+def plan_of(model: Trunk, *, sequence_parallel: bool) -> dict[str, str]:
     """Name of each module of `model` that is replaced -> what takes its place."""
     names = [name for name, _ in model.named_modules()]
     plan = {name: style for name in names for end, style in PLAN.items() if name.endswith(end)}
@@ -75,11 +75,11 @@ def plan_of(model: MaskedLanguageModel | TaskModel, *, sequence_parallel: bool) 
     return plan
 
 
-def divide(model: MaskedLanguageModel | TaskModel, groups: Groups, *, sequence_parallel: bool = False) -> None:
+def divide(model: Trunk, groups: Groups, *, sequence_parallel: bool = False) -> None:
     """Replace, in place, what the plan names by this rank's slice of it. Parameters keep their names.
 
     With `sequence_parallel` the states between embeddings and prediction are this rank's slice [B, S/T, D]; everything
-    else that travels (pairs, segments, the relative table, labels) stays whole.
+    else that travels (the scene, labels) stays whole.
     """
     if groups.grid.tensor_parallel_size == 1:
         return

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from deberta_xl.model.dropout import DropoutKey, fold_key
-from deberta_xl.model.heads import Predict, TaskModel
 from deberta_xl.model.task_losses import hide_padding, task_loss
+from deberta_xl.model.task_model import Predict, TaskModel
 from deberta_xl.objectives.sift import Sift
 from deberta_xl.objectives.task_batches import TaskMicroBatch
 from deberta_xl.training.engine import scaler_in_words

@@ -18,7 +18,7 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.names import to_microsoft
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetuned import DebertaForTask
-from deberta_xl.model.heads import TaskModel
+from deberta_xl.model.task_model import TaskModel
 from deberta_xl.pretrained import DebertaForMaskedLM
 
 SIZES = {

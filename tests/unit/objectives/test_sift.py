@@ -13,7 +13,7 @@ from deberta_xl.config_file import load_config
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetune_config import FinetuneConfig, SiftSection
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.heads import TaskModel
+from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.sift import RADIUS, Sift, normalized
 
 # float64: the original's own rounding is 1e-13; gradients pass through three forwards.

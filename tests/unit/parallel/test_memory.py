@@ -10,8 +10,8 @@ from deberta_xl.config_file import load_config, load_run_config
 from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.heads import TaskModel
-from deberta_xl.model.masked_lm import MaskedLanguageModel, read_mask
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.task_model import TaskModel
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.memory import GIB, estimate_memory, estimate_task_memory, layer_activations, rank_parameters
 from deberta_xl.parallel.pipeline import build_stage
@@ -26,11 +26,11 @@ XXLARGE = DebertaConfig(
 def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
     """Bytes of the distinct tensors that autograd keeps of the first layer, without weights."""
     segments = torch.ones(rows, length, dtype=torch.int64)
-    pairs = model.pairs(read_mask(segments, segments)[1])
-    relative = model.encoder.relative_position().detach().requires_grad_()
-    hidden = torch.randn(rows, length, model.config.hidden_size, dtype=relative.dtype, requires_grad=True)
+    scene = model.scene(segments, segments, DropoutKey(1))
+    scene = scene._replace(relative_RD=scene.relative_RD.detach().requires_grad_())
+    hidden = torch.randn(rows, length, model.config.hidden_size, dtype=scene.relative_RD.dtype, requires_grad=True)
     kept: dict[int, torch.Tensor] = {}
-    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), pairs.delta)}
+    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), scene.pairs.delta)}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in given:
@@ -38,7 +38,7 @@ def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.encoder.layers[0](hidden, relative, pairs, DropoutKey(1))
+        model.encoder.layers[0](hidden, scene)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

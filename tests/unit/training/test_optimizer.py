@@ -7,8 +7,8 @@ import torch
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.config import OptimizerSection
 from deberta_xl.finetune_config import FinetuneOptimizerSection
-from deberta_xl.model.heads import TaskModel
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.task_model import TaskModel
 from deberta_xl.training.optimizer import AdamWithoutBiasCorrection, build_optimizer, parameter_groups
 
 SECTION = OptimizerSection(learning_rate=0.01, weight_decay=0.1, bias_correction=False)

@@ -14,16 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deberta_xl.architecture import DebertaConfig, HeadConfig
-from deberta_xl.model.disentangled_attention import Pairs
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
-from deberta_xl.model.embeddings import Embeddings
-from deberta_xl.model.encoder import Encoder, recompute
-from deberta_xl.model.initialization import initialize_weights
 from deberta_xl.model.layer import ACTIVATIONS
-from deberta_xl.model.masked_lm import read_mask
-
-Perturb = Callable[[Tensor], Tensor]
-"""Changes the summed embeddings [B, S, D] before they are normalised."""
+from deberta_xl.model.trunk import Perturb, Trunk
 
 
 class Predict(Protocol):
@@ -47,7 +40,7 @@ class Pooler(nn.Module):
         return self.activation(self.dense(self.dropout(hidden_BSD[:, 0], key)))
 
 
-class TaskModel(nn.Module):
+class TaskModel(Trunk):
     """DeBERTa's encoder with a head. All layers run as they are: the enhanced mask decoder is pretraining's alone.
 
     The absolute-position table is left out where only that decoder reads it.
@@ -55,31 +48,15 @@ class TaskModel(nn.Module):
 
     def __init__(self, config: DebertaConfig, head: HeadConfig, seed: int = 0):
         """Fresh weights from `seed`. Under `torch.device("meta")` nothing is allocated or initialised."""
-        super().__init__()
-        self.config, self.head = config, head
-        device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initialisation would be thrown away
-            self.embeddings = Embeddings(config)
-            self.encoder = Encoder(config)
+            super().__init__(config)
             self.pooler = Pooler(config, head) if head.is_pooled else None
             self.classifier = nn.Linear(config.hidden_size, head.num_labels)
+        self.head = head
         self.dropout = Dropout(head.dropout)
-        self.prediction_entry = nn.Identity()
-        """Before the head; where ranks divide the sequence, the plan puts in its place what joins the slices."""
         if not config.position_biased_input:
             self.embeddings.position = None
-        if device.type != "meta":
-            self.to_empty(device=device)
-            initialize_weights(self, config.initializer_range, seed)
-
-    @property
-    def num_ordinary_layers(self) -> int:
-        """Layers that run as they are: all of them."""
-        return self.config.num_layers
-
-    def checkpoint_activations(self) -> None:
-        """Recompute each layer in the backward pass instead of keeping its activations."""
-        self.encoder.apply_layer = recompute
+        self.draw_weights(seed)
 
     def forward(
         self,
@@ -96,7 +73,7 @@ class TaskModel(nn.Module):
 
         Args:
             input_ids: [batch, sequence]; for `choice` the options of an example are neighbouring rows.
-            attention_mask: as in `MaskedLanguageModel.forward`.
+            attention_mask: as in `Trunk.scene`.
             token_type_ids: [batch, sequence]; zeros when absent.
             num_options: rows of one example, for `choice`.
             objective: is given `predict(dropout_key=…, perturb=…)`, which it may call several times. An engine sees
@@ -122,19 +99,8 @@ class TaskModel(nn.Module):
         perturb: Perturb | None = None,
     ) -> Tensor:
         """One pass: the logits."""
-        segments_BS, mask_BST = read_mask(input_ids, attention_mask)
-        pairs = Pairs(self.encoder.relative_position.index(input_ids.shape[1], input_ids.device), mask_BST)
-        embedding_key = fold_key(dropout_key, "embeddings")
-        embedded_BSD = self.embeddings(input_ids, segments_BS, token_type_ids, embedding_key, perturb)
-        (hidden_BSD,) = self.encoder(
-            embedded_BSD,
-            segments_BS,
-            self.encoder.relative_position(),
-            pairs,
-            numbers=range(self.num_ordinary_layers),
-            key=dropout_key,
-        )
-        hidden_BSD = self.prediction_entry(hidden_BSD)
+        scene = self.scene(input_ids, attention_mask, dropout_key)
+        hidden_BSD = self.encode(input_ids, scene, token_type_ids, perturb)
         features = hidden_BSD if self.pooler is None else self.pooler(hidden_BSD, fold_key(dropout_key, "pooler"))
         logits = self.classifier(self.dropout(features, fold_key(dropout_key, "head")))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,114 @@
+"""The trunk of every model: embeddings, and the encoder with its relative table.
+
+Shape suffixes of this file:
+    B batch   S sequence   D hidden   R relative rows (2k)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model.dropout import DropoutKey, fold_key
+from deberta_xl.model.embeddings import Embeddings
+from deberta_xl.model.encoder import Encoder, recompute
+from deberta_xl.model.initialization import initialize_weights
+from deberta_xl.model.scene import Pairs, Scene, read_mask
+
+Perturb = Callable[[Tensor], Tensor]
+"""Changes the summed embeddings [B, S, D] before they are normalised."""
+
+
+class Trunk(nn.Module):
+    """Embeddings and encoder. A model is a trunk with something on it:
+
+        class Sentiment(Trunk):
+            def __init__(self, config, seed=0):
+                with torch.device("meta"):  # allocated and drawn below
+                    super().__init__(config)
+                    self.classifier = nn.Linear(config.hidden_size, 2)
+                self.draw_weights(seed)
+
+            def forward(self, input_ids, attention_mask=None, *, dropout_key=None):
+                scene = self.scene(input_ids, attention_mask, dropout_key)
+                return self.classifier(self.encode(input_ids, scene)[:, 0])
+
+    It inherits, so that `embeddings.…` and `encoder.…` are the names of its parameters, as in every checkpoint. What is
+    not of the trunk is computed alike on every rank that shares its layers (tensor and sequence parallelism).
+    """
+
+    def __init__(self, config: DebertaConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.prediction_entry = nn.Identity()
+        """Before the head; where ranks divide the sequence, the plan puts in its place what joins the slices."""
+
+    @property
+    def num_ordinary_layers(self) -> int:
+        """Layers that run as they are, 0 … n−1: all of them, unless a model applies the last in a way of its own."""
+        return self.config.num_layers
+
+    def draw_weights(self, seed: int) -> None:
+        """Allocate and draw every parameter, as a function of (seed, name).
+
+        Called last by a model's `__init__`, which may build its modules on the meta device. Where the caller has chosen
+        that device for the model (`with torch.device("meta")`), nothing is allocated or drawn.
+        """
+        device = torch.get_default_device()
+        if device.type != "meta":
+            self.to_empty(device=device)
+            initialize_weights(self, self.config.initializer_range, seed)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self.encoder.apply_layer = recompute
+
+    def scene(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        key: DropoutKey | None = None,
+        relative_RD: Tensor | None = None,
+    ) -> Scene:
+        """What the layers see beside the states.
+
+        Args:
+            input_ids: [batch, sequence].
+            attention_mask: [batch, sequence], 0 at padding and 1 elsewhere, or the number 1, 2, … of the document each
+                token belongs to: documents of one row do not see each other. Or [batch, query, key], used as it is.
+                All ones when absent.
+            key: names the dropout masks; torch's global generator draws them when absent.
+            relative_RD: the relative table as an earlier stage saw it; computed here when absent.
+        """
+        segments_BS, mask_BST = read_mask(input_ids, attention_mask)
+        pairs = Pairs(self.encoder.relative_position.index(mask_BST.shape[-1], mask_BST.device), mask_BST)
+        if relative_RD is None:
+            relative_RD = self.encoder.relative_position()
+        return Scene(segments_BS, relative_RD, pairs, key)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        scene: Scene,
+        token_type_ids: Tensor | None = None,
+        perturb: Perturb | None = None,
+    ) -> Tensor:
+        """The embeddings, which layer 0 reads, [B, S, D]; where ranks divide the sequence, this rank's slice."""
+        return self.embeddings(input_ids, scene.segments_BS, token_type_ids, fold_key(scene.key, "embeddings"), perturb)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        scene: Scene,
+        token_type_ids: Tensor | None = None,
+        perturb: Perturb | None = None,
+    ) -> Tensor:
+        """The states after the ordinary layers, which a head reads, [B, S, D]: the whole sequence on every rank."""
+        embedded_BSD = self.embed(input_ids, scene, token_type_ids, perturb)
+        (hidden_BSD,) = self.encoder(embedded_BSD, scene, numbers=range(self.num_ordinary_layers))
+        return self.prediction_entry(hidden_BSD)

@@ -1,0 +1,76 @@
+"""A model of one's own on the trunk: a head in a dozen lines, with the weights and names of every other model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.trunk import Trunk
+
+CONFIG = DebertaConfig(
+    vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, position_buckets=8,
+    max_position_embeddings=24, conv_kernel_size=3,
+)  # fmt: skip
+
+
+class Sentiment(Trunk):
+    """The example of `Trunk`'s documentation."""
+
+    def __init__(self, config: DebertaConfig, seed: int = 0):
+        with torch.device("meta"):
+            super().__init__(config)
+            self.classifier = nn.Linear(config.hidden_size, 2)
+        self.draw_weights(seed)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, dropout_key: DropoutKey | None = None
+    ) -> Tensor:
+        """Logits."""
+        scene = self.scene(input_ids, attention_mask, dropout_key)
+        return self.classifier(self.encode(input_ids, scene)[:, 0])
+
+
+def test_a_model_of_ones_own_has_the_trunks_names_and_fresh_weights():
+    own, pretraining = Sentiment(CONFIG, seed=3), MaskedLanguageModel(CONFIG, seed=3)
+    shared = {name: p for name, p in pretraining.named_parameters() if not name.startswith("head.")}
+    assert own.state_dict().keys() == shared.keys() | {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(own.get_parameter(name), parameter) for name, parameter in shared.items())
+    assert own.classifier.weight.std() > 0
+    with torch.device("meta"):
+        assert {p.device.type for p in Sentiment(CONFIG).parameters()} == {"meta"}
+
+
+def test_a_model_of_ones_own_learns_with_keyed_masks_and_recomputed_layers():
+    inputs = torch.randint(4, 60, (8, 24), generator=torch.Generator().manual_seed(0))
+    labels = (inputs[:, 1] > 32).long()
+    losses = {}
+    for recomputes in (False, True):
+        model = Sentiment(CONFIG, seed=3).train()
+        if recomputes:
+            model.checkpoint_activations()
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        losses[recomputes] = []
+        for step in range(12):
+            loss = nn.functional.cross_entropy(model(inputs, dropout_key=DropoutKey(step)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[recomputes].append(loss.item())
+    assert losses[True] == losses[False]
+    assert losses[False][-1] < 0.5 * losses[False][0]
+
+
+def test_recomputation_without_a_key_draws_the_masks_again_from_torchs_generator():
+    inputs = torch.arange(4, 24)[None]
+    gradients = []
+    for recomputes in (False, True):
+        model = Sentiment(CONFIG, seed=3).train()
+        if recomputes:
+            model.checkpoint_activations()
+        torch.manual_seed(1)
+        model(inputs).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
