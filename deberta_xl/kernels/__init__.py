@@ -1,1 +1,1 @@
-"""How disentangled attention is computed: so far one way, `reference`, whose signature a faster one would have."""
+"""How disentangled attention is computed: so far one way, `reference`."""

@@ -14,6 +14,7 @@ from deberta_xl.architecture import EMD_PASSES, DebertaConfig, HeadConfig
 from deberta_xl.config import RunConfig
 from deberta_xl.deepspeed_config import DeepSpeedConfig
 from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.kernels.registry import KERNELS, AttentionSizes
 from deberta_xl.model.parameter_shapes import Shape, parameter_shapes, task_parameter_shapes
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.plan import PLAN
@@ -22,8 +23,7 @@ from deberta_xl.parallel.stages import Split, owners
 GIB = 2**30
 MASTER_AND_MOMENTS = 12
 """Bytes of optimizer state per parameter: float32 weight and Adam's two moments."""
-ATTENTION_TEMPORARIES = 4
-"""Float32 matrices of pair scores that live at once in a layer's backward pass, besides what was kept for it."""
+KERNEL = KERNELS["reference"]
 
 
 class RankMemory(NamedTuple):
@@ -86,7 +86,7 @@ def estimate_task_memory(
     recomputes = run.train.activation_checkpointing
     kept = config.num_layers * (hidden / slices if recomputes else layer) + hidden
     working = layer if recomputes else 0.0
-    working += ATTENTION_TEMPORARIES * 4 * rows * config.num_heads / parts * length**2
+    working += KERNEL.working_bytes(attention_sizes(config, rows, length, length, parts, element))
     return rank_memory(numel, engine, grid, kept * (2 if run.sift.weight else 1) + working)
 
 
@@ -126,7 +126,7 @@ def stage_activations(config: DebertaConfig, run: RunConfig, grid: Grid, split: 
     # 1F1B: stage s has begun this many micro-batches before its first backward pass.
     in_flight = min(grid.num_stages - grid.stage, run.train.gradient_accumulation_steps(grid.data_parallel_size))
     working = layer if run.train.activation_checkpointing else 0.0
-    working += ATTENTION_TEMPORARIES * 4 * rows * config.num_heads / parts * length**2
+    working += KERNEL.working_bytes(attention_sizes(config, rows, length, length, parts, bytes_per_element))
     if grid.is_last_stage:
         working += head_activations(config, rows, length, run.data.mask_probability, parts, bytes_per_element)
     return in_flight * (kept + hidden) + working
@@ -135,23 +135,27 @@ def stage_activations(config: DebertaConfig, run: RunConfig, grid: Grid, split: 
 def layer_activations(
     config: DebertaConfig, rows: int, queries: float, keys: int, parts: int, bytes_per_element: int, slices: int = 1
 ) -> float:
-    """Bytes that autograd keeps of one layer (reference kernel, dropout on), its input included.
+    """Bytes that autograd keeps of one layer (dropout on), its input included.
 
     Heads and feed-forward width lie on `parts` ranks, and between them the sequence on `slices`.
     """
-    e, score = bytes_per_element, 4  # scores and what they are made of are float32
-    inner, width, heads = config.attention_size / parts, config.intermediate_size / parts, config.num_heads / parts
-    terms = 2 if config.has_position_to_content else 1
-    table, tokens = 2 * config.relative_span, rows * queries
-    # What enters attention and feed-forward; two normalised sums and two dropout masks; the query, once for each
-    # product, and the context; the up-projection before and after its activation.
-    states = tokens * (config.hidden_size * (2 * e + (2 * e + 2) / slices) + inner * (2 * score + e) + width * 2 * e)
-    memory = rows * keys * inner * (terms * score + e)
-    # Softmax, the probabilities that dropout leaves, its mask; and the two masks all heads share.
-    pairs = tokens * keys * (heads * (score + e + 1) + 2)
-    # Products with the relative rows, before their gather; the rows themselves, for each sequence.
-    relative = heads * table * score * (tokens + (terms - 1) * rows * keys) + rows * table * inner * terms * score
-    return states + memory + pairs + relative + table * config.hidden_size * (e + 1)
+    e, inner, width = bytes_per_element, config.attention_size / parts, config.intermediate_size / parts
+    # What enters attention and feed-forward; two normalised sums and two dropout masks; the context; the up-projection
+    # before and after its activation.
+    states = rows * queries * (config.hidden_size * (2 * e + (2 * e + 2) / slices) + inner * e + width * 2 * e)
+    attention = KERNEL.kept_bytes(attention_sizes(config, rows, queries, keys, parts, e))
+    # The relative table behind its dropout, and the mask.
+    return states + attention + 2 * config.relative_span * config.hidden_size * (e + 1)
+
+
+def attention_sizes(
+    config: DebertaConfig, rows: int, queries: float, keys: int, parts: int, bytes_per_element: int
+) -> AttentionSizes:
+    """A layer's attention, its heads on `parts` ranks."""
+    return AttentionSizes(
+        rows, queries, keys, config.num_heads / parts, config.head_size, 2 * config.relative_span,
+        config.has_position_to_content, bytes_per_element,
+    )  # fmt: skip
 
 
 def head_activations(
