@@ -28,6 +28,14 @@ def build_parser(documentation: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """`--dtype`, for tools that compute with a model."""
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="type of weights and activations: float32, the default, for figures to report; bfloat16 for many texts",
+    )  # fmt: skip
+
+
 def run_tool(
     work: Callable[[argparse.Namespace], None],
     arguments: argparse.Namespace,

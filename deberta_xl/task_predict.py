@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,11 +35,20 @@ COLUMNS = {"choice": ("context", None), "span": ("context", "question"), "token"
 class Predictor:
     """Fine-tuned models of one task. Every rank holds them whole, and predicts its share of the examples."""
 
-    def __init__(self, checkpoints: Sequence[Path], launch: Launch, device: torch.device, micro_batch_size: int):
+    def __init__(
+        self,
+        checkpoints: Sequence[Path],
+        launch: Launch,
+        device: torch.device,
+        micro_batch_size: int,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ):
         """Raises ConfigError when the checkpoints do not belong to one task and tokenizer, CheckpointError as usual."""
         self.launch, self.device, self.micro_batch_size = launch, device, micro_batch_size
         folders = [find_finetuned(checkpoint) for checkpoint in checkpoints]
-        self.models = [DebertaForTask.from_pretrained(folder).to(device) for folder in folders]
+        self.models = [
+            DebertaForTask.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device) for folder in folders
+        ]
         tokenizers = [Tokenizer.load(find_tokenizer(folder)) for folder in folders]
         self.facts, self.tokenizer = self.models[0].facts, tokenizers[0]
         for checkpoint, model, tokenizer in zip(checkpoints, self.models, tokenizers, strict=True):

@@ -22,7 +22,7 @@ import numpy as np
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.command_line import add_precision, build_parser, run_tool
 from deberta_xl.checkpoint.named_folder import tokenizer_for
 from deberta_xl.config import DataSection, RunConfig
 from deberta_xl.config_file import load_run_config
@@ -51,6 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max_samples", type=int, default=0, help="rows to use; 0, the default, uses all")
     parser.add_argument("--micro_batch_size", type=int, default=8, help="rows in one forward (default: 8)")
+    add_precision(parser)
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="tokenizer, if the checkpoint has none")
     parser.add_argument("--seed", type=int, help=f"seed of the masks (default: the run's own, or {DEFAULT_SEED})")
     parser.add_argument(
@@ -92,11 +93,13 @@ def read_unigram(asked: str | None, run_config: RunConfig | None, tokenizer: Tok
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate and print, as text and as one line of JSON."""
+    import torch
+
     at_least(0, max_samples=arguments.max_samples, seed=arguments.seed)
     at_least(1, micro_batch_size=arguments.micro_batch_size)
     launch = read_launch()
     store = TokenStore(arguments.data)
-    model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
+    model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint, dtype=getattr(torch, arguments.dtype))
     run_config = read_run(arguments.checkpoint)
     length = choose_length(arguments, run_config, model.config.max_position_embeddings)
     tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)

@@ -20,7 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.command_line import add_precision, build_parser, run_tool
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_labels import labels_to_score
 from deberta_xl.data.task_metrics import check_defined, evaluate_metrics
@@ -45,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", help="another task with the same labels than the model's own")
     parser.add_argument("--output", type=Path, help="folder for predictions and the benchmark's file")
     parser.add_argument("--micro_batch_size", type=int, default=16, help="examples in one forward (default: 16)")
+    add_precision(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
 
@@ -70,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     launch = read_launch()
     if arguments.output is not None:
         check_output_folder(arguments.output)
-    predictor = Predictor(arguments.checkpoints, launch, join_ranks(launch), arguments.micro_batch_size)
+    device, size = join_ranks(launch), arguments.micro_batch_size
+    predictor = Predictor(arguments.checkpoints, launch, device, size, arguments.dtype)
     task = choose_task(arguments.task, predictor)
     inputs = [path for source in task.sources for path in source.paths(arguments.data, arguments.split)]
     for name in files_of(task, arguments.split) if arguments.output is not None else ():

@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.command_line import add_precision, build_parser, run_tool
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.launch import read_launch
 from deberta_xl.output_file import check_output, is_stream, open_output, report_stream
@@ -36,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--output", required=True, type=Path, help=".jsonl file to write; a pipe or a device is written to, too"
     )
     parser.add_argument("--micro_batch_size", type=int, default=16, help="examples in one forward (default: 16)")
+    add_precision(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
 
@@ -49,7 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     elif launch.world_size > 1:
         raise ConfigError(f"--input {arguments.input}: {launch.world_size} ranks cannot share a pipe; write a file")
     check_output(arguments.output, [arguments.input, *arguments.checkpoints])
-    predictor = Predictor(arguments.checkpoints, launch, join_ranks(launch), arguments.micro_batch_size)
+    device, size = join_ranks(launch), arguments.micro_batch_size
+    predictor = Predictor(arguments.checkpoints, launch, device, size, arguments.dtype)
     lines = predictor.predict_file(arguments.input)
     if launch.rank:
         for _ in lines:
