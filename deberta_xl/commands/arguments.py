@@ -13,7 +13,7 @@ from deberta_xl.log import take_any_character
 from deberta_xl.settings_reference import Help
 
 
-def build_parser(description: str, example: str, root: type[Config]) -> argparse.ArgumentParser:
+def training_parser(description: str, example: str, root: type[Config]) -> argparse.ArgumentParser:
     """The options that every training command has; `root` is its configuration's class. Use `parse` with it."""
     take_any_character()  # --help is shown before anything else
     formatter = argparse.RawDescriptionHelpFormatter

@@ -13,7 +13,7 @@ import numpy as np
 
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.checkpoint.manifest import step_folders
-from deberta_xl.commands.arguments import build_parser, parse
+from deberta_xl.commands.arguments import parse, training_parser
 from deberta_xl.commands.inputs import Inputs, read_layout
 from deberta_xl.commands.task_data import TRAIN, examples_fingerprint, read_examples, tokenize_all
 from deberta_xl.config import ScheduleSection
@@ -50,7 +50,7 @@ has the rest."""
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; --task, --data and --init are other words for keys of the configuration."""
     description = "Fine-tune a DeBERTa on DeepSpeed, with SiFT or without."
-    parser = build_parser(description, EXAMPLE, FinetuneConfig)
+    parser = training_parser(description, EXAMPLE, FinetuneConfig)
     parser.add_argument("--task", help=f"a TOML file, or one of: {', '.join(task_names())}")
     parser.add_argument("--data", help="folder with the task's files")
     parser.add_argument("--init", help="folder of the pretrained (or fine-tuned) model to start from")

@@ -12,7 +12,7 @@ from typing import Any
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import step_folders
-from deberta_xl.commands.arguments import build_parser, parse
+from deberta_xl.commands.arguments import parse, training_parser
 from deberta_xl.commands.inputs import Inputs, read_layout
 from deberta_xl.config import ModelSection, RunConfig
 from deberta_xl.config_file import complete_config, load_run_config, model_folder
@@ -39,7 +39,7 @@ Every key of the configuration can be overridden: --help SECTION shows them, and
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     description = "Pretrain a DeBERTa with enhanced mask decoder on DeepSpeed."
-    return parse(build_parser(description, EXAMPLE, RunConfig), arguments)
+    return parse(training_parser(description, EXAMPLE, RunConfig), arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
