@@ -229,7 +229,7 @@ class EvaluationSection:
     interval: int = 1000
     """Steps between two evaluations; one more is made at the end."""
     max_samples: int = 2048
-    """Rows of the held-out dataset to use; 0 uses all."""
+    """Rows of the held-out dataset to use, from all over it and the same ones in every run; 0 uses all."""
 
     def __post_init__(self) -> None:
         at_least(1, interval=self.interval)

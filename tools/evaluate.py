@@ -2,7 +2,8 @@
 
 CHECKPOINT is a run folder (its newest whole checkpoint), a step or weights folder, or a folder in the original
 release's or Hugging Face's layout. DATA is the prefix of a dataset made by tools/preprocess.py with the same tokenizer.
-Masks are fixed, so that checkpoints can be compared; the numbers do not depend on the number of ranks.
+Order and masks of the rows are fixed, and those of every run's own evaluations, so that checkpoints and runs can be
+compared; the numbers do not depend on the number of ranks.
 
 examples:
   python tools/evaluate.py runs/first data/valid
@@ -27,7 +28,7 @@ from deberta_xl.checkpoint.named_folder import tokenizer_for
 from deberta_xl.config import DataSection, RunConfig
 from deberta_xl.config_file import load_run_config
 from deberta_xl.data.errors import TokenStoreError
-from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.loader import HELD_OUT_SEED, PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.unigram import log_unigram, token_counts
@@ -38,8 +39,6 @@ from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.strict import at_least
 from deberta_xl.training.joining import join_ranks
 
-DEFAULT_SEED = 1
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -49,11 +48,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sequence_length", type=int, help="tokens in a row (default: the run's own, or the longest possible)"
     )
-    parser.add_argument("--max_samples", type=int, default=0, help="rows to use; 0, the default, uses all")
+    parser.add_argument("--max_samples", type=int, default=0, help="rows to use, from all over DATA (default: 0 = all)")
     parser.add_argument("--micro_batch_size", type=int, default=8, help="rows in one forward (default: 8)")
     add_precision(parser)
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="tokenizer, if the checkpoint has none")
-    parser.add_argument("--seed", type=int, help=f"seed of the masks (default: the run's own, or {DEFAULT_SEED})")
     parser.add_argument(
         "--train", metavar="DATA", help="training dataset, for the loss of its unigram (default: the run's own)"
     )
@@ -95,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate and print, as text and as one line of JSON."""
     import torch
 
-    at_least(0, max_samples=arguments.max_samples, seed=arguments.seed)
+    at_least(0, max_samples=arguments.max_samples)
     at_least(1, micro_batch_size=arguments.micro_batch_size)
     launch = read_launch()
     store = TokenStore(arguments.data)
@@ -106,8 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise ConfigError(f"the tokenizer has {sizes}; give the one that the model was trained with")
-    seed = arguments.seed if arguments.seed is not None else run_config.train.seed if run_config else DEFAULT_SEED
-    data = PretrainingData(store, tokenizer, run_config.data if run_config else DataSection(), length, seed)
+    data = PretrainingData(store, tokenizer, run_config.data if run_config else DataSection(), length, HELD_OUT_SEED)
     data.check_held_out(arguments.max_samples)
     unigram = read_unigram(arguments.train, run_config, tokenizer) if launch.rank == 0 else None
     device = join_ranks(launch)

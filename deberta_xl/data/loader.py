@@ -26,6 +26,8 @@ from deberta_xl.data.unigram import log_unigram, token_counts
 Item = TypeVar("Item")
 
 
+HELD_OUT_SEED = 0x48454C44
+"""Seed of the order and the masks of held-out rows; no run's own, so that all runs are measured on the same thing."""
 CHECKED_TOKENS, CHECKED_ROWS = 2**20, 64
 """Read at a time when a dataset is searched for something to predict; nearly always the first part has it."""
 
@@ -44,8 +46,8 @@ class Batch(NamedTuple):
 class PretrainingData:
     """A dataset, packed into rows, shuffled and masked.
 
-    A row's mask depends on (seed, epoch, row). Raises TokenStoreError for a dataset of another tokenizer, and for an id
-    outside the vocabulary.
+    Order and masks of training come from (seed, epoch, row), those of evaluation from the dataset alone. Raises
+    TokenStoreError for a dataset of another tokenizer, and for an id outside the vocabulary.
     """
 
     def __init__(
@@ -99,13 +101,14 @@ class PretrainingData:
         )
 
     def check_held_out(self, max_samples: int) -> None:
-        """Raise TokenStoreError when none of the first `max_samples` rows (0: of all) has a token to predict.
+        """Raise TokenStoreError when none of `max_samples` rows (0: of all) has a token to predict in evaluation.
 
         Rows of less than 1 / mask_probability tokens have one by chance only.
         """
         num_rows = min(self.num_rows, max_samples or self.num_rows)
         if any(
-            self.fixed_batch(row, CHECKED_ROWS, end=num_rows).labels.any() for row in range(0, num_rows, CHECKED_ROWS)
+            self.held_out_batch(place, CHECKED_ROWS, end=num_rows).labels.any()
+            for place in range(0, num_rows, CHECKED_ROWS)
         ):
             return
         raise TokenStoreError(
@@ -116,23 +119,24 @@ class PretrainingData:
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """The global samples first_sample … first_sample + count − 1 of the run, shuffled anew in each epoch."""
-        epochs, rows = sample_rows(self.seed, self.num_rows, first_sample, count)
-        return self.masked(rows, epochs)
+        return self.shuffled(self.seed, first_sample, count)
 
-    def fixed_batch(self, first_row: int, count: int, end: int | None = None) -> Batch:
-        """The rows first_row … first_row + count − 1 in the order of the dataset, always masked alike: for evaluation.
+    def held_out_batch(self, first: int, count: int, end: int | None = None) -> Batch:
+        """The places first … first + count − 1 of a fixed order of the rows, always masked alike: for evaluation.
 
-        Rows from `end` (the number of rows) on are all padding, so that every rank can be given equally many batches
+        The order is a permutation, so that its first rows come from all over the dataset, whatever it was joined from.
+        Places from `end` (the number of rows) on are all padding, so that every rank can be given equally many batches
         of one shape.
         """
-        rows = np.arange(first_row, min(first_row + count, self.num_rows if end is None else end))
-        missing = count - len(rows)
-        if len(rows) == 0:
+        present = min(count, (self.num_rows if end is None else end) - first)
+        if present <= 0:
             return Batch(*np.zeros((3, count, self.packed_rows.sequence_length), np.int64))
-        return Batch(*(np.pad(part, ((0, missing), (0, 0))) for part in self.masked(rows, np.zeros_like(rows))))
+        batch = self.shuffled(HELD_OUT_SEED, first, present)
+        return Batch(*(np.pad(part, ((0, count - present), (0, 0))) for part in batch))
 
-    def masked(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
-        """The given rows, masked as in the given epochs."""
+    def shuffled(self, seed: int, first_sample: int, count: int) -> Batch:
+        """The samples first_sample … first_sample + count − 1 of the order that `seed` gives, masked."""
+        epochs, rows = sample_rows(seed, self.num_rows, first_sample, count)
         input_ids, segments = self.packed_rows.rows(rows)
         outside = (input_ids < 0) | (input_ids >= self.tokenizer.vocab_size)
         if np.any(outside):
@@ -140,7 +144,7 @@ class PretrainingData:
                 f"dataset {self.store.prefix} holds token id {input_ids[outside][0]}, outside the tokenizer's "
                 f"0 … {self.tokenizer.vocab_size - 1}; it is damaged or was made with another tokenizer"
             )
-        masked, labels = self.masker.mask(input_ids, segments, derive(self.seed, epochs, rows))
+        masked, labels = self.masker.mask(input_ids, segments, derive(seed, epochs, rows))
         if self.attend_across_documents:
             segments = np.minimum(segments, 1)
         return Batch(masked, segments, labels)

@@ -69,7 +69,7 @@ def predict_with(model: Callable[..., MaskedLMOutput], device: torch.device) -> 
 def evaluation_batches(
     data: PretrainingData, *, max_samples: int, micro_batch_size: int, rank: int, size: int
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of the first `max_samples` rows (0: of all).
+    """This rank's micro-batches of the first `max_samples` rows (0: of all) in the order of evaluation.
 
     All ranks get equally many, since parameters partitioned over ranks need every rank in every forward: ranks that
     have run out get batches of padding, without labels. All batches have one shape, as a pipeline needs them.
@@ -77,7 +77,7 @@ def evaluation_batches(
     num_rows = min(data.num_rows, max_samples or data.num_rows)
     for turn in range(rank, size * batches_per_rank(num_rows, micro_batch_size, size), size):
         start = turn * micro_batch_size
-        yield build_micro_batch(data.fixed_batch(start, micro_batch_size, end=num_rows), pin=False)
+        yield build_micro_batch(data.held_out_batch(start, micro_batch_size, end=num_rows), pin=False)
 
 
 def batches_per_rank(num_rows: int, micro_batch_size: int, size: int) -> int:
@@ -100,7 +100,7 @@ def evaluate(
     log_unigram: np.ndarray | None = None,
     guard: Callable[[Iterator[MicroBatch]], Iterator[MicroBatch]] = iter,
 ) -> Evaluation:
-    """Evaluate what `predict` says of rows in their order, under fixed masks.
+    """Evaluate what `predict` says of rows in a fixed order, under fixed masks.
 
     `log_unigram` is `data/unigram.py`'s of the training set, where `unigram_entropy` is wanted. `guard` is what the
     batches go through on their way, and may end the evaluation. Collective over the `size` ranks of `group` (all ranks

@@ -6,7 +6,7 @@ import pytest
 
 from deberta_xl.config import DataSection
 from deberta_xl.data.errors import TokenStoreError
-from deberta_xl.data.loader import Batch, PretrainingData, prefetch, rank_samples
+from deberta_xl.data.loader import HELD_OUT_SEED, Batch, PretrainingData, prefetch, rank_samples
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import Tokenizer
@@ -74,17 +74,43 @@ def test_seeds_give_other_orders(store, tokenizer):
     assert not np.array_equal(a.segments, b.segments) or not np.array_equal(a.labels, b.labels)
 
 
-def test_evaluation_rows_are_fixed_ordered_and_padded_behind_the_end(store, tokenizer):
+def unmasked(batch: Batch) -> np.ndarray:
+    """The text of a batch."""
+    return np.where(batch.labels > 0, batch.labels, batch.input_ids)
+
+
+def test_evaluation_sees_every_row_once_in_a_fixed_order_and_padding_behind_the_end(store, tokenizer):
     data = load(store, tokenizer)
-    batch = data.fixed_batch(0, data.num_rows)
-    unmasked = np.where(batch.labels > 0, batch.labels, batch.input_ids)
-    assert np.array_equal(unmasked, data.packed_rows.rows(np.arange(data.num_rows))[0])
+    batch = data.held_out_batch(0, data.num_rows)
+    rows = data.packed_rows.rows(np.arange(data.num_rows))[0]
+    assert not np.array_equal(unmasked(batch), rows)
+    assert sorted(map(bytes, unmasked(batch))) == sorted(map(bytes, rows))
     last = data.num_rows - 1
-    beyond = data.fixed_batch(last, 3)
+    beyond = data.held_out_batch(last, 3)
     assert_equal(Batch(*(part[:1] for part in beyond)), Batch(*(part[last:] for part in batch)))
-    for part in (*(part[1:] for part in beyond), *data.fixed_batch(data.num_rows + 5, 2)):
+    for part in (*(part[1:] for part in beyond), *data.held_out_batch(data.num_rows + 5, 2)):
         assert part.shape == (2, 48)
         assert not part.any()
+
+
+def test_runs_of_two_seeds_are_measured_on_the_same_rows_and_masks(store, tokenizer):
+    one, two = (load(store, tokenizer, seed=seed) for seed in (1, 2))
+    assert_equal(one.held_out_batch(0, 9), two.held_out_batch(0, 9))
+    assert_equal(one.held_out_batch(0, 9), load(store, tokenizer, seed=HELD_OUT_SEED).batch(0, 9))
+    assert not np.array_equal(one.batch(0, 9).labels, two.batch(0, 9).labels)
+
+
+def test_the_first_evaluation_rows_of_two_joined_files_come_from_both(tokenizer, tmp_path):
+    with TokenStoreWriter(tmp_path / "joined", tokenizer=tokenizer) as writer:
+        for piece in (20, 30):
+            for _ in range(100):
+                writer.add(np.full(40, piece))
+        writer.finish()
+    data = load(TokenStore(tmp_path / "joined"), tokenizer)
+    for max_samples in (10, 40):
+        batch = data.held_out_batch(0, max_samples)
+        of_second = np.any(unmasked(batch) == 30, axis=1).sum()
+        assert 0.2 < of_second / max_samples < 0.8
 
 
 def test_attention_across_documents_only_flattens_the_segments(store, tokenizer):

@@ -115,12 +115,12 @@ class Masks(NamedTuple):
 
 def masks_of(data: PretrainingData, epochs: int) -> Masks:
     """Masks of all rows in some epochs."""
-    rows = np.arange(data.num_rows)
-    batch = Batch(*map(np.concatenate, zip(*(data.masked(rows, rows * 0 + e) for e in range(epochs)), strict=True)))
+    rows = data.num_rows
+    batch = Batch(*map(np.concatenate, zip(*(data.batch(epoch * rows, rows) for epoch in range(epochs)), strict=True)))
     is_label = batch.labels > 0
     edges = np.diff(np.pad(is_label.astype(int), ((0, 0), (1, 1))), axis=1)
     spans = np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
-    unknown = np.count_nonzero(batch.input_ids[: len(rows)] == data.tokenizer.unk_id)
+    unknown = np.count_nonzero(batch.input_ids[:rows] == data.tokenizer.unk_id)
     num_tokens = np.count_nonzero(batch.segments)
     labels_per_row = is_label.sum(axis=1)[np.count_nonzero(batch.segments, axis=1) * 0.15 >= 1]
     return Masks(is_label.sum() / num_tokens, labels_per_row, np.repeat(spans, spans), unknown)

@@ -42,7 +42,9 @@ def test_ranks_cover_every_row_once_in_equally_many_batches(data, max_samples, m
     options = {"max_samples": max_samples, "micro_batch_size": micro}
     per_rank = [list(evaluation_batches(data, rank=rank, size=size, **options)) for rank in range(size)]
     assert len({len(batches) for batches in per_rank}) == 1
-    expected = data.fixed_batch(0, max_samples or data.num_rows)
+    expected = data.held_out_batch(0, max_samples or data.num_rows)
+    seen = [row for batches in per_rank for batch in batches for row in batch.input_ids_BS if row.any()]
+    assert sorted(map(bytes, map(torch.Tensor.numpy, seen))) == sorted(map(bytes, expected.input_ids))
     labels = sum(batch.num_labels for batches in per_rank for batch in batches)
     assert labels == (expected.labels > 0).sum()
 
