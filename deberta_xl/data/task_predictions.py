@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deberta_xl.data.entity_tags import outside_of
-from deberta_xl.data.task_features import Feature, TaskData
+from deberta_xl.data.task_features import TaskData
+from deberta_xl.data.task_framing import Feature
 from deberta_xl.errors import UserError
 
 NUM_BEST = 20
