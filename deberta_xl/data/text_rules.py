@@ -65,3 +65,7 @@ class TextRules:
     def from_json(cls, fields: dict[str, Any]) -> TextRules:
         """From `to_json`. Raises KeyError or TypeError for anything else."""
         return cls(**fields | {"added": tuple(AddedToken(**token) for token in fields["added"])})
+
+
+PLAIN = TextRules()
+"""None at all."""

@@ -23,20 +23,16 @@ import sentencepiece
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.foreign_tokenizer import model_vocab_size, read_rules
 from deberta_xl.data.ruled_encoder import RuledEncoder
-from deberta_xl.data.text_rules import TextRules
+from deberta_xl.data.text_rules import PLAIN, TextRules
 from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, remedy, unread_files
+from deberta_xl.data.tokenizer_settings import TokenizerSettings
 from deberta_xl.data.words import BEGINS, WORD_MARK, begins_word, word_flags
 from deberta_xl.durable import partial, publish, remove, write_files
-from deberta_xl.small_file import read_json, read_small
+from deberta_xl.small_file import read_small
 
 #: The specials by id; [MASK] comes after the pieces.
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"
-
-SETTINGS_VERSION = 1
-VERSION_WITH_RULES = 2
-"""Of a tokenizer with rules, which a program that knows only version 1 must not pass over."""
-PLAIN = TextRules()
 
 
 class Tokenizer:
@@ -151,12 +147,12 @@ class Tokenizer:
         if not settings_path.is_file():
             vocab_size = vocab_size or model_vocab_size(folder)
         else:
-            settings = read_settings(settings_path)
-            if settings["spm_sha256"] != hashlib.sha256(spm_model).hexdigest():
+            settings = TokenizerSettings.read(settings_path)
+            if settings.spm_sha256 != hashlib.sha256(spm_model).hexdigest():
                 raise TokenizerError(f"{model_path} is damaged, or not the model that {SETTINGS_FILE} was written for")
-            if vocab_size not in (None, settings["vocab_size"]):
-                raise TokenizerError(f"vocab_size={vocab_size}, but {settings_path} says {settings['vocab_size']}")
-            vocab_size, rules = settings["vocab_size"], settings["rules"]
+            if vocab_size not in (None, settings.vocab_size):
+                raise TokenizerError(f"vocab_size={vocab_size}, but {settings_path} says {settings.vocab_size}")
+            vocab_size, rules = settings.vocab_size, settings.rules
             if foreign is not None and foreign.effective() != rules.effective():
                 raise TokenizerError(
                     f"by {settings_path} the tokenizer {rules.describe()}; by the other files beside it, it "
@@ -177,25 +173,13 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """Name → content of the folder's files."""
-        settings = json.dumps(self.settings(), indent=2) + "\n"
-        return {MODEL_FILE: self.spm_model, SETTINGS_FILE: settings.encode()}
+        settings = TokenizerSettings(self.vocab_size, hashlib.sha256(self.spm_model).hexdigest(), self.rules)
+        return {MODEL_FILE: self.spm_model, SETTINGS_FILE: settings.content(self.num_pieces)}
 
     @functools.cached_property
     def encoder(self) -> RuledEncoder:
         """Text to ids step by step: slower than SentencePiece in one go, and aware of rules and places."""
         return RuledEncoder(self.spm_model, self.processor, self.rules)
-
-    def settings(self) -> dict[str, Any]:
-        """What `tokenizer_settings.json` holds."""
-        rules = {} if self.rules.is_plain else {"rules": self.rules.to_json()}
-        return {
-            "version": VERSION_WITH_RULES if rules else SETTINGS_VERSION,
-            "vocab_size": self.vocab_size,
-            "pieces": self.num_pieces,
-            "mask_id": self.mask_id,
-            "spm_sha256": hashlib.sha256(self.spm_model).hexdigest(),
-            **rules,
-        }
 
     @property
     def fingerprint(self) -> str:
@@ -290,23 +274,3 @@ def tokenizer_contents(folder: Path) -> dict[str, bytes]:
     Raises TokenizerError as `Tokenizer.load` does.
     """
     return Tokenizer.load(folder).files() if (folder / MODEL_FILE).is_file() else unread_files(folder)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """`tokenizer_settings.json`, checked."""
-    try:
-        settings = read_json(path)
-        version = settings["version"]
-        complete = {"vocab_size", "spm_sha256"} <= settings.keys()
-    except (ValueError, KeyError, TypeError) as error:
-        raise TokenizerError(f"{path} is damaged: {error!r}; restore it, or train the tokenizer again") from error
-    if version not in (SETTINGS_VERSION, VERSION_WITH_RULES) or not complete:
-        raise TokenizerError(
-            f"{path} has format version {version}; this program reads versions {SETTINGS_VERSION} and "
-            f"{VERSION_WITH_RULES} (vocab_size and spm_sha256 are required)"
-        )
-    try:
-        rules = TextRules.from_json(settings["rules"]) if version == VERSION_WITH_RULES else PLAIN
-    except (KeyError, TypeError) as error:
-        raise TokenizerError(f"{path} is damaged: {error!r}; restore it") from None
-    return settings | {"rules": rules}

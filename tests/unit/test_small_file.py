@@ -16,7 +16,7 @@ from deberta_xl.checkpoint.manifest import file_facts, write_manifest
 from deberta_xl.checkpoint.native_config import read_native_config
 from deberta_xl.checkpoint.tensor_files import read_index
 from deberta_xl.data.token_store_format import read_manifest as read_dataset_manifest
-from deberta_xl.data.tokenizer import read_settings
+from deberta_xl.data.tokenizer_settings import TokenizerSettings
 from deberta_xl.errors import UserError
 from deberta_xl.settings_file import read_toml
 from deberta_xl.small_file import read_small
@@ -29,7 +29,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "config.json": lambda path: read_config_fields(path.parent),
     "native config.json": read_native_config,
     "head.json": lambda path: read_head(path.parent),
-    "tokenizer_settings.json": read_settings,
+    "tokenizer_settings.json": TokenizerSettings.read,
     "train.manifest.json": read_dataset_manifest,
     "model.safetensors.index.json": read_index,
     "run.toml": read_toml,
