@@ -31,7 +31,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 from deberta_xl.command_line import build_parser, run_tool
 from deberta_xl.child_process import run_to_end
 from deberta_xl.data.corpus import expand_inputs, iterate_documents
-from deberta_xl.data.preprocessing import is_held_out
+from deberta_xl.data.documents import is_held_out
 from deberta_xl.data.questions import Question, questions
 from deberta_xl.data.text_form import TextForm, look_at
 from deberta_xl.data.tokenizer import Tokenizer

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deberta_xl.data.documents import is_held_out
 from deberta_xl.data.entity_tags import scheme_of
-from deberta_xl.data.preprocessing import is_held_out
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_labels import labels_of
 from deberta_xl.data.task_metrics import check_defined

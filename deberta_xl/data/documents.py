@@ -1,8 +1,9 @@
-"""Where a document of a text ends: at blank lines, at every line, at the file's end, or after some characters."""
+"""Where a document of a text ends (at blank lines, every line, the file's end, some length), and which are held out."""
 
 from __future__ import annotations
 
 import codecs
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -29,6 +30,14 @@ class Record(NamedTuple):
     """Number of its first line, from 1."""
     data: bytes | None
     """Its bytes; None when it is too long."""
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the held-out dataset: decided by a hash of its text, so copies stay together."""
+    if not share:
+        return False
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2.0**64
 
 
 def filled(lines: Iterator[Record]) -> Iterator[Record]:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from deberta_xl.data.characters import CharacterCounts
 from deberta_xl.data.corpus import TextFile, iterate_documents
+from deberta_xl.data.documents import is_held_out
 from deberta_xl.data.errors import CorpusError
-from deberta_xl.data.preprocessing import is_held_out
 from deberta_xl.data.tokenizer_rules import ALPHABET_CHARACTERS
 from deberta_xl.errors import counted
 

@@ -19,7 +19,7 @@ from deberta_xl.checkpoint.convert import Conversion, convert, open_pretrained
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.verify import compare_tokenizers
 from deberta_xl.data.errors import TokenizerError
-from deberta_xl.data.preprocessing import BatchTokenizer, worker_arguments
+from deberta_xl.data.token_batches import BatchTokenizer, worker_arguments
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_training import train_tokenizer
 from deberta_xl.fill_mask import encode_with_masks

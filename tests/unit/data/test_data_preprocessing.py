@@ -4,9 +4,10 @@ import os
 import numpy as np
 import pytest
 
-from deberta_xl.data import preprocessing
+from deberta_xl.data import token_batches
+from deberta_xl.data.documents import is_held_out
 from deberta_xl.data.errors import CorpusError, DataError
-from deberta_xl.data.preprocessing import Preprocessing, is_held_out, preprocess
+from deberta_xl.data.preprocessing import Preprocessing, preprocess
 from deberta_xl.data.token_store import TokenStore
 
 
@@ -46,7 +47,7 @@ def test_documents_are_tokenised_in_order_and_everything_is_counted(corpus, toke
 
 
 def test_the_output_is_the_same_for_any_number_of_workers(corpus, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing, "BATCH_RECORDS", 7)
+    monkeypatch.setattr(token_batches, "BATCH_RECORDS", 7)
     summaries = []
     for workers in (1, 3):
         outputs = tmp_path / f"data{workers}", tmp_path / f"valid{workers}"
@@ -110,7 +111,7 @@ def die(batch):
 
 
 def test_a_killed_worker_is_reported_and_leaves_nothing(corpus, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing, "work_in_worker", die)
+    monkeypatch.setattr(token_batches, "work_in_worker", die)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(DataError, match="a worker process was killed"):
         preprocess(corpus, Preprocessing(tokenizer, tmp_path / "data", workers=2))

@@ -7,8 +7,8 @@ import pytest
 from invented_text import sample
 
 from deberta_xl.data.corpus import iterate_documents
+from deberta_xl.data.documents import is_held_out
 from deberta_xl.data.errors import CorpusError
-from deberta_xl.data.preprocessing import is_held_out
 from deberta_xl.data.questions import ask, columns, questions, sentences
 from deberta_xl.data.text_form import look_at
 from deberta_xl.data.tokenizer_training import train_tokenizer
