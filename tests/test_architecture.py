@@ -73,14 +73,14 @@ FLOORS = {
     "model": Floor(1, "1a"),
     "data": Floor(1, "1b"),
     "parallel": Floor(2, "2"),
-    "checkpoint": Floor(3, "3"),
+    "checkpoint": Floor(3, "3a"),
+    "planning": Floor(3, "3b"),
     "objectives": Floor(4, "4"),
     "training": Floor(5, "5"),
     "__init__": Floor(6, "top"),
     "__main__": Floor(6, "top"),
     "commands": Floor(6, "top"),
     "pretrained": Floor(6, "top"),
-    "outlook": Floor(6, "top"),
     "pretrain": Floor(6, "top"),
     "finetune": Floor(6, "top"),
     "finetuned": Floor(6, "top"),
@@ -92,6 +92,7 @@ FORBIDDEN_IMPORTS = {
     "0": ("torch", "deepspeed", "megatron", "numpy"),
     "1a": ("torch.distributed", "deepspeed", "megatron", "mpi4py"),
     "1b": ("torch", "deepspeed", "megatron"),
+    "3b": ("torch", "deepspeed", "megatron"),
 }
 PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
 

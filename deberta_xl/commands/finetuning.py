@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,9 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.finetune_config import FinetuneConfig, SiftSection
 from deberta_xl.log import rank_zero
-from deberta_xl.model.parameter_shapes import task_parameter_shapes
 from deberta_xl.parallel.grid import check_divisible
-from deberta_xl.parallel.memory import RankMemory, estimate_task_memory
+from deberta_xl.planning.outlook import Outlook
+from deberta_xl.planning.workload import task_workload
 
 if TYPE_CHECKING:
     from deberta_xl.checkpoint.foreign_heads import Pooling
@@ -91,9 +92,16 @@ class FinetuningInputs(Inputs):
         }
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of encoder and head."""
-        return task_parameter_shapes(self.architecture, self.head.head)
+    def outlook(self) -> Outlook:
+        """Of examples as long as they may be."""
+        config, data = self.config, self.train_data
+        work = task_workload(self.architecture, self.head.head, config, num_options=len(data.features[0].rows))
+        split = work.split(1, config.train.micro_batch_size)
+        # One at each interval, and one whenever an evaluation is the best so far.
+        evaluation_interval = config.evaluation.interval or len(data) / config.train.global_batch_size
+        regular = math.ceil(self.total_steps / config.checkpoint.interval)
+        num_saves = min(regular + math.ceil(self.total_steps / evaluation_interval), self.total_steps)
+        return Outlook(work, config, self.engine, self.grid, split, self.total_steps, num_saves)
 
     @property
     def model_in_words(self) -> str:
@@ -113,14 +121,6 @@ class FinetuningInputs(Inputs):
         windows = f" in {counted(len(data), 'window')}" if len(data) != len(data.examples) else ""
         examples = counted(len(data.examples), "example")
         return f"{read / len(data):.2f} epochs of {examples}{windows}; held out: {held_out}"
-
-    def memory(self) -> Iterator[tuple[str, RankMemory]]:
-        """Of every rank."""
-        num_options = len(self.train_data.features[0].rows)
-        yield (
-            "",
-            estimate_task_memory(self.architecture, self.head.head, self.config, self.engine, self.grid, num_options),
-        )
 
     def print_more(self) -> None:
         """What SiFT does."""

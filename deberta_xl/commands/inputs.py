@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.commands.arguments import launch_of
+from deberta_xl.commands.outlook import print_memory, print_outlook
 from deberta_xl.config import RunConfig
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
@@ -20,7 +20,8 @@ from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.parallel.grid import Grid
-from deberta_xl.parallel.memory import RankMemory
+from deberta_xl.planning.hardware import device_gibibytes
+from deberta_xl.planning.outlook import Outlook
 
 
 class Layout(NamedTuple):
@@ -37,6 +38,7 @@ def read_layout(arguments: argparse.Namespace, config: RunConfig | FinetuneConfi
     launch = launch_of(arguments)
     grid = Grid.for_run(launch.rank, launch.world_size, config.parallel)
     engine.agree(grid.data_parallel_size, config)
+    device_gibibytes()  # refused here where it is none, not when it is told
     return Layout(engine, launch, grid)
 
 
@@ -60,8 +62,8 @@ class Inputs(ABC):
 
     @property
     @abstractmethod
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Parameter of the plain model -> its shape."""
+    def outlook(self) -> Outlook:
+        """What the run takes."""
 
     @property
     @abstractmethod
@@ -79,10 +81,6 @@ class Inputs(ABC):
         """How much is read in all, of what."""
 
     @abstractmethod
-    def memory(self) -> Iterator[tuple[str, RankMemory]]:
-        """Of each kind of rank, named where there are several: what it is estimated to need."""
-
-    @abstractmethod
     def print_more(self) -> None:
         """Whatever else is to be known of the run, on rank 0."""
 
@@ -90,13 +88,12 @@ class Inputs(ABC):
 def print_description(inputs: Inputs) -> None:
     """What the run is going to be: sizes, ranks, samples, on rank 0."""
     config, train, ranks = inputs.config, inputs.config.train, inputs.grid.data_parallel_size
-    num_parameters = sum(map(math.prod, inputs.shapes.values()))
-    rank_zero("model: %s parameters, %s", f"{num_parameters:,}", inputs.model_in_words)
+    outlook = inputs.outlook
+    rank_zero("model: %s parameters, %s", f"{outlook.work.num_parameters:,}", inputs.model_in_words)
     sliced = ", sequence divided" if config.parallel.sequence_parallel else ""
     zero = f"ZeRO-{inputs.engine.zero_stage} in {inputs.engine.precision}"
     rank_zero("ranks: %s%s, %s", inputs.grid.describe(), sliced, zero)
-    for whose, needed in inputs.memory():
-        rank_zero("each rank%s: %s estimated", whose, needed.describe())
+    print_memory(outlook)
     rank_zero(
         "step: %s (micro-batch %d x %d accumulated x %s)",
         inputs.batch_in_words, train.micro_batch_size, train.gradient_accumulation_steps(ranks),
@@ -106,3 +103,4 @@ def print_description(inputs: Inputs) -> None:
     interval = counted(config.checkpoint.interval, "step").removeprefix("1 ")
     rank_zero("run folder: %s (checkpoint every %s)", config.run.folder, interval)
     inputs.print_more()
+    print_outlook(outlook)

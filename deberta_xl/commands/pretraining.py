@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
 from deberta_xl.commands.inputs import Inputs, read_layout
+from deberta_xl.commands.outlook import slips
 from deberta_xl.config import ModelSection, RunConfig
 from deberta_xl.config_file import complete_config, load_run_config, model_folder
 from deberta_xl.data.loader import PretrainingData
@@ -21,11 +23,10 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.log import rank_zero
-from deberta_xl.model.parameter_shapes import parameter_shapes
-from deberta_xl.outlook import device_gibibytes, print_outlook
 from deberta_xl.parallel.grid import check_divisible, check_stages
-from deberta_xl.parallel.memory import RankMemory, estimate_memory
-from deberta_xl.parallel.stages import Split, split_model
+from deberta_xl.parallel.stages import Split
+from deberta_xl.planning.outlook import Outlook
+from deberta_xl.planning.workload import masked_lm_workload
 
 EXAMPLE = """\
 example:
@@ -63,9 +64,11 @@ class PretrainingInputs(Inputs):
         }
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of encoder, decoder and head."""
-        return parameter_shapes(self.architecture)
+    def outlook(self) -> Outlook:
+        """Of full rows."""
+        work = masked_lm_workload(self.architecture, self.config)
+        num_saves = math.ceil(self.total_steps / self.config.checkpoint.interval)
+        return Outlook(work, self.config, self.engine, self.grid, self.split, self.total_steps, num_saves)
 
     @property
     def model_in_words(self) -> str:
@@ -85,26 +88,19 @@ class PretrainingInputs(Inputs):
         rows, tokens = counted(self.data.num_rows, "row"), counted(self.data.tokens, "token")
         return f"{counted(samples, 'sequence')} = {samples / self.data.num_rows:.2f} epochs of {rows} ({tokens})"
 
-    def memory(self) -> Iterator[tuple[str, RankMemory]]:
-        """Of the ranks of each stage."""
-        for stage in range(self.split.num_stages):
-            grid = self.grid._replace(stage=stage)
-            needed = estimate_memory(self.architecture, self.config, self.engine, grid, self.split)
-            yield f" of stage {stage}" if self.split.num_stages > 1 else "", needed
-
     def print_more(self) -> None:
-        """The stages, and what the run will take."""
+        """The stages, and what looks like a slip."""
         if self.split.num_stages > 1:
             accumulation = self.config.train.gradient_accumulation_steps(self.grid.data_parallel_size)
             rank_zero("stages: %s", self.split.describe(accumulation))
-        print_outlook(self)
+        for slip in slips(self):
+            rank_zero("%s", slip, level=logging.WARNING)
 
 
 def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     """Read and check configuration, launcher, tokenizer and datasets. Raises UserError."""
     config = read_config(arguments.config, arguments.overrides)
     layout = read_layout(arguments, config)
-    device_gibibytes()  # refused here where it is none, not when it is told
     if config.data.train is None:
         raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
     store = TokenStore(config.data.train)
@@ -112,10 +108,9 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_divisible(architecture, layout.grid.tensor_parallel_size)
     check_stages(architecture, layout.grid.num_stages)
-    length, share = config.model.sequence_length, config.data.mask_probability
     if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
         check_init(config.train.init, architecture, tokenizer, tokenizer_folder)
-    options = (tokenizer, config.data, length, config.train.seed)
+    options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)
     data = PretrainingData(store, *options)
     data.check_training()
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
@@ -124,7 +119,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     return PretrainingInputs(
         config=config,
         **layout._asdict(),
-        split=split_model(architecture, layout.grid.num_stages, config.train.micro_batch_size, length, share),
+        split=masked_lm_workload(architecture, config).split(layout.grid.num_stages, config.train.micro_batch_size),
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         architecture=architecture,

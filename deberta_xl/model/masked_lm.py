@@ -16,6 +16,7 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.enhanced_mask_decoder import enhanced_mask_decoder
 from deberta_xl.model.layer import ACTIVATIONS
+from deberta_xl.model.parts import Part, masked_lm_parts
 from deberta_xl.model.scene import Scene
 from deberta_xl.model.trunk import Trunk
 
@@ -97,6 +98,10 @@ class MaskedLanguageModel(Trunk):
     def num_ordinary_layers(self) -> int:
         """Layers whose states are read: without the last where EMD takes the place of its ordinary pass."""
         return self.config.num_layers - (0 if self.config.position_biased_input else 1)
+
+    def describe(self) -> list[Part]:
+        """All of it."""
+        return masked_lm_parts(self.config)
 
     def forward(
         self,

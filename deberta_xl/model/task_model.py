@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 from deberta_xl.model.layer import ACTIVATIONS
+from deberta_xl.model.parts import Part, task_parts
 from deberta_xl.model.trunk import Perturb, Trunk
 
 
@@ -57,6 +58,10 @@ class TaskModel(Trunk):
         if not config.position_biased_input:
             self.embeddings.position = None
         self.draw_weights(seed)
+
+    def describe(self) -> list[Part]:
+        """All of it."""
+        return task_parts(self.config, self.head)
 
     def forward(
         self,

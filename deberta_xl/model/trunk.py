@@ -16,6 +16,7 @@ from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings
 from deberta_xl.model.encoder import Encoder, recompute
 from deberta_xl.model.initialization import initialize_weights
+from deberta_xl.model.parts import Part, trunk_parts, with_heads
 from deberta_xl.model.scene import Pairs, Scene, read_mask
 
 Perturb = Callable[[Tensor], Tensor]
@@ -52,6 +53,15 @@ class Trunk(nn.Module):
     def num_ordinary_layers(self) -> int:
         """Layers that run as they are, 0 … n−1: all of them, unless a model applies the last in a way of its own."""
         return self.config.num_layers
+
+    def describe(self) -> list[Part]:
+        """The anatomy as far as it is told beforehand; a model with a head may add its part."""
+        return trunk_parts(self.config)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The anatomy of what has been built. Raises ConfigError for a parameter that has been forgotten there."""
+        return with_heads(self.describe(), {name: tuple(p.shape) for name, p in self.named_parameters()})
 
     def draw_weights(self, seed: int) -> None:
         """Allocate and draw every parameter, as a function of (seed, name).

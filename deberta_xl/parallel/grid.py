@@ -46,6 +46,11 @@ class Grid(NamedTuple):
         return row * self.tensor_parallel_size + self.tensor_parallel_rank
 
     @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.num_stages * self.data_parallel_size * self.tensor_parallel_size
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank has the enhanced mask decoder, and so the loss."""
         return self.stage == self.num_stages - 1
@@ -62,10 +67,10 @@ class Grid(NamedTuple):
 
     def describe(self) -> str:
         """`8 = 2 pipeline stages x 2 data-parallel x 2 tensor-parallel`."""
-        total = self.num_stages * self.data_parallel_size * self.tensor_parallel_size
         stages = f"{self.num_stages} pipeline stages x " if self.num_stages > 1 else ""
         return (
-            f"{total} = {stages}{self.data_parallel_size} data-parallel x {self.tensor_parallel_size} tensor-parallel"
+            f"{self.world_size} = {stages}{self.data_parallel_size} data-parallel x "
+            f"{self.tensor_parallel_size} tensor-parallel"
         )
 
 

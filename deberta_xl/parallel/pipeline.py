@@ -26,9 +26,9 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.initialization import initialize_weights
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
-from deberta_xl.model.parameter_shapes import parameter_shapes
+from deberta_xl.model.parts import parts_by_parameter, shapes_of
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.parallel.stages import Split, owners
+from deberta_xl.parallel.stages import Split
 
 WORD_TABLE = "word"
 """Key of the one weight that two stages share."""
@@ -71,8 +71,8 @@ def build_stage(config: DebertaConfig, units: range, seed: int) -> MaskedLanguag
     """
     with torch.device("meta"):
         model = MaskedLanguageModel(config)
-    for name, _ in list(model.named_parameters()):
-        if not any(unit in units for unit in owners(name, config)):
+    for name, part in parts_by_parameter(model.parts, [name for name, _ in model.named_parameters()]).items():
+        if not any(unit in units for unit in part.units):
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent).register_parameter(child, None)
     model.to_empty(device="cpu")
@@ -117,7 +117,7 @@ class PipelinedModel(PipelineModule):
             super().__init__([stage_model], topology=topology)
         self.grid = grid
         self.num_relative = 2 * stage_model.config.relative_span
-        self.logical_shapes = parameter_shapes(stage_model.config)
+        self.logical_shapes = shapes_of(stage_model.parts)
         self.inputs: Iterator[StageInput] = iter(())
         self.guesses: list[Tensor] = []
         assert (self.global_rank, self.stage_id) == (grid.rank, grid.stage)

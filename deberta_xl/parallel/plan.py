@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from deberta_xl.model.parts import parameters_of
 from deberta_xl.parallel.grid import check_divisible
 
 if TYPE_CHECKING:  # the tables are read before torch is imported
@@ -23,21 +24,12 @@ if TYPE_CHECKING:  # the tables are read before torch is imported
     from deberta_xl.model.trunk import Trunk
     from deberta_xl.parallel.groups import Groups
 
-#: Ends of module names in the plain model, and what takes their place.
+#: Ends of the names of modules without weights, and what takes their place. `model/parts.py` has what divides weights.
 PLAN = {
     "attention.entry": "copy",
     "attention.relative_entry": "copy",
-    "attention.query_proj": "column",
-    "attention.key_proj": "column",
-    "attention.value_proj": "column",
-    "attention.pos_key_proj": "column",
-    "attention.pos_query_proj": "column",
-    "attention.out_proj": "row",
     "attention.probability_dropout": "dropout",
     "feed_forward.entry": "copy",
-    "feed_forward.up": "column",
-    "feed_forward.down": "row",
-    "embeddings.word": "vocabulary",
     "head.entry": "copy",
 }
 
@@ -67,6 +59,10 @@ def plan_of(model: Trunk, *, sequence_parallel: bool) -> dict[str, str]:
     """Name of each module of `model` that is replaced -> what takes its place."""
     names = [name for name, _ in model.named_modules()]
     plan = {name: style for name in names for end, style in PLAN.items() if name.endswith(end)}
+    for name, parameter in parameters_of(model.parts).items():
+        module, _, kind = name.rpartition(".")
+        if parameter.cut is not None and kind == "weight":
+            plan[module] = parameter.cut
     if sequence_parallel:
         sliced = dict(SLICED_MODEL_PLAN)
         for number in range(model.num_ordinary_layers):

@@ -1,18 +1,18 @@
 """Which layers a pipeline stage has: a split balanced by computed cost, and what it leaves idle.
 
-The model is a row of units (`model/flops.py`): embeddings, the layers before the last, and the last layer with the
+The model is a row of units (`model/parts.py`): embeddings, the layers before the last, and the last layer with the
 enhanced mask decoder and the head. A stage has neighbouring ones.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.model.flops import unit_flops
+from deberta_xl.model.part_costs import Load
+from deberta_xl.model.parts import Part, unit_flops
 
 
 class Split(NamedTuple):
@@ -60,12 +60,9 @@ class Split(NamedTuple):
         return f"{'; '.join(parts)}; {idle:.0%} idle with {num_micro_batches} micro-batches"
 
 
-def split_model(config: DebertaConfig, num_stages: int, rows: int, sequence_length: int, label_share: float) -> Split:
-    """The split whose dearest stage is cheapest, and among those the most even one.
-
-    `rows` are the sequences of a micro-batch, `label_share` the share of tokens that are predicted.
-    """
-    units = tuple(unit_flops(config, rows, sequence_length, label_share * rows * sequence_length))
+def split_model(parts: Sequence[Part], num_stages: int, load: Load) -> Split:
+    """The split whose dearest stage is cheapest, and among those the most even one; `load` is a micro-batch's."""
+    units = tuple(unit_flops(parts, load))
     borders = balanced_borders(units, num_stages)
     costs = tuple(sum(units[a:b]) for a, b in pairwise(borders))
     return Split(borders, costs)
@@ -88,20 +85,3 @@ def balanced_borders(costs: tuple[float, ...], num_parts: int) -> tuple[int, ...
         return min(candidates)
 
     return best(0, num_parts)[2]
-
-
-def owners(name: str, config: DebertaConfig) -> tuple[int, ...]:
-    """The units that use a parameter, by its canonical name. Only the word table has two."""
-    last = config.num_layers
-    if name.startswith("embeddings.word."):
-        return (0, last)
-    if name.startswith("embeddings.position.") and not config.position_biased_input:
-        return (last,)  # the enhanced mask decoder adds absolute positions
-    if name.startswith(("embeddings.", "encoder.relative_position.")):
-        return (0,)
-    if name.startswith("encoder.convolution."):
-        return (1,)
-    if layer := re.match(r"encoder\.layers\.(\d+)\.", name):
-        return (int(layer[1]) + 1,)
-    assert name.startswith("head."), f"no unit is known for the parameter {name}"
-    return (last,)

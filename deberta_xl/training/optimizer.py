@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from deberta_xl.config import OptimizerSection
 from deberta_xl.finetune_config import FinetuneOptimizerSection
+from deberta_xl.model.parts import parts_by_parameter
+from deberta_xl.model.trunk import Trunk
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
@@ -19,11 +20,11 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[s
     `rate_share` is the share of the schedule's rate at which a group learns. Without layer-wise decay there are two
     groups, and it is 1.
     """
-    layer_decay = section.layer_decay if isinstance(section, FinetuneOptimizerSection) else 1.0
+    shares = rate_shares(model, section.layer_decay) if isinstance(section, FinetuneOptimizerSection) else {}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            share = layer_decay ** layers_above(name, model.config.num_layers) if layer_decay < 1 else 1.0
+            share = shares[name] if shares else 1.0
             groups.setdefault((share, parameter.dim() >= 2), []).append(parameter)
     return [
         {"params": groups[share, decays], "weight_decay": section.weight_decay * decays, "rate_share": share}
@@ -31,16 +32,10 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[s
     ]
 
 
-def layers_above(name: str, num_layers: int) -> int:
-    """How far below the head a parameter stands: 0 in the head, 1 in the last layer, …, layers + 1 in the embeddings.
-
-    The convolution belongs to the first layer, the relative table to the embeddings.
-    """
-    if match := re.match(r"encoder\.layers\.(\d+)\.", name):
-        return num_layers - int(match[1])
-    if name.startswith("encoder.convolution."):
-        return num_layers
-    return num_layers + 1 if name.startswith(("embeddings.", "encoder.")) else 0
+def rate_shares(model: Trunk, layer_decay: float) -> dict[str, float]:
+    """Share of the rate at which each parameter learns: each layer's is `layer_decay` times that of the layer above."""
+    parts = parts_by_parameter(model.parts, [name for name, _ in model.named_parameters()])
+    return {name: layer_decay**part.layers_above for name, part in parts.items()}
 
 
 def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:

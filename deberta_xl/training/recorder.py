@@ -10,8 +10,11 @@ import torch.distributed as dist
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.config import RunConfig
-from deberta_xl.model.flops import peak_flops, step_flops
+from deberta_xl.model.part_costs import Load
+from deberta_xl.model.parts import masked_lm_parts
 from deberta_xl.parallel.groups import Groups
+from deberta_xl.planning.cost import step_flops
+from deberta_xl.planning.hardware import peak_flops
 from deberta_xl.training.divergence import Explosion, SkippedSteps
 from deberta_xl.training.engine import StepResult, gradient_norm, highest_memory_gib, loss_scale
 from deberta_xl.training.metrics import MetricsWriter
@@ -38,7 +41,7 @@ class Recorder:
         groups: Groups,
         writer: MetricsWriter | None,
     ):
-        self.engine, self.config, self.architecture = engine, config, architecture
+        self.engine, self.config, self.parts = engine, config, masked_lm_parts(architecture)
         self.num_rows, self.groups = num_rows, groups
         self.writer = writer
         self.timer = StepTimer(engine.device)
@@ -104,7 +107,7 @@ class Recorder:
         train, length = self.config.train, self.config.model.sequence_length
         samples = self.num_steps * train.global_batch_size
         labels_per_step = self.num_labels / self.num_steps
-        flops_per_step = step_flops(self.architecture, train.global_batch_size, length, labels_per_step)
+        flops_per_step = step_flops(self.parts, Load(train.global_batch_size, length, labels_per_step))
         flops = flops_per_step * self.num_steps / seconds
         return {
             "loss": loss_sum / (self.num_labelled_steps * self.groups.grid.data_parallel_size),

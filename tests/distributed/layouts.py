@@ -26,6 +26,8 @@ from deberta_xl.config import DataSection, OptimizerSection, TrainSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.part_costs import Load
+from deberta_xl.model.parts import masked_lm_parts
 from deberta_xl.objectives.masked_batches import MicroBatch, micro_batch_keys, step_batches
 from deberta_xl.parallel import layers  # noqa: F401  (the forked ranks then need not import megatron-core)
 from deberta_xl.parallel.grid import Grid
@@ -158,7 +160,8 @@ class Run:
             from deepspeed.accelerator import get_accelerator
 
             get_accelerator().is_fp16_supported = lambda: True  # the CPU can, slowly; DeepSpeed wants hardware for it
-        split = split_model(config, self.grid.num_stages, self.micro_batch_size, LENGTH, 0.15)
+        load = Load(self.micro_batch_size, LENGTH, 0.15 * self.micro_batch_size * LENGTH)
+        split = split_model(masked_lm_parts(config), self.grid.num_stages, load)
         model = build_stage(config, split.units(self.grid.stage), seed)
         if self.case.recompute:
             model.checkpoint_activations()

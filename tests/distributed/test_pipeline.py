@@ -20,6 +20,8 @@ from deberta_xl.config import DataSection, OptimizerSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
+from deberta_xl.model.part_costs import Load
+from deberta_xl.model.parts import masked_lm_parts
 from deberta_xl.objectives.masked_evaluation import evaluate, predict_with
 from deberta_xl.parallel.pipeline import PipelinedModel, StageInput, build_stage
 from deberta_xl.parallel.plan import divide
@@ -34,7 +36,7 @@ def run_vector(folder: Path, root: Path, layout: Layout) -> float:
     vector = Vector(folder, torch.float32)
     config = replace(vector.config, hidden_dropout=0.0, attention_dropout=0.0)
     rows, length = vector.inputs["input_ids"].shape
-    split = split_model(config, layout.pipeline, rows, length, 0.15)
+    split = split_model(vector.model.parts, layout.pipeline, Load(rows, length, 0.15 * rows * length))
     model = build_stage(config, split.units(groups.grid.stage), seed=0)
     weights = vector.model.state_dict()
     model.load_state_dict({name: weights[name] for name, _ in model.named_parameters()})
@@ -140,7 +142,7 @@ def test_the_stages_together_are_the_plain_model(small_dataset):
     config = architecture(small_dataset.tokenizer.vocab_size)
     plain = dict(MaskedLanguageModel(config, seed=3).named_parameters())
     for stages in (1, 3, 5):
-        split = split_model(config, stages, 2, LENGTH, 0.15)
+        split = split_model(masked_lm_parts(config), stages, Load(2, LENGTH, 0.3 * LENGTH))
         parts = [dict(build_stage(config, split.units(s), seed=3).named_parameters()) for s in range(stages)]
         for name, parameter in ((n, p) for part in parts for n, p in part.items()):
             assert torch.equal(parameter, plain[name]), name

@@ -28,8 +28,8 @@ from test_tensor_parallel import (
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.part_costs import Division, Load, layer_bytes
 from deberta_xl.parallel import plan
-from deberta_xl.parallel.memory import layer_activations
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.sequence import own_slice
 from deberta_xl.parallel.shard import shard_of
@@ -281,7 +281,8 @@ def test_a_layer_keeps_its_norms_inputs_and_dropout_masks_as_slices():
         assert whole - sliced == outside / 2
         # The estimate printed at the start leaves out means and deviations, and counts the mask of pairs once a layer.
         for kept, slices in ((sliced, 2), (whole, 1)):
-            assert layer_activations(small_config(), 2, 24, 24, 2, 4, slices) == pytest.approx(kept, rel=0.02)
+            expected = layer_bytes(small_config(), Load(2, 24), 24, Division(4, 2, slices))
+            assert expected == pytest.approx(kept, rel=0.02)
 
 
 def test_a_recomputed_layer_keeps_only_a_slice_of_its_input():

@@ -15,11 +15,14 @@ from small_task import finetune_arguments, write_encoder, write_sentences
 
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.commands.finetuning import parse_arguments, read_inputs
+from deberta_xl.commands.outlook import describe_work
 from deberta_xl.commands.task_data import examples_fingerprint, report_measures
 from deberta_xl.config_file import load_config, preset_names, to_toml
 from deberta_xl.data.tasks import Example, Source, Task
 from deberta_xl.errors import UserError
 from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.model.part_costs import Load
+from deberta_xl.model.parts import forward_flops
 from deberta_xl.training.task_state import TaskState
 
 
@@ -43,6 +46,19 @@ def test_a_good_start_counts_steps_and_warms_up(encoder, sentences, tmp_path):
     assert (len(inputs.train_data), set(inputs.held_out)) == (48, {"valid", "test"})
     assert inputs.head.head.dropout == 0.1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_takes_at_most_is_told_with_sift_and_without(encoder, sentences, tmp_path):
+    arguments = finetune_arguments(encoder, sentences, tmp_path / "run")
+    plain, adversarial = (
+        read_inputs(parse_arguments([*arguments, *more])).outlook for more in ([], ["sift.weight=5", "sift.steps=2"])
+    )
+    # 8 steps of 8 examples of 32 tokens, forward and backward; SiFT has two such passes, and two steps there and back.
+    assert plain.flops == 8 * 3 * forward_flops(plain.work.parts, Load(8, 32))
+    assert adversarial.flops == plain.flops * 10 / 3
+    assert describe_work(plain).startswith("at most ")
+    # Of those after steps 3, 6, 8 and after two evaluations: two, the one being written, and the best.
+    assert plain.num_checkpoints == 4
 
 
 @pytest.mark.parametrize(

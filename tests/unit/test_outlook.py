@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_dataset import SmallDataset
 
-from deberta_xl import outlook
+from deberta_xl.commands import outlook
+from deberta_xl.commands.outlook import describe_disk, describe_fit, describe_work, disk_warning, slips
 from deberta_xl.commands.pretraining import PretrainingInputs, parse_arguments, read_inputs
 from deberta_xl.errors import ConfigError
-from deberta_xl.model.parameter_shapes import parameter_shapes
-from deberta_xl.outlook import describe_disk, describe_fit, describe_work, largest_micro_batch, read_gibibytes, warnings
-from deberta_xl.parallel.memory import GIB, estimate_memory
+from deberta_xl.model.parts import masked_lm_parts, num_parameters
+from deberta_xl.planning.memory import GIB
+from deberta_xl.planning.outlook import FITTING
 
 ENGINE = Path(__file__).parent.parent.parent / "deepspeed_configs" / "cpu_debug.json"
 
@@ -29,12 +29,13 @@ def look(dataset: SmallDataset, folder: Path, *arguments: str) -> PretrainingInp
 def test_work_and_disk_follow_from_sizes_steps_and_ranks(small_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(outlook, "free_bytes", lambda folder: 5 * 10**11)
     inputs = look(small_dataset, tmp_path, "--ranks", "2", "train.steps=1000", "checkpoint.keep=3")
-    assert "each of 2 ranks" in describe_work(inputs)
-    parameters = sum(map(math.prod, parameter_shapes(inputs.architecture).values()))
-    each = 12 * parameters / 1e9
-    assert describe_disk(inputs) == f"{each:.2f} GB each, at most 4 at a time: {4 * each:.2f} GB, of 500 GB free"
+    assert "each of 2 ranks" in describe_work(inputs.outlook)
+    each = 12 * num_parameters(masked_lm_parts(inputs.architecture)) / 1e9
+    assert (
+        describe_disk(inputs.outlook) == f"{each:.2f} GB each, at most 4 at a time: {4 * each:.2f} GB, of 500 GB free"
+    )
     everything = look(small_dataset, tmp_path, "train.steps=1000", "checkpoint.keep=0", "checkpoint.interval=300")
-    assert "at most 4 at a time" in describe_disk(everything)
+    assert "at most 4 at a time" in describe_disk(everything.outlook)
 
 
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(small_dataset, tmp_path):
@@ -42,19 +43,13 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(small_dataset, t
 
     def needed(size: int) -> float:
         trial = replace(inputs.config, train=replace(inputs.config.train, micro_batch_size=size))
-        return estimate_memory(inputs.architecture, trial, inputs.engine, inputs.grid, inputs.split).total / GIB
+        return inputs.outlook._replace(config=trial).memory()[0].total / GIB
 
-    device = 1.05 * needed(8) / outlook.FITTING
-    assert largest_micro_batch(inputs, device, recomputes=False) == 8
-    assert largest_micro_batch(inputs, device, recomputes=True) > 8
-    assert f"GPU_MEMORY_GIB={device:g}: 8 with train.activation_checkpointing=false" in describe_fit(inputs, device)
-    assert largest_micro_batch(inputs, 1e-3, recomputes=True) is None
-
-
-@pytest.mark.parametrize("text", ["", "80GB", "nan", "inf", "-1", "0"])
-def test_a_device_without_a_size_is_refused(text):
-    with pytest.raises(ConfigError, match="GPU_MEMORY_GIB"):
-        read_gibibytes(text)
+    device, outlook = 1.05 * needed(8) / FITTING, inputs.outlook
+    assert outlook.largest_micro_batch(device, recomputes=False) == 8
+    assert outlook.largest_micro_batch(device, recomputes=True) > 8
+    assert f"GPU_MEMORY_GIB={device:g}: 8 with train.activation_checkpointing=false" in describe_fit(outlook, device)
+    assert outlook.largest_micro_batch(1e-3, recomputes=True) is None
 
 
 def test_a_device_without_a_size_is_refused_with_the_inputs_and_an_empty_one_is_unset(
@@ -69,18 +64,18 @@ def test_a_device_without_a_size_is_refused_with_the_inputs_and_an_empty_one_is_
 
 def test_a_batch_of_billions_is_no_work_to_divide(small_dataset, tmp_path):
     inputs = look(small_dataset, tmp_path, f"train.global_batch_size={2**40}", "train.micro_batch_size=1")
-    assert largest_micro_batch(inputs, 80.0, recomputes=False) in [2**n for n in range(40)]
+    assert inputs.outlook.largest_micro_batch(80.0, recomputes=False) in [2**n for n in range(40)]
 
 
 def test_what_nobody_means_is_pointed_out_and_an_ordinary_run_is_not(small_dataset, tmp_path, monkeypatch):
-    assert list(warnings(look(small_dataset, tmp_path, "train.steps=30"))) == []
+    assert list(slips(look(small_dataset, tmp_path, "train.steps=30"))) == []
     many = look(small_dataset, tmp_path, "train.steps=1000000")
-    assert f"reads its {many.data.num_rows:,} rows" in next(warnings(many))
+    assert f"reads its {many.data.num_rows:,} rows" in next(slips(many))
     pieces = small_dataset.tokenizer.vocab_size
-    (spare,) = warnings(look(small_dataset, tmp_path, "train.steps=30", "model.vocab_size=128100"))
+    (spare,) = slips(look(small_dataset, tmp_path, "train.steps=30", "model.vocab_size=128100"))
     assert f"model.vocab_size=128100, but the tokenizer has {pieces} pieces" in spare
     monkeypatch.setattr(outlook, "free_bytes", lambda folder: 10**6)
-    (full,) = warnings(look(small_dataset, tmp_path, "train.steps=30"))
+    full = disk_warning(look(small_dataset, tmp_path, "train.steps=30").outlook)
     assert "do not fit the 0.0 GB that are free" in full
 
 

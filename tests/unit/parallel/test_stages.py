@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.errors import ConfigError
-from deberta_xl.model.flops import forward_flops
+from deberta_xl.model.part_costs import Load
+from deberta_xl.model.parts import forward_flops, masked_lm_parts
 from deberta_xl.parallel.grid import Grid, check_stages
 from deberta_xl.parallel.stages import Split, balanced_borders, split_model
 
 XXLARGE = DebertaConfig(
     vocab_size=128100, hidden_size=1536, num_layers=48, num_heads=24, intermediate_size=6144, conv_kernel_size=3
 )
+LOAD = Load(8, 512, 0.15 * 8 * 512)
+"""Of a micro-batch."""
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.data())
@@ -34,17 +37,18 @@ def test_no_other_split_has_a_cheaper_dearest_part(costs, data):
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 8, 16, 48])
 def test_the_stages_of_the_largest_preset_cover_it_and_are_even(num_stages):
-    split = split_model(XXLARGE, num_stages, 8, 512, 0.15)
+    parts = masked_lm_parts(XXLARGE)
+    split = split_model(parts, num_stages, LOAD)
     layers = [number for stage in range(num_stages) for number in split.layers(stage)]
     assert layers == list(range(48))
-    assert sum(split.costs) == pytest.approx(forward_flops(XXLARGE, 8, 512, 0.15 * 8 * 512))
+    assert sum(split.costs) == pytest.approx(forward_flops(parts, LOAD))
     # One layer more or less is all that neighbours can differ by; with few layers a stage that shows.
     assert split.imbalance < 1 + 1.1 * num_stages / 48
 
 
 def test_the_mask_decoder_and_the_head_are_not_free():
     # In the base size, the head (128,100 words, 15 % of the tokens) makes the last unit dearer than two layers.
-    split = split_model(DebertaConfig(vocab_size=128100), 2, 8, 512, 0.15)
+    split = split_model(masked_lm_parts(DebertaConfig(vocab_size=128100)), 2, LOAD)
     assert len(split.layers(0)) > len(split.layers(1))
 
 
@@ -56,7 +60,7 @@ def test_the_bubble_is_that_of_1f1b():
 
 
 def test_the_start_tells_what_each_stage_has():
-    told = split_model(XXLARGE, 4, 8, 512, 0.15).describe(num_micro_batches=16)
+    told = split_model(masked_lm_parts(XXLARGE), 4, LOAD).describe(num_micro_batches=16)
     assert told.startswith("embeddings, layers 0–")
     assert "–47, mask decoder and head" in told
     assert "idle with 16 micro-batches" in told

@@ -11,11 +11,13 @@ from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.part_costs import Division, Load, layer_bytes
+from deberta_xl.model.parts import masked_lm_parts, num_parameters
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.parallel.grid import Grid
-from deberta_xl.parallel.memory import GIB, estimate_memory, estimate_task_memory, layer_activations, rank_parameters
 from deberta_xl.parallel.pipeline import build_stage
-from deberta_xl.parallel.stages import split_model
+from deberta_xl.planning.memory import GIB, estimate_memory
+from deberta_xl.planning.workload import masked_lm_workload, task_workload
 
 SIZES = {"vocab_size": 1001, "hidden_size": 128, "num_layers": 4, "num_heads": 8, "intermediate_size": 512}
 XXLARGE = DebertaConfig(
@@ -49,16 +51,20 @@ def test_a_layers_activations_are_what_autograd_keeps(dtype, options):
     model = MaskedLanguageModel(config).to(dtype).train()
     expected = kept_bytes(model, rows=3, length=96)
     # Means and deviations of the norms and the like are left out.
-    assert layer_activations(config, 3, 96, 96, 1, dtype.itemsize) == pytest.approx(expected, rel=0.02)
+    assert layer_bytes(config, Load(3, 96), 96, Division(dtype.itemsize)) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_parameters_of_stages_and_slices_are_counted_as_they_are():
     config = DebertaConfig(max_position_embeddings=96, position_buckets=32, conv_kernel_size=3, **SIZES)
-    split = split_model(config, 2, 2, 96, 0.15)
+    run = load_run_config("debug")
+    engine = load_deepspeed_config(SHIPPED_CONFIGS / "cpu_debug.json", run)
+    work = masked_lm_workload(config, run)
+    split = work.split(2, micro_batch_size=2)
     for stage in range(2):
         model = build_stage(config, split.units(stage), seed=0)
-        assert rank_parameters(config, split.units(stage), 1) == sum(p.numel() for p in model.parameters())
-    whole, halved = (rank_parameters(config, range(5), parts) for parts in (1, 2))
+        needed = estimate_memory(work, run, engine, Grid(stage=stage, num_stages=2), split)
+        assert needed.num_parameters == sum(p.numel() for p in model.parameters())
+    whole, halved = (num_parameters(masked_lm_parts(config), ranks) for ranks in (1, 2))
     model = MaskedLanguageModel(config)
     cut = [
         n for n, _ in model.named_parameters() if "_proj" in n or "feed_forward.up" in n or "feed_forward.down.w" in n
@@ -73,8 +79,9 @@ def estimate(grid: Grid, engine: str, *overrides: str) -> float:
     """GiB of a rank of the largest preset."""
     run = load_run_config("xxlarge", list(overrides))
     settings = load_deepspeed_config(SHIPPED_CONFIGS / f"{engine}.json", run)
-    split = split_model(XXLARGE, grid.num_stages, run.train.micro_batch_size, run.model.sequence_length, 0.15)
-    return estimate_memory(XXLARGE, run, settings, grid, split).total / GIB
+    work = masked_lm_workload(XXLARGE, run)
+    split = work.split(grid.num_stages, run.train.micro_batch_size)
+    return estimate_memory(work, run, settings, grid, split).total / GIB
 
 
 def test_what_is_partitioned_divided_offloaded_or_recomputed_needs_less():
@@ -112,7 +119,8 @@ def test_sift_keeps_two_passes_and_a_head_changes_the_parameters():
     }.items():  # fmt: skip
         run = load_config("finetune_sift", overrides, FinetuneConfig)
         engine = load_deepspeed_config(SHIPPED_CONFIGS / "zero1_bf16.json", run)
-        estimates[name] = estimate_task_memory(architecture, head, run, engine, Grid(), 1)
+        work = task_workload(architecture, head, run, num_options=1)
+        estimates[name] = estimate_memory(work, run, engine, Grid(), work.split(1, run.train.micro_batch_size))
     with torch.device("meta"):
         model = TaskModel(architecture, head)
     assert estimates["sift"].num_parameters == sum(p.numel() for p in model.parameters())

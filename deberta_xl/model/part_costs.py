@@ -1,0 +1,161 @@
+"""What the parts of a model cost in a forward pass: operations, and bytes on a rank. Arithmetic, without torch.
+
+Counted are the matrix products that the model needs by its definition (2 operations per multiply-add), and the bytes
+that autograd keeps for the backward pass, but for means, deviations and other small change. `parts.py` says which part
+has which of these costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from deberta_xl.architecture import EMD_PASSES, DebertaConfig, HeadConfig
+from deberta_xl.kernels.registry import FLOAT32, KERNELS, AttentionSizes
+
+
+class Load(NamedTuple):
+    """What a forward pass is given."""
+
+    rows: int
+    """Sequences."""
+    length: int
+    """Tokens of each."""
+    labelled: float = 0
+    """Positions to predict, of all sequences together."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences together."""
+        return self.rows * self.length
+
+    def times(self, number: int) -> Load:
+        """So many loads in one."""
+        return Load(self.rows * number, self.length, self.labelled * number)
+
+
+class Division(NamedTuple):
+    """What a rank holds of a forward pass, and how finely."""
+
+    element_bytes: int
+    """Of weights and states."""
+    tensor_parallel_size: int = 1
+    """Ranks over which heads, inner widths and the vocabulary are divided."""
+    slices: int = 1
+    """Ranks over which the sequence is divided between them."""
+    kernel: str = "reference"
+    """What computes the attention."""
+
+
+class Activations(NamedTuple):
+    """Bytes that a part takes on a rank for one load."""
+
+    kept: float = 0.0
+    """What autograd keeps until the backward pass."""
+    entry: float = 0.0
+    """What is kept instead where the part is recomputed."""
+    working: float = 0.0
+    """What lives besides while the part is at work."""
+
+
+# Operations of a forward pass.
+
+
+def no_work(load: Load) -> float:
+    """Looking up rows of a table is not counted."""
+    return 0.0
+
+
+def attended_flops(config: DebertaConfig, load: Load, queries: float, passes: int) -> float:
+    """A layer whose `queries` attend `passes` times to the sequences they stand in, whose keys are computed once."""
+    hidden, inner = config.hidden_size, config.attention_size
+    terms = 2 if config.has_position_to_content else 1
+    rows = 2 * config.relative_span
+    # Query and output projection, scores and context, feed-forward.
+    scores = 2 * load.length * inner + rows * inner
+    query_side = 2 * queries * (2 * hidden * inner + scores + 2 * hidden * config.intermediate_size)
+    # Key and value projection, and the position-to-content product.
+    key_side = 2 * load.tokens * (2 * hidden * inner + (terms - 1) * rows * inner)
+    relative = 2 * terms * rows * hidden * inner
+    return key_side + passes * (query_side + relative)
+
+
+def layer_flops(config: DebertaConfig, load: Load) -> float:
+    """A layer in which every token attends."""
+    return attended_flops(config, load, load.tokens, passes=1)
+
+
+def decoder_flops(config: DebertaConfig, load: Load) -> float:
+    """The last layer as the enhanced mask decoder applies it, to the labelled positions."""
+    return attended_flops(config, load, load.labelled, EMD_PASSES)
+
+
+def convolution_flops(config: DebertaConfig, load: Load) -> float:
+    """The n-gram convolution."""
+    return 2 * load.tokens * config.conv_kernel_size * config.hidden_size * config.hidden_size / config.conv_groups
+
+
+def vocabulary_flops(config: DebertaConfig, load: Load) -> float:
+    """The masked-LM head on the labelled positions, the product with the word table included."""
+    return 2 * load.labelled * config.embedding_width * (config.hidden_size + config.vocab_size)
+
+
+def linear_flops(inputs: int, outputs: int, positions: Callable[[Load], float], load: Load) -> float:
+    """A projection of chosen positions."""
+    return 2 * positions(load) * inputs * outputs
+
+
+def head_positions(head: HeadConfig, load: Load) -> float:
+    """The positions that a task's head reads: [CLS] of each sequence, or every token."""
+    return load.rows if head.is_pooled else load.tokens
+
+
+# Bytes of a forward pass.
+
+
+def no_bytes(load: Load, division: Division) -> Activations:
+    """So little that it is not counted."""
+    return Activations()
+
+
+def layer_bytes(config: DebertaConfig, load: Load, queries: float, division: Division) -> float:
+    """What autograd keeps of a layer with so many queries in each sequence (dropout on), its input included."""
+    e, ranks = division.element_bytes, division.tensor_parallel_size
+    inner, width = config.attention_size / ranks, config.intermediate_size / ranks
+    # What enters attention and feed-forward; two normalised sums and two dropout masks; the context; the up-projection
+    # before and after its activation.
+    per_token = config.hidden_size * (2 * e + (2 * e + 2) / division.slices) + inner * e + width * 2 * e
+    # The relative table behind its dropout, and the mask.
+    table = 2 * config.relative_span * config.hidden_size * (e + 1)
+    attention = KERNELS[division.kernel].kept_bytes(attention_sizes(config, load, queries, division))
+    return load.rows * queries * per_token + attention + table
+
+
+def attention_sizes(config: DebertaConfig, load: Load, queries: float, division: Division) -> AttentionSizes:
+    """A layer's attention, with so many queries in each sequence."""
+    return AttentionSizes(
+        load.rows, queries, load.length, config.num_heads / division.tensor_parallel_size, config.head_size,
+        2 * config.relative_span, config.has_position_to_content, division.element_bytes,
+    )  # fmt: skip
+
+
+def layer_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
+    """A layer in which every token attends."""
+    return Activations(
+        kept=layer_bytes(config, load, load.length, division),
+        entry=load.tokens * config.hidden_size * division.element_bytes / division.slices,
+        working=KERNELS[division.kernel].working_bytes(attention_sizes(config, load, load.length, division)),
+    )
+
+
+def decoder_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
+    """The last layer: as much as any other, and the enhanced mask decoder's passes over the labelled positions."""
+    ordinary = layer_activations(config, load, division)
+    passes = EMD_PASSES * layer_bytes(config, load, load.labelled / load.rows, division._replace(slices=1))
+    return ordinary._replace(working=ordinary.working + passes)
+
+
+def vocabulary_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
+    """The logits with their gradient."""
+    columns = config.vocab_size / division.tensor_parallel_size
+    return Activations(working=load.labelled * columns * (division.element_bytes + 3 * FLOAT32))

@@ -1,0 +1,79 @@
+"""How much memory a rank needs: parameters and their state exactly, activations by estimating what autograd keeps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deberta_xl.config import RunConfig
+from deberta_xl.deepspeed_config import DeepSpeedConfig
+from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.model.part_costs import Division
+from deberta_xl.model.parts import num_parameters
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.stages import Split
+from deberta_xl.planning.cost import MASTER_AND_MOMENTS
+from deberta_xl.planning.workload import Workload
+
+GIB = 2**30
+
+
+class RankMemory(NamedTuple):
+    """Bytes on the device of one rank."""
+
+    num_parameters: int
+    """Parameters this rank computes with."""
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it; libraries and fragmentation take 1–3 GiB more on a GPU."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def describe(self) -> str:
+        """`1.57 B parameters, 17.2 GiB: weights 2.9, gradients 5.8, optimizer 2.2, activations 6.3`."""
+        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in self._fields[1:])
+        return f"{self.num_parameters:,} parameters, {self.total / GIB:.2f} GiB ({parts})"
+
+
+def estimate_memory(
+    work: Workload, run: RunConfig | FinetuneConfig, engine: DeepSpeedConfig, grid: Grid, split: Split
+) -> RankMemory:
+    """What a rank of `grid`'s stage needs."""
+    zero, replicas = engine.settings.zero_optimization, grid.data_parallel_size
+    weight_bytes = 4 if engine.precision == "fp32" else 2
+    sum_bytes = 4 if engine.settings.data_types.grad_accum_dtype == "fp32" else weight_bytes
+    offloads_optimizer = zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu"
+    offloads_weights = zero.offload_param is not None and zero.offload_param.device == "cpu"
+    units = split.units(grid.stage)
+    parts = [part for part in work.parts if any(unit in units for unit in part.units)]
+    numel = num_parameters(parts, grid.tensor_parallel_size)
+    return RankMemory(
+        numel,
+        weights=0 if offloads_weights else weight_bytes * numel / (replicas if zero.stage == 3 else 1),
+        gradients=sum_bytes * numel / (replicas if zero.stage > 1 else 1),
+        optimizer=0 if offloads_optimizer else MASTER_AND_MOMENTS * numel / replicas,
+        activations=stage_activations(work, run, grid, split, weight_bytes),
+    )
+
+
+def stage_activations(
+    work: Workload, run: RunConfig | FinetuneConfig, grid: Grid, split: Split, element_bytes: int
+) -> float:
+    """What a stage keeps for the backward pass at its fullest, and the temporaries of the unit that has most."""
+    load, size = work.example.times(run.train.micro_batch_size), grid.tensor_parallel_size
+    division = Division(element_bytes, size, slices=size if run.parallel.sequence_parallel else 1)
+    recomputes = run.train.activation_checkpointing
+    kept, working = 0.0, dict.fromkeys(split.units(grid.stage), 0.0)
+    for part in work.parts:
+        unit = part.units[-1]
+        if unit in working and part.activations is not None:
+            taken = part.activations(load, division)
+            kept += taken.entry if recomputes else taken.kept
+            working[unit] += taken.working + (taken.kept if recomputes else 0.0)
+    received = load.tokens * work.architecture.hidden_size * element_bytes
+    # 1F1B: stage s has begun this many micro-batches before its first backward pass.
+    in_flight = min(grid.num_stages - grid.stage, run.train.gradient_accumulation_steps(grid.data_parallel_size))
+    return in_flight * work.kept_passes * (kept + received) + max(working.values())

@@ -1,0 +1,58 @@
+"""What a run computes: the parts of its model, what one example gives them to do, and how often."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.config import RunConfig
+from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.model.part_costs import Load
+from deberta_xl.model.parts import Part, forward_flops, masked_lm_parts, num_parameters, task_parts
+from deberta_xl.parallel.stages import Split, split_model
+from deberta_xl.planning.cost import FORWARD_AND_BACKWARD
+
+SIFT_STEP = 2
+"""Forward passes that a step of SiFT's perturbation is worth: there and back, without the weights' gradients."""
+
+
+class Workload(NamedTuple):
+    """A model, and what training asks of it."""
+
+    architecture: DebertaConfig
+    parts: list[Part]
+    example: Load
+    """Of one sequence; in fine-tuning of one example at its longest, with all its options."""
+    forwards: int = FORWARD_AND_BACKWARD
+    """Forward passes that training on an example is worth."""
+    kept_passes: int = 1
+    """Forward passes that are kept for the backward pass at once."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return num_parameters(self.parts)
+
+    def split(self, num_stages: int, micro_batch_size: int) -> Split:
+        """The even spread over pipeline stages."""
+        return split_model(self.parts, num_stages, self.example.times(micro_batch_size))
+
+    def step_flops(self, num_examples: int) -> float:
+        """Operations of an optimizer step."""
+        return self.forwards * forward_flops(self.parts, self.example.times(num_examples))
+
+
+def masked_lm_workload(architecture: DebertaConfig, run: RunConfig) -> Workload:
+    """Pretraining: full rows, of which a share is predicted."""
+    length = run.model.sequence_length
+    return Workload(architecture, masked_lm_parts(architecture), Load(1, length, run.data.mask_probability * length))
+
+
+def task_workload(architecture: DebertaConfig, head: HeadConfig, run: FinetuneConfig, num_options: int) -> Workload:
+    """Fine-tuning. SiFT adds the steps of its perturbation, and a second pass beside the clean one."""
+    example = Load(num_options, run.model.sequence_length)
+    parts = task_parts(architecture, head)
+    if not run.sift.weight:
+        return Workload(architecture, parts, example)
+    forwards = 2 * FORWARD_AND_BACKWARD + SIFT_STEP * run.sift.steps
+    return Workload(architecture, parts, example, forwards, kept_passes=2)

@@ -1,0 +1,41 @@
+"""Devices by their names, and by what a user says of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from deberta_xl.errors import ConfigError
+from deberta_xl.planning.hardware import device_gibibytes, peak_flops, read_gibibytes
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", None),
+        ("AMD Ryzen", None),
+    ],
+)
+def test_a_devices_peak_is_found_by_its_whole_name(name, peak):
+    assert peak_flops(name) == peak
+
+
+@pytest.mark.parametrize("text", ["", "80GB", "nan", "inf", "-1", "0"])
+def test_a_device_without_a_size_is_refused(text):
+    with pytest.raises(ConfigError, match="GPU_MEMORY_GIB"):
+        read_gibibytes(text)
+
+
+def test_what_nobody_has_said_of_a_device_is_not_known(monkeypatch):
+    monkeypatch.setenv("GPU_MEMORY_GIB", "")
+    assert device_gibibytes() is None
+    monkeypatch.setenv("GPU_MEMORY_GIB", "80")
+    assert device_gibibytes() == 80
