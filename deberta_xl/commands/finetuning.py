@@ -15,7 +15,7 @@ import numpy as np
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
-from deberta_xl.commands.inputs import Inputs, read_layout
+from deberta_xl.commands.inputs import Inputs, Words, read_layout
 from deberta_xl.commands.task_data import TRAIN, examples_fingerprint, read_examples, tokenize_all
 from deberta_xl.config import ScheduleSection
 from deberta_xl.config_file import load_config, model_folder
@@ -103,24 +103,17 @@ class FinetuningInputs(Inputs):
         num_saves = min(regular + math.ceil(self.total_steps / evaluation_interval), self.total_steps)
         return Outlook(work, config, self.engine, self.grid, split, self.total_steps, num_saves)
 
-    @property
-    def model_in_words(self) -> str:
-        """`head: classification`."""
-        return f"head: {self.head.head.kind}"
-
-    @property
-    def batch_in_words(self) -> str:
-        """`32 examples`."""
-        return counted(self.config.train.global_batch_size, "example")
-
-    @property
-    def data_in_words(self) -> str:
-        """`3.00 epochs of 67,349 examples; held out: valid 872`."""
-        data, read = self.train_data, self.total_steps * self.config.train.global_batch_size
+    def words(self) -> Words:
+        """`head: classification`; `32 examples`; `3.00 epochs of 67,349 examples; held out: valid 872`."""
+        data, batch = self.train_data, self.config.train.global_batch_size
         held_out = ", ".join(f"{split} {len(of_split.examples):,}" for split, of_split in self.held_out.items())
         windows = f" in {counted(len(data), 'window')}" if len(data) != len(data.examples) else ""
-        examples = counted(len(data.examples), "example")
-        return f"{read / len(data):.2f} epochs of {examples}{windows}; held out: {held_out}"
+        epochs, examples = self.total_steps * batch / len(data), counted(len(data.examples), "example")
+        return Words(
+            f"head: {self.head.head.kind}",
+            counted(batch, "example"),
+            f"{epochs:.2f} epochs of {examples}{windows}; held out: {held_out}",
+        )
 
     def print_more(self) -> None:
         """What SiFT does."""

@@ -42,6 +42,17 @@ def read_layout(arguments: argparse.Namespace, config: RunConfig | FinetuneConfi
     return Layout(engine, launch, grid)
 
 
+class Words(NamedTuple):
+    """What only the one command or the other can tell of a run."""
+
+    model: str
+    """What the model is, beside its size."""
+    batch: str
+    """What a step reads."""
+    data: str
+    """How much is read in all, of what."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs(ABC):
     """Everything that a run is assembled from, checked."""
@@ -65,20 +76,9 @@ class Inputs(ABC):
     def outlook(self) -> Outlook:
         """What the run takes."""
 
-    @property
     @abstractmethod
-    def model_in_words(self) -> str:
-        """What the model is, beside its size."""
-
-    @property
-    @abstractmethod
-    def batch_in_words(self) -> str:
-        """What a step reads."""
-
-    @property
-    @abstractmethod
-    def data_in_words(self) -> str:
-        """How much is read in all, of what."""
+    def words(self) -> Words:
+        """The run in words."""
 
     @abstractmethod
     def print_more(self) -> None:
@@ -88,18 +88,18 @@ class Inputs(ABC):
 def print_description(inputs: Inputs) -> None:
     """What the run is going to be: sizes, ranks, samples, on rank 0."""
     config, train, ranks = inputs.config, inputs.config.train, inputs.grid.data_parallel_size
-    outlook = inputs.outlook
-    rank_zero("model: %s parameters, %s", f"{outlook.work.num_parameters:,}", inputs.model_in_words)
+    outlook, words = inputs.outlook, inputs.words()
+    rank_zero("model: %s parameters, %s", f"{outlook.work.num_parameters:,}", words.model)
     sliced = ", sequence divided" if config.parallel.sequence_parallel else ""
     zero = f"ZeRO-{inputs.engine.zero_stage} in {inputs.engine.precision}"
     rank_zero("ranks: %s%s, %s", inputs.grid.describe(), sliced, zero)
     print_memory(outlook)
     rank_zero(
         "step: %s (micro-batch %d x %d accumulated x %s)",
-        inputs.batch_in_words, train.micro_batch_size, train.gradient_accumulation_steps(ranks),
+        words.batch, train.micro_batch_size, train.gradient_accumulation_steps(ranks),
         counted(ranks, "replica"),
     )  # fmt: skip
-    rank_zero("run: %s = %s", counted(inputs.total_steps, "step"), inputs.data_in_words)
+    rank_zero("run: %s = %s", counted(inputs.total_steps, "step"), words.data)
     interval = counted(config.checkpoint.interval, "step").removeprefix("1 ")
     rank_zero("run folder: %s (checkpoint every %s)", config.run.folder, interval)
     inputs.print_more()

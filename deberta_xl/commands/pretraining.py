@@ -14,7 +14,7 @@ from typing import Any
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
-from deberta_xl.commands.inputs import Inputs, read_layout
+from deberta_xl.commands.inputs import Inputs, Words, read_layout
 from deberta_xl.commands.outlook import slips
 from deberta_xl.config import ModelSection, RunConfig
 from deberta_xl.config_file import complete_config, load_run_config, model_folder
@@ -70,23 +70,16 @@ class PretrainingInputs(Inputs):
         num_saves = math.ceil(self.total_steps / self.config.checkpoint.interval)
         return Outlook(work, self.config, self.engine, self.grid, self.split, self.total_steps, num_saves)
 
-    @property
-    def model_in_words(self) -> str:
-        """`vocabulary 128100`."""
-        return f"vocabulary {self.architecture.vocab_size}"
-
-    @property
-    def batch_in_words(self) -> str:
-        """`256 sequences x 512 tokens = 131,072 tokens`."""
+    def words(self) -> Words:
+        """`256 sequences x 512 tokens = 131,072 tokens`; `2,560 sequences = 0.50 epochs of 5,120 rows (2 M tokens)`."""
         batch, length = self.config.train.global_batch_size, self.config.model.sequence_length
-        return f"{counted(batch, 'sequence')} x {length} tokens = {batch * length:,} tokens"
-
-    @property
-    def data_in_words(self) -> str:
-        """`2,560 sequences = 0.50 epochs of 5,120 rows (2,600,000 tokens)`."""
-        samples = self.total_steps * self.config.train.global_batch_size
-        rows, tokens = counted(self.data.num_rows, "row"), counted(self.data.tokens, "token")
-        return f"{counted(samples, 'sequence')} = {samples / self.data.num_rows:.2f} epochs of {rows} ({tokens})"
+        samples, num_rows = self.total_steps * batch, self.data.num_rows
+        rows, tokens = counted(num_rows, "row"), counted(self.data.tokens, "token")
+        return Words(
+            f"vocabulary {self.architecture.vocab_size}",
+            f"{counted(batch, 'sequence')} x {length} tokens = {batch * length:,} tokens",
+            f"{counted(samples, 'sequence')} = {samples / num_rows:.2f} epochs of {rows} ({tokens})",
+        )
 
     def print_more(self) -> None:
         """The stages, and what looks like a slip."""
