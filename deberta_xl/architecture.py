@@ -11,6 +11,10 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "tanh", "silu"]
 """`gelu` is the exact, erf form; `gelu_tanh` its approximation, `gelu_new` and `gelu_fast` of transformers."""
 HeadKind = Literal["classification", "regression", "multi_label", "token", "span", "choice"]
 
+PAD_ID = 0
+"""Id of [PAD], in every tokenizer and every word table."""
+IGNORED = -100
+"""Label of a token that has none: in no loss and no metric."""
 EMD_PASSES = 2
 """How often the enhanced mask decoder applies the last layer, with the same weights (the paper's n)."""
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deberta_xl.architecture import IGNORED
 from deberta_xl.data.progress import tracked
 from deberta_xl.data.records import TaskDataError
 from deberta_xl.data.task_framing import Feature, Framer
@@ -17,7 +18,6 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.finetune_config import PAD_MULTIPLE
 from deberta_xl.log import rank_zero
 
-IGNORED = -100
 MANY_UNKNOWN = 0.01
 """Share of unknown tokens above which a tokenizer does not suit a text."""
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from deberta_xl.architecture import PAD_ID
 from deberta_xl.data.errors import TokenizerError
 from deberta_xl.data.foreign_tokenizer import model_vocab_size, read_rules
 from deberta_xl.data.ruled_encoder import RuledEncoder
@@ -43,7 +44,7 @@ class Tokenizer:
     spare ids).
     """
 
-    pad_id, cls_id, sep_id, unk_id = range(4)
+    pad_id, cls_id, sep_id, unk_id = range(PAD_ID, 4)
 
     def __init__(
         self,

@@ -11,11 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.architecture import PAD_ID, DebertaConfig
 from deberta_xl.errors import ConfigError
 from deberta_xl.model.dropout import Dropout, DropoutKey
-
-PAD_ID = 0
 
 
 class Embeddings(nn.Module):

@@ -10,10 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deberta_xl.architecture import HeadKind
-
-IGNORED = -100
-"""Label of a token that nothing is asked of."""
+from deberta_xl.architecture import IGNORED, HeadKind
 
 
 def count_items(kind: HeadKind, labels: Tensor) -> int:

@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 from task_files import COPA_XML, FILES, write_task
 
-from deberta_xl.architecture import HeadConfig
+from deberta_xl.architecture import IGNORED, HeadConfig
 from deberta_xl.data.records import TaskDataError, read_records
-from deberta_xl.data.task_features import IGNORED, TaskData
+from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_labels import class_weights, encode_labels, labels_of
 from deberta_xl.data.task_reading import read_split, splits_of
 from deberta_xl.data.tasks import METRICS_OF, Example, Source, Task, load_task, task_names
