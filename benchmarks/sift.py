@@ -21,9 +21,10 @@ from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.config_file import load_run_config
 from deberta_xl.finetune_config import SiftSection
 from deberta_xl.model.task_model import TaskModel
+from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.sift import Sift
 from deberta_xl.objectives.task_batches import TaskMicroBatch
-from deberta_xl.training.task_step import TaskObjective
+from deberta_xl.objectives.task_loss import TaskLoss
 
 GIB = 2**30
 HEAD = HeadConfig(kind="classification", num_labels=3)
@@ -33,14 +34,17 @@ def batch_of(rows: int, length: int, vocab_size: int) -> TaskMicroBatch:
     """A batch without padding."""
     ids = torch.randint(4, min(vocab_size, 1000), (rows, length))
     ones = torch.ones_like(ids)
-    return TaskMicroBatch(ids, ones, torch.zeros_like(ids), torch.zeros(rows, dtype=torch.int64), 1, rows)
+    return TaskMicroBatch(
+        ids, ones, torch.zeros_like(ids), torch.zeros(rows, dtype=torch.int64), 1, (rows, length * rows)
+    )
 
 
 def losses(model: TaskModel, batch: TaskMicroBatch, sift: Sift | None) -> Tensor:
     """The total loss of one micro-batch."""
-    objective = TaskObjective(
-        model, batch, share=float(batch.num_items), sift=sift, sift_weight=5.0, class_weights=None, key=None
-    )
+    objective = TaskLoss(
+        model.head.kind, model.config.hidden_size, batch, share=float(batch.counts[0]), sift=sift, sift_weight=5.0,
+        class_weights=None, key=None,
+    )  # fmt: skip
     return model(batch.input_ids_BS, batch.segments_BS, objective=objective).total
 
 
@@ -95,7 +99,7 @@ def activation_gib(config: DebertaConfig, rows: int, length: int, sift: Sift | N
     """Peak of what autograd keeps for one micro-batch in bf16, by shapes alone."""
     with torch.device("meta"):
         model = TaskModel(config, HEAD).to(torch.bfloat16)
-        batch = TaskMicroBatch(*(t.to("meta") for t in batch_of(rows, length, config.vocab_size)[:4]), 1, rows)
+        batch = on_device(batch_of(rows, length, config.vocab_size), torch.device("meta"))
         if recompute:
             model.checkpoint_activations()
         counter = SavedBytes({p.untyped_storage()._cdata for p in model.parameters()})

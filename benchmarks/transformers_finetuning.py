@@ -40,7 +40,7 @@ from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.tasks import Example, Task, load_task
 from deberta_xl.errors import UserError
 from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.training.task_loop import described
+from deberta_xl.objectives.task import described
 
 HEADS = ("classification", "regression")
 

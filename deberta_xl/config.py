@@ -147,6 +147,14 @@ class TrainSection:
 
 
 @frozen
+class PretrainingTrainSection(TrainSection):
+    """`train`: what is learned, how long, in which batches, from what."""
+
+    objective: str = "masked_lm"
+    """What is learned: `masked_lm`, or a class of yours as PACKAGE.MODULE:CLASS (docs/pretraining.md)."""
+
+
+@frozen
 class OptimizerSection:
     """`optimizer`: AdamW, decay on matrices and tables, none on norms and biases."""
 
@@ -243,7 +251,7 @@ class RunConfig:
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
-    train: TrainSection = field(default_factory=TrainSection)
+    train: PretrainingTrainSection = field(default_factory=PretrainingTrainSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)

@@ -102,8 +102,6 @@ class FinetuneTrainSection(TrainSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(epochs=self.epochs)
-        if self.profile is not None:
-            raise ConfigError("profile is for pretraining (deberta_xl/pretrain.py); leave it unset")
 
     def total_steps(self, num_examples: int) -> int:
         """Optimizer updates of the run."""

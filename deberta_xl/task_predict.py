@@ -23,6 +23,7 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError
 from deberta_xl.finetuned import DebertaForTask
 from deberta_xl.launch import Launch
+from deberta_xl.objectives.objective import Evaluator
 from deberta_xl.objectives.sift import normalized
 from deberta_xl.objectives.task_evaluation import task_logits
 
@@ -83,18 +84,11 @@ class Predictor:
 
     def predict(self, data: TaskData) -> list[Prediction]:
         """Predictions from the mean of the models' logits, on every rank. Collective."""
-        parts = [
-            task_logits(
-                model,
-                data,
-                device=self.device,
-                micro_batch_size=self.micro_batch_size,
-                entry=normalized if model.facts.normalized_twice else None,
-                rank=self.launch.rank,
-                size=self.launch.world_size,
-            )
-            for model in self.models
-        ]
+        parts = []
+        for model in self.models:
+            run = Evaluator(model=model, device=self.device, rank=self.launch.rank, size=self.launch.world_size)
+            entry = normalized if model.facts.normalized_twice else None
+            parts.append(task_logits(run, data, micro_batch_size=self.micro_batch_size, entry=entry))
         return predictions_of(data, {n: np.mean([part[n] for part in parts], axis=0) for n in parts[0]})
 
     def predict_file(self, path: Path) -> Iterator[str]:

@@ -34,7 +34,8 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.unigram import log_unigram, token_counts
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.launch import read_launch
-from deberta_xl.objectives.masked_evaluation import Evaluation, evaluate, predict_with
+from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm
+from deberta_xl.objectives.objective import Evaluator
 from deberta_xl.pretrained import DebertaForMaskedLM
 from deberta_xl.strict import at_least
 from deberta_xl.training.joining import join_ranks
@@ -108,15 +109,12 @@ def run(arguments: argparse.Namespace) -> None:
     data.check_held_out(arguments.max_samples)
     unigram = read_unigram(arguments.train, run_config, tokenizer) if launch.rank == 0 else None
     device = join_ranks(launch)
-    result = evaluate(
-        predict_with(model.to(device), device),
+    result = evaluate_masked_lm(
+        Evaluator(model=model.to(device), device=device, rank=launch.rank, size=launch.world_size),
         data,
         vocab_size=model.config.vocab_size,
-        device=device,
         max_samples=arguments.max_samples,
         micro_batch_size=arguments.micro_batch_size,
-        rank=launch.rank,
-        size=launch.world_size,
         log_unigram=unigram,
     )
     if launch.rank == 0:
@@ -124,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         report(arguments, length, result)
 
 
-def check_finite(checkpoint: Path, result: Evaluation) -> None:
+def check_finite(checkpoint: Path, result: MaskedEvaluation) -> None:
     """Refuse to report a loss that is not a finite number."""
     if not math.isfinite(result.loss):
         raise ConfigError(
@@ -133,7 +131,7 @@ def check_finite(checkpoint: Path, result: Evaluation) -> None:
         )
 
 
-def report(arguments: argparse.Namespace, length: int, result: Evaluation) -> None:
+def report(arguments: argparse.Namespace, length: int, result: MaskedEvaluation) -> None:
     """Print the result."""
     labels = counted(result.num_labels, "masked token")
     print(f"{arguments.checkpoint} on {arguments.data}, rows of {length} tokens, {labels}")

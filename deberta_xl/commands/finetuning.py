@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
 from deberta_xl.commands.inputs import Inputs, Words, read_layout
-from deberta_xl.commands.task_data import TRAIN, examples_fingerprint, read_examples, tokenize_all
-from deberta_xl.config import ScheduleSection
+from deberta_xl.commands.task_data import TRAIN, read_examples, tokenize_all
 from deberta_xl.config_file import load_config, model_folder
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_labels import class_weights
@@ -33,6 +32,7 @@ from deberta_xl.planning.workload import task_workload
 if TYPE_CHECKING:
     from deberta_xl.checkpoint.foreign_heads import Pooling
     from deberta_xl.checkpoint.head_facts import HeadFacts
+    from deberta_xl.objectives.task import TaskObjective
 
 DEFAULT_PRESET = "finetune"
 SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
@@ -70,26 +70,22 @@ class FinetuningInputs(Inputs):
     train_data: TaskData
     held_out: Mapping[str, TaskData]
     """Split -> its examples."""
-    schedule: ScheduleSection
     class_weights: np.ndarray | None
     """float32 [classes]; None where all count alike."""
 
-    def fingerprints(self) -> dict[str, Any]:
-        """Of architecture, task, data and tokenizer."""
-        from deberta_xl.checkpoint.initial_weights import computed_by
+    def objective(self) -> TaskObjective:
+        """The task's."""
+        from deberta_xl.objectives.task import TaskObjective
 
-        return {
-            "architecture": computed_by(self.architecture),
-            "task": {
-                "kind": self.head.head.kind,
-                "labels": self.head.labels,
-                "document_stride": self.head.document_stride if self.head.head.kind == "span" else None,
-                "normalized_twice": self.head.normalized_twice,
-            },
-            "sequence_length": self.config.model.sequence_length,
-            "data": examples_fingerprint(self.train_data.examples),
-            "tokenizer": self.tokenizer.fingerprint,
-        }
+        return TaskObjective(
+            self.config,
+            self.architecture,
+            self.head,
+            self.tokenizer,
+            self.train_data,
+            self.held_out,
+            self.class_weights,
+        )
 
     @property
     def outlook(self) -> Outlook:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.commands.arguments import launch_of
 from deberta_xl.commands.outlook import print_memory, print_outlook
-from deberta_xl.config import RunConfig
+from deberta_xl.config import RunConfig, ScheduleSection
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.errors import counted
@@ -20,8 +19,12 @@ from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
 from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.hardware import device_gibibytes
 from deberta_xl.planning.outlook import Outlook
+
+if TYPE_CHECKING:
+    from deberta_xl.objectives.objective import Objective
 
 
 class Layout(NamedTuple):
@@ -66,10 +69,13 @@ class Inputs(ABC):
     architecture: DebertaConfig
     total_steps: int
     """Optimizer updates of the run."""
+    schedule: ScheduleSection
+    split: Split | None = None
+    """How the model is spread over stages, where it can be."""
 
     @abstractmethod
-    def fingerprints(self) -> Mapping[str, Any]:
-        """What a checkpoint must agree with to be continued."""
+    def objective(self) -> Objective:
+        """What is learned. Imports torch."""
 
     @property
     @abstractmethod

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import step_folders
@@ -23,10 +23,14 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.log import rank_zero
+from deberta_xl.objectives.choice import check_objective, objective_type
 from deberta_xl.parallel.grid import check_divisible, check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import masked_lm_workload
+
+if TYPE_CHECKING:
+    from deberta_xl.objectives.objective import Objective
 
 EXAMPLE = """\
 example:
@@ -52,16 +56,10 @@ class PretrainingInputs(Inputs):
     data: PretrainingData
     valid: PretrainingData | None
 
-    def fingerprints(self) -> dict[str, Any]:
-        """Of architecture, data and tokenizer."""
-        from deberta_xl.checkpoint.initial_weights import computed_by
-
-        return {
-            "architecture": computed_by(self.architecture),
-            "sequence_length": self.config.model.sequence_length,
-            "data": self.data.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
-        }
+    def objective(self) -> Objective:
+        """The one that `train.objective` names."""
+        chosen = objective_type(self.config.train.objective)
+        return chosen(self.config, self.architecture, self.tokenizer, self.data, self.valid)
 
     @property
     def outlook(self) -> Outlook:
@@ -94,6 +92,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     """Read and check configuration, launcher, tokenizer and datasets. Raises UserError."""
     config = read_config(arguments.config, arguments.overrides)
     layout = read_layout(arguments, config)
+    check_objective(config.train.objective, layout.grid.num_stages)
     if config.data.train is None:
         raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
     store = TokenStore(config.data.train)
@@ -117,6 +116,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
         tokenizer_folder=tokenizer_folder,
         architecture=architecture,
         total_steps=config.train.steps,
+        schedule=config.schedule,
         data=data,
         valid=valid,
     )

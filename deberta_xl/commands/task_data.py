@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,13 +112,3 @@ def report_measures(task: Task, labels: Sequence[str], examples: Mapping[str, Se
         if shared > MANY_SHARED * len(found):
             text = "%s: the texts of %d of %d examples are trained on, too: its metrics tell little of new texts"
             rank_zero(text, split, shared, len(found), level=logging.WARNING)
-
-
-FORM = "Example(id={!r}, texts={!r}, label={!r}, group={!r}, value={!r}, gold={!r})"
-"""How an example is written to be hashed. Not to be changed with the names in our code: checkpoints hold the hash."""
-
-
-def examples_fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of examples in their order."""
-    text = ", ".join(FORM.format(e.id, e.texts, e.label, e.group, e.value, e.gold) for e in examples)
-    return hashlib.sha256(f"[{text}]".encode("utf-8", "surrogatepass")).hexdigest()

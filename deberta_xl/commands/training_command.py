@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from deberta_xl.commands.inputs import Inputs, print_description
 from deberta_xl.config import RunConfig
@@ -22,6 +22,9 @@ from deberta_xl.launch import read_launch
 from deberta_xl.log import configure_logging, logger, rank_zero
 from deberta_xl.rendezvous import meeting_point
 from deberta_xl.stop_request import StopRequest
+
+if TYPE_CHECKING:
+    from deberta_xl.training.loop import Training
 
 REFUSED = 4
 """Exit status of ranks that a user's error ends before the first step, or whose run is hopeless (it has diverged, or no
@@ -35,14 +38,13 @@ def run_command(
     *,
     read_config: Callable[[str, Sequence[str]], RunConfig | FinetuneConfig],
     read_inputs: Callable[[argparse.Namespace], Inputs],
-    assemble: Callable[[Any, StopRequest], Any],
     conclude: Callable[[Any], None] = lambda run: None,
 ) -> None:
     """A training command from its arguments on.
 
     `read_config` takes --config and the overrides. `read_inputs` raises UserError for what cannot be; with `--check`
-    the run is only described, after a look at its folder, which raises as well. `assemble` makes the run
-    (`Pretraining`, `Finetuning`), which is trained; `conclude` comes after its last step, not after a stop.
+    the run is only described, after a look at its folder, which raises as well. `conclude` comes after its last step,
+    not after a stop.
     """
     configure_logging()
     stop = None if arguments.print_config else StopRequest()
@@ -74,7 +76,14 @@ def look_ahead(inputs: Inputs) -> None:
     """Refuse what the start would refuse for its run folder's sake."""
     from deberta_xl.training.look_ahead import check_run_folder
 
-    check_run_folder(inputs.config.run.folder, inputs.fingerprints, inputs.total_steps)
+    check_run_folder(inputs.config.run.folder, lambda: inputs.objective().fingerprints, inputs.total_steps)
+
+
+def assemble(inputs: Inputs, stop: StopRequest) -> Training:
+    """Everything the loop works with. Collective."""
+    from deberta_xl.training.assembly import assemble_training
+
+    return assemble_training(inputs, inputs.objective(), stop, describe=lambda: print_description(inputs))
 
 
 def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -197,3 +199,13 @@ def read_section(tree: Any, kind: type) -> Any:
         raise ConfigError(f"{kind.__name__.lower()} is a table of keys, not {tree!r}")
     refuse_unknown_keys(tree, kind)
     return kind(**tree)
+
+
+FORM = "Example(id={!r}, texts={!r}, label={!r}, group={!r}, value={!r}, gold={!r})"
+"""How an example is written to be hashed. Not to be changed with the names in our code: checkpoints hold the hash."""
+
+
+def examples_fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 of examples in their order."""
+    text = ", ".join(FORM.format(e.id, e.texts, e.label, e.group, e.value, e.gold) for e in examples)
+    return hashlib.sha256(f"[{text}]".encode("utf-8", "surrogatepass")).hexdigest()

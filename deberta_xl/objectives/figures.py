@@ -22,7 +22,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def loss_curves(lines: Sequence[Mapping[str, float]]) -> Figure:
+def loss_curves(lines: Sequence[Mapping[str, float]], label: str = "loss") -> Figure:
     """Training and validation loss over steps, from the lines of metrics.jsonl."""
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
@@ -39,7 +39,7 @@ def loss_curves(lines: Sequence[Mapping[str, float]]) -> Figure:
             entropies[-1], color="grey", linestyle="--", linewidth=1, label="training unigram (reads no context)"
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("masked-LM loss (nats per token)")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from deberta_xl.data.loader import PretrainingData
-from deberta_xl.data.progress import tracked
+from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.data.unigram import cross_entropy
 from deberta_xl.model.masked_lm import MaskedLMOutput
-from deberta_xl.objectives.masked_batches import MicroBatch, build_micro_batch
+from deberta_xl.objectives.micro_batch import on_device
+from deberta_xl.objectives.objective import Evaluator, Judged, Sums
+from deberta_xl.objectives.rows import MaskedRows
+
+Built = TypeVar("Built")
 
 
-class Evaluation(NamedTuple):
+class MaskedEvaluation(NamedTuple):
     """Means over all labelled tokens of the held-out rows."""
 
     loss: float
@@ -32,7 +34,7 @@ class Evaluation(NamedTuple):
     label_L: Tensor
     """This rank's labels, on the host."""
     guess_L: Tensor
-    """This rank's best guesses."""
+    """This rank's best guesses, on the host."""
 
     @property
     def perplexity(self) -> float:
@@ -40,35 +42,15 @@ class Evaluation(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
 
-class Prediction(NamedTuple):
-    """What a model says of one micro-batch, on the device."""
-
-    label_L: Tensor
-    """What was to be predicted."""
-    loss_sum: Tensor
-    """Cross-entropy summed over the labelled positions."""
-    guess_L: Tensor
-    """The best guess at each."""
-
-
-Predict = Callable[[Iterable[MicroBatch]], Iterator[Prediction]]
-
-
-def predict_with(model: Callable[..., MaskedLMOutput], device: torch.device) -> Predict:
-    """Prediction by `model` (a module or an engine, in evaluation mode), batch by batch."""
-
-    def predict(batches: Iterable[MicroBatch]) -> Iterator[Prediction]:
-        for host_batch in batches:
-            batch = host_batch.to(device)
-            output = model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=1.0)
-            yield Prediction(batch.labelled.label_L, output.loss, output.guess_L)
-
-    return predict
-
-
 def evaluation_batches(
-    data: PretrainingData, *, max_samples: int, micro_batch_size: int, rank: int, size: int
-) -> Iterator[MicroBatch]:
+    data: PretrainingData,
+    build: Callable[[Batch], Built] = MaskedRows.of,
+    *,
+    max_samples: int,
+    micro_batch_size: int,
+    rank: int,
+    size: int,
+) -> Iterator[Built]:
     """This rank's micro-batches of the first `max_samples` rows (0: of all) in the order of evaluation.
 
     All ranks get equally many, since parameters partitioned over ranks need every rank in every forward: ranks that
@@ -76,8 +58,7 @@ def evaluation_batches(
     """
     num_rows = min(data.num_rows, max_samples or data.num_rows)
     for turn in range(rank, size * batches_per_rank(num_rows, micro_batch_size, size), size):
-        start = turn * micro_batch_size
-        yield build_micro_batch(data.held_out_batch(start, micro_batch_size, end=num_rows), pin=False)
+        yield build(data.held_out_batch(turn * micro_batch_size, micro_batch_size, end=num_rows))
 
 
 def batches_per_rank(num_rows: int, micro_batch_size: int, size: int) -> int:
@@ -85,42 +66,49 @@ def batches_per_rank(num_rows: int, micro_batch_size: int, size: int) -> int:
     return math.ceil(math.ceil(num_rows / micro_batch_size) / size)
 
 
+def masked_sums(output: MaskedLMOutput, batch: MaskedRows) -> Sums:
+    """Loss, divided as the model was asked to, and number of right guesses."""
+    return {"loss": output.loss, "accuracy": (output.guess_L == batch.labelled.label_L).sum()}
+
+
+def judged_by(run: Evaluator, batches: Iterable[MaskedRows]) -> Iterator[Judged]:
+    """What the plain model says of each micro-batch."""
+    for host_batch in batches:
+        batch = on_device(host_batch, run.device)
+        output = run.model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=1.0)
+        yield Judged(host_batch, masked_sums(output, batch), output.guess_L)
+
+
 @torch.no_grad()
-def evaluate(
-    predict: Predict,
+def evaluate_masked_lm(
+    run: Evaluator,
     data: PretrainingData,
     *,
     vocab_size: int,
-    device: torch.device,
     max_samples: int,
     micro_batch_size: int,
-    rank: int = 0,
-    size: int = 1,
-    group: dist.ProcessGroup | None = None,
     log_unigram: np.ndarray | None = None,
-    guard: Callable[[Iterator[MicroBatch]], Iterator[MicroBatch]] = iter,
-) -> Evaluation:
-    """Evaluate what `predict` says of rows in a fixed order, under fixed masks.
+    watch: Callable[[Iterable[MaskedRows]], Iterable[MaskedRows]] = iter,
+) -> MaskedEvaluation:
+    """Evaluate rows in a fixed order, under fixed masks. Collective over the ranks of `run`.
 
-    `log_unigram` is `data/unigram.py`'s of the training set, where `unigram_entropy` is wanted. `guard` is what the
-    batches go through on their way, and may end the evaluation. Collective over the `size` ranks of `group` (all ranks
-    by default) when there are several.
+    `log_unigram` is `data/unigram.py`'s of the training set, where `unigram_entropy` is wanted. `watch` sees the
+    batches on their way.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    label_counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    label_counts = np.zeros(vocab_size, np.int64)
     labels, guesses = [], []
-    options = {"max_samples": max_samples, "micro_batch_size": micro_batch_size, "rank": rank, "size": size}
-    predictions = predict(guard(evaluation_batches(data, **options)))
-    num_batches = batches_per_rank(min(data.num_rows, max_samples or data.num_rows), micro_batch_size, size)
-    for label_L, loss_sum, guess_L in tracked(predictions, "evaluating", num_batches, "batches"):
-        sums += torch.stack([loss_sum.double(), (guess_L == label_L).sum().double()])
-        label_counts += torch.bincount(label_L, minlength=vocab_size)
-        labels.append(label_L.cpu())
-        guesses.append(guess_L.cpu())
-    if size > 1:
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(label_counts, group=group)
+    num_batches = batches_per_rank(min(data.num_rows, max_samples or data.num_rows), micro_batch_size, run.size)
+    rows = {"max_samples": max_samples, "micro_batch_size": micro_batch_size, "rank": run.rank, "size": run.size}
+    batches = watch(run.batches(evaluation_batches(data, **rows), does="evaluating", count=num_batches))
+    for batch, found, guess_L in run.through_stages(batches) if run.through_stages else judged_by(run, batches):
+        # The device is not waited for: labels are on the host, and guesses are fetched at the end.
+        sums += torch.stack([found["loss"].double(), found["accuracy"].double()])
+        label_counts += np.bincount(batch.labelled.label_L.numpy(), minlength=vocab_size)
+        labels.append(batch.labelled.label_L)
+        guesses.append(guess_L)
+    label_counts = run.add_up(torch.from_numpy(label_counts).to(run.device)).cpu().numpy()
     num_labels = int(label_counts.sum())
-    loss, accuracy = (sums / num_labels).tolist()  # not numbers where nothing was masked
-    unigram = None if log_unigram is None else cross_entropy(label_counts.cpu().numpy(), log_unigram)
-    return Evaluation(loss, accuracy, num_labels, unigram, torch.cat(labels), torch.cat(guesses))
+    loss, accuracy = (run.add_up(sums) / num_labels).tolist()  # not numbers where nothing was masked
+    unigram = None if log_unigram is None else cross_entropy(label_counts, log_unigram)
+    return MaskedEvaluation(loss, accuracy, num_labels, unigram, torch.cat(labels), torch.cat(guesses).cpu())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from deberta_xl.objectives.figure_text import literal, plain
-from deberta_xl.objectives.masked_batches import MicroBatch
+from deberta_xl.objectives.rows import MaskedRows
 
 EXAMPLES = 24
 AROUND = 12
@@ -35,7 +35,7 @@ class MaskedExamples:
     def __init__(self) -> None:
         self.places: list[MaskedPlace] = []
 
-    def watch(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+    def watch(self, batches: Iterable[MaskedRows]) -> Iterator[MaskedRows]:
         """The same batches."""
         for batch in batches:
             if len(self.places) < EXAMPLES:
@@ -52,7 +52,7 @@ class MaskedExamples:
         return "\n".join(["| text | masked word | best guess | right |", "|---|---|---|---|", *rows])
 
 
-def places_of(batch: MicroBatch) -> Iterator[MaskedPlace]:
+def places_of(batch: MaskedRows) -> Iterator[MaskedPlace]:
     """The labelled places of a batch on the host, in the order of its labels."""
     positions_BM = batch.labelled.position_BM
     slots = batch.labelled.slot_L.tolist()

@@ -34,19 +34,15 @@ class TaskMicroBatch(NamedTuple):
     token_types_BS: Tensor
     labels: Tensor
     num_options: int
-    num_items: int
-    """What its part of the loss is a sum over, known on the host."""
+    counts: tuple[int, int]
+    """Items, which its part of the loss is a sum over, and tokens without padding."""
 
-    def to(self, device: torch.device) -> TaskMicroBatch:
-        """A copy on `device`, without waiting for it where the source is pinned."""
-        return TaskMicroBatch(*(t.to(device, non_blocking=True) for t in self[:4]), *self[4:])
-
-
-def build_task_micro_batch(batch: TaskBatch, kind: HeadKind, *, pin: bool) -> TaskMicroBatch:
-    """Host tensors of a batch."""
-    tensors = [torch.from_numpy(array) for array in batch[:4]]
-    tensors = [tensor.pin_memory() for tensor in tensors] if pin else tensors
-    return TaskMicroBatch(*tensors, batch.num_options, count_items(kind, tensors[3]))
+    @classmethod
+    def of(cls, batch: TaskBatch, kind: HeadKind) -> TaskMicroBatch:
+        """Host tensors of a batch."""
+        ids_BS, segments_BS, types_BS, labels = map(torch.from_numpy, batch[:4])
+        counts = count_items(kind, labels), int((segments_BS > 0).sum())
+        return cls(ids_BS, segments_BS, types_BS, labels, batch.num_options, counts)
 
 
 class TaskOrder:
@@ -77,7 +73,7 @@ class TaskOrder:
 
 
 def task_step_batches(
-    data: TaskData, train: FinetuneTrainSection, first_step: int, *, rank: int, size: int, pin: bool
+    data: TaskData, train: FinetuneTrainSection, first_step: int, *, rank: int, size: int
 ) -> Iterator[list[TaskMicroBatch]]:
     """For every step from `first_step` on: this data-parallel rank's micro-batches. Endless."""
     order = TaskOrder(data.lengths, train.global_batch_size, train.seed, bucketing=train.length_bucketing)
@@ -86,5 +82,5 @@ def task_step_batches(
         features = order.features(step)
         starts = rank_samples(0, train.global_batch_size, train.micro_batch_size, rank, size)
         parts = (features[start : start + train.micro_batch_size] for start in starts)
-        yield [build_task_micro_batch(data.batch(part), data.task.head, pin=pin) for part in parts]
+        yield [TaskMicroBatch.of(data.batch(part), data.task.head) for part in parts]
         step += 1

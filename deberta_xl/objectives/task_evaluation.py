@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from deberta_xl.data.progress import tracked
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.model.task_losses import hide_padding
 from deberta_xl.model.trunk import Perturb
 from deberta_xl.objectives.masked_evaluation import batches_per_rank
-from deberta_xl.objectives.task_batches import build_task_micro_batch
+from deberta_xl.objectives.micro_batch import on_device
+from deberta_xl.objectives.objective import Evaluator
+from deberta_xl.objectives.task_batches import TaskMicroBatch
 
 
-def feature_batches(data: TaskData, micro_batch_size: int, *, rank: int, size: int) -> Iterator[np.ndarray]:
+class NumberedBatch(NamedTuple):
+    """Features and their numbers."""
+
+    numbers: np.ndarray
+    batch: TaskMicroBatch
+
+
+def feature_batches(data: TaskData, micro_batch_size: int, *, rank: int, size: int) -> Iterator[NumberedBatch]:
     """This rank's features, similar lengths together.
 
     All ranks get equally many batches, since parameters partitioned over ranks need every rank in every forward: ranks
@@ -26,33 +34,24 @@ def feature_batches(data: TaskData, micro_batch_size: int, *, rank: int, size: i
     order = np.argsort(data.lengths, kind="stable")
     for turn in range(rank, size * batches_per_rank(len(order), micro_batch_size, size), size):
         start = turn * micro_batch_size if turn * micro_batch_size < len(order) else 0
-        yield order[start : start + micro_batch_size]
+        numbers = order[start : start + micro_batch_size]
+        yield NumberedBatch(numbers, TaskMicroBatch.of(data.batch(numbers), data.task.head))
 
 
 @torch.no_grad()
 def task_logits(
-    model: Callable[..., Tensor],
-    data: TaskData,
-    *,
-    device: torch.device,
-    micro_batch_size: int,
-    entry: Perturb | None = None,
-    rank: int = 0,
-    size: int = 1,
-    group: dist.ProcessGroup | None = None,
-    guard: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]] = iter,
+    run: Evaluator, data: TaskData, *, micro_batch_size: int, entry: Perturb | None = None
 ) -> dict[int, np.ndarray]:
-    """The logits of every feature by number, on every rank. Collective over the `size` ranks of `group`.
+    """The logits of every feature by number, on every rank. Collective over the ranks of `run`.
 
-    `model` is a module or an engine, in evaluation mode; `entry` what SiFT's original variant changes in clean passes;
-    the batches go through `guard` on their way, which may end the evaluation.
+    `entry` is what SiFT's original variant changes in clean passes.
     """
     found: dict[int, np.ndarray] = {}
-    batches = guard(feature_batches(data, micro_batch_size, rank=rank, size=size))
-    num_batches = batches_per_rank(len(data.lengths), micro_batch_size, size)
-    for numbers in tracked(batches, "predicting", num_batches, "batches"):
-        batch = build_task_micro_batch(data.batch(numbers), data.task.head, pin=False).to(device)
-        logits = model(
+    batches = feature_batches(data, micro_batch_size, rank=run.rank, size=run.size)
+    num_batches = batches_per_rank(len(data.lengths), micro_batch_size, run.size)
+    for numbers, host_batch in run.batches(batches, does="predicting", count=num_batches):
+        batch = on_device(host_batch, run.device)
+        logits = run.model(
             batch.input_ids_BS, batch.segments_BS, batch.token_types_BS, num_options=batch.num_options, perturb=entry
         )
         logits = hide_padding(data.task.head, logits, batch.segments_BS > 0).float().cpu().numpy()
@@ -60,8 +59,8 @@ def task_logits(
             rows = data.features[number].rows
             per_token = data.task.head in ("token", "span")
             found[number] = of_feature[: len(rows[0].input_ids)] if per_token else of_feature
-    if size == 1:
+    if run.size == 1:
         return found
-    parts: list[dict[int, np.ndarray]] = [{}] * size
-    dist.all_gather_object(parts, found, group=group)
+    parts: list[dict[int, np.ndarray]] = [{}] * run.size
+    dist.all_gather_object(parts, found, group=run.group)
     return {number: logits for part in parts for number, logits in part.items()}

@@ -16,8 +16,9 @@ ALARM, RELIEF = 1.0, 0.5
 class Explosion:
     """Warns when the smoothed training loss, finite as it may be, has risen far above what it was."""
 
-    def __init__(self, num_classes: int):
-        self.guessing = math.log(num_classes)
+    def __init__(self, guessing: float):
+        """`guessing` is the loss of knowing nothing, nats."""
+        self.guessing = guessing
         self.smoothed: float | None = None
         self.best = math.inf
         self.is_told = False

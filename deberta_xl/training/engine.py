@@ -9,29 +9,25 @@ import math
 import os
 import resource
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from deberta_xl.config import OptimizerSection
 from deberta_xl.errors import ConfigError, Diverged
 from deberta_xl.launch import Launch, device_number, ranks_of_node
 from deberta_xl.log import logger
-from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.objectives.masked_batches import MicroBatch
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.pipeline import PipelinedModel
 from deberta_xl.rendezvous import export_launch
-from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.roll_call import all_ranks_here
-from deberta_xl.training.timing import StepTimer
 
 
 def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool) -> None:
@@ -115,16 +111,6 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate * group["rate_share"]
 
 
-class StepResult(NamedTuple):
-    """One rank's part of a step, still on the device."""
-
-    loss: Tensor
-    """Mean over micro-batches of this rank; its mean over data-parallel ranks is the step's loss. In a pipeline the
-    last stage's is meant, and so are its guesses."""
-    num_correct: Tensor
-    """Labelled positions guessed right."""
-
-
 @contextlib.contextmanager
 def scaler_in_words() -> Iterator[None]:
     """Makes a user's error of the bare Exception with which DeepSpeed ends a search for fp16's loss scale."""
@@ -137,47 +123,6 @@ def scaler_in_words() -> Iterator[None]:
             "the gradient overflows float16 even at the lowest loss scale (fp16.min_loss_scale): loss or weights are "
             "not finite, or too large for fp16"
         ) from error
-
-
-@scaler_in_words()
-def run_step(
-    engine: deepspeed.DeepSpeedEngine,
-    micro_batches: Sequence[MicroBatch],
-    *,
-    num_labels: int,
-    data_parallel_size: int,
-    keys: Sequence[DropoutKey],
-    heartbeat: Heartbeat,
-    timer: StepTimer,
-) -> StepResult:
-    """Forward and backward of every micro-batch, then one optimizer update.
-
-    The loss is the mean over the `num_labels` labelled tokens of the global batch. DeepSpeed divides by the number of
-    micro-batches and averages over ranks, so each micro-batch divides its sum by its even share of the labels. `keys`
-    has a dropout key for each of them.
-    """
-    share = max(1, num_labels) / (len(micro_batches) * data_parallel_size)
-    losses, corrects = [], []
-    for host_batch, key in zip(micro_batches, keys, strict=True):
-        heartbeat.mark(heartbeat.step, "forward-backward")
-        batch = host_batch.to(engine.device)
-        with timer.phase("forward_backward"):
-            with timer.phase("forward"):
-                output = engine(
-                    batch.input_ids_BS,
-                    batch.segments_BS,
-                    labels=batch.labelled,
-                    label_count=share,
-                    dropout_key=key,
-                )
-            engine.backward(output.loss)
-        losses.append(output.loss.detach())
-        corrects.append((output.guess_L == batch.labelled.label_L).sum())
-        del output  # its logits would live through the next forward
-        heartbeat.mark(heartbeat.step, "optimizer")
-        with timer.phase("optimizer"):
-            engine.step()
-    return StepResult(torch.stack(losses).mean(), torch.stack(corrects).sum())
 
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:

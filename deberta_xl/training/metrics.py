@@ -180,12 +180,12 @@ def save_curves(metrics_file: Path, picture: Path, draw: Callable[[list[dict[str
         figure.savefig(picture, dpi=120)
 
 
-def has_metric(metrics_file: Path, step: int, name: str) -> bool:
-    """Whether a value of a step is on record."""
+def has_evaluation(metrics_file: Path, step: int) -> bool:
+    """Whether an evaluation of a step is on record."""
     if not metrics_file.is_file():
         return False
     lines = metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return any(f'"{name}"' in line and is_up_to(line, step) and not is_up_to(line, step - 1) for line in lines)
+    return any('"valid_' in line and is_up_to(line, step) and not is_up_to(line, step - 1) for line in lines)
 
 
 def is_up_to(line: str, step: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import deepspeed
 import torch
@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.objectives.masked_batches import MicroBatch
-from deberta_xl.objectives.masked_evaluation import Prediction
+from deberta_xl.objectives.micro_batch import MicroBatch, on_device
+from deberta_xl.objectives.objective import Judged, Objective, Sums
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.parallel.pipeline import StageInput
-from deberta_xl.training.engine import StepResult, scaler_in_words
+from deberta_xl.training.engine import scaler_in_words
 from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.step import over_micro_batches
 from deberta_xl.training.timing import StepTimer
 
 BATCHES_PER_STAGE = 4
@@ -26,30 +26,29 @@ BATCHES_PER_STAGE = 4
 @scaler_in_words()
 def run_pipeline_step(
     engine: deepspeed.PipelineEngine,
+    objective: Objective,
     micro_batches: Sequence[MicroBatch],
-    *,
-    num_labels: int,
-    data_parallel_size: int,
+    shares: Mapping[str, float],
     keys: Sequence[DropoutKey],
+    *,
     heartbeat: Heartbeat,
     timer: StepTimer,
-) -> StepResult:
+) -> Sums:
     """`run_step` for a stage of a pipeline: forwards, backwards and the update of one step, interleaved by DeepSpeed.
 
-    All of it counts as the phase `forward_backward`. `micro_batches` are the replica's, whatever the stage.
+    All of it counts as the phase `forward_backward`. `micro_batches` are the replica's, whatever the stage. The figures
+    are the last stage's; the others have zeros.
     """
-    share = max(1, num_labels) / (len(micro_batches) * data_parallel_size)
     heartbeat.mark(heartbeat.step, "forward-backward")
     with timer.phase("forward_backward"):
-        batches = [batch.to(engine.device) for batch in micro_batches]
-        engine.module.feed(StageInput(*batch, share, k) for batch, k in zip(batches, keys, strict=True))
+        batches = [on_device(batch, engine.device) for batch in micro_batches]
+        engine.module.feed(objective.stage_input(batch, shares, key) for batch, key in zip(batches, keys, strict=True))
         engine.train_batch(itertools.repeat(nothing_to_load(engine)))
-        corrects = [
-            (guess_L == batch.labelled.label_L).sum()
-            for guess_L, batch in zip(engine.module.guesses, batches, strict=engine.is_last_stage())
-        ]
-    num_correct = torch.stack(corrects).sum() if corrects else torch.zeros((), device=engine.device)
-    return StepResult(engine.dp_group_loss, num_correct)
+        judged = zip(engine.module.guesses, batches, strict=engine.is_last_stage())
+        found = [objective.stage_sums(batch, guesses) for guesses, batch in judged]
+    zeros = {name: torch.zeros((), device=engine.device) for name in objective.reports}
+    sums = over_micro_batches(found, objective.reports) if found else {}
+    return {**zeros, **sums, "loss": engine.dp_group_loss}
 
 
 def nothing_to_load(engine: deepspeed.PipelineEngine) -> tuple[Tensor, Tensor]:
@@ -58,30 +57,30 @@ def nothing_to_load(engine: deepspeed.PipelineEngine) -> tuple[Tensor, Tensor]:
     return nothing, nothing
 
 
-def predict_in_pipeline(
-    engine: deepspeed.PipelineEngine, batches: Iterable[MicroBatch], groups: Groups
-) -> Iterator[Prediction]:
-    """Predictions for held-out batches, in evaluation mode, on every stage. Collective.
+def judge_in_pipeline(
+    engine: deepspeed.PipelineEngine, objective: Objective, groups: Groups, host_batches: Iterable[MicroBatch]
+) -> Iterator[Judged]:
+    """What the model says of held-out micro-batches, in evaluation mode, on every stage. Collective.
 
-    As many batches as keep the stages busy go through the pipeline at once.
+    As many micro-batches as keep the stages busy go through the pipeline at once.
     """
+    whole = dict.fromkeys(objective.counts, 1.0)
     engine.reset_activation_shape()  # DeepSpeed announces a shape once; the last one was training's
-    batches = iter(batches)
-    while chunk := [
-        batch.to(engine.device) for batch in itertools.islice(batches, BATCHES_PER_STAGE * engine.num_stages)
-    ]:
-        engine.module.feed(StageInput(*batch, 1.0) for batch in chunk)
+    host_batches = iter(host_batches)
+    while chunk := list(itertools.islice(host_batches, BATCHES_PER_STAGE * engine.num_stages)):
+        batches = [on_device(batch, engine.device) for batch in chunk]
+        engine.module.feed(objective.stage_input(batch, whole, None) for batch in batches)
         losses = engine.eval_batch(
             itertools.repeat(nothing_to_load(engine)),
             compute_loss=False,
             reduce_output=None,
             num_micro_batches=len(chunk),
         )
-        for number, batch in enumerate(chunk):
+        for number, (host_batch, batch) in enumerate(zip(chunk, batches, strict=True)):
             label_L = batch.labelled.label_L
             loss = losses[number] if engine.is_last_stage() else torch.zeros((), device=engine.device)
             guess_L = engine.module.guesses[number] if engine.is_last_stage() else torch.zeros_like(label_L)
             for tensor in (loss, guess_L):
                 dist.broadcast(tensor, group=groups.pipeline_group, group_src=engine.num_stages - 1)
-            yield Prediction(label_L, loss, guess_L)
+            yield Judged(host_batch, {"loss": loss, **objective.stage_sums(batch, guess_L)}, guess_L)
     engine.reset_activation_shape()

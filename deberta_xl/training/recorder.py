@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.config import RunConfig
-from deberta_xl.model.part_costs import Load
-from deberta_xl.model.parts import masked_lm_parts
-from deberta_xl.parallel.groups import Groups
-from deberta_xl.planning.cost import step_flops
+from deberta_xl.config import TrainSection
+from deberta_xl.objectives.objective import Mean, Objective, Sums
+from deberta_xl.parallel.grid import Grid
 from deberta_xl.planning.hardware import peak_flops
 from deberta_xl.training.divergence import Explosion, SkippedSteps
-from deberta_xl.training.engine import StepResult, gradient_norm, highest_memory_gib, loss_scale
+from deberta_xl.training.engine import gradient_norm, highest_memory_gib, loss_scale
 from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.state import TrainState
 from deberta_xl.training.stragglers import NodeTimes
@@ -26,28 +26,29 @@ from deberta_xl.training.timing import StepTimer
 class Recorder:
     """Sums step results on the device; every `train.log_interval` steps reduces them over the ranks and writes.
 
-    `loss` is the mean of the steps since the last logged one (of those with labels: where none of them has any,
-    logging waits for the next logged step), and so are `accuracy` and the throughput; `grad_norm`, `learning_rate`, the
-    step's time and its split are the logged step's own.
+    What the objective reports is the mean of the steps since the last logged one (of those that its loss counts: where
+    none of them does, logging waits for the next logged step), and so is the throughput; `grad_norm`, `learning_rate`,
+    the step's time and its split are the logged step's own.
     """
 
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
-        config: RunConfig,
-        architecture: DebertaConfig,
+        objective: Objective,
+        train: TrainSection,
+        total_steps: int,
         state: TrainState,
-        num_rows: int,
-        groups: Groups,
+        grid: Grid,
         writer: MetricsWriter | None,
     ):
-        self.engine, self.config, self.parts = engine, config, masked_lm_parts(architecture)
-        self.num_rows, self.groups = num_rows, groups
-        self.writer = writer
+        """Collective."""
+        self.engine, self.objective, self.grid, self.writer = engine, objective, grid, writer
+        self.train, self.total_steps, self.state = train, total_steps, state
+        self.reports, self.guessing = objective.reports, objective.guessing
         self.timer = StepTimer(engine.device)
         self.node_times = NodeTimes(engine.device)
         self.peak = self.device_peak()
-        self.explosion = Explosion(architecture.vocab_size)
+        self.explosion = Explosion(self.guessing.loss) if self.guessing else None
         self.skipped = SkippedSteps(state)
         self.reset()
 
@@ -59,69 +60,94 @@ class Recorder:
         return peak and peak * dist.get_world_size()
 
     def reset(self) -> None:
-        """Begin a new interval now; also after an evaluation or a checkpoint, whose time is not training's."""
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        self.num_steps = self.num_labelled_steps = self.num_labels = 0
+        """Begin a new interval now."""
+        self.sums = torch.zeros(len(self.reports), dtype=torch.float64, device=self.engine.device)
+        self.num_steps = 0
+        self.counts: Counter[str] = Counter()
+        self.counted_steps: Counter[str] = Counter()
+        """Steps that have any of a count."""
         self.start = time.perf_counter()
 
-    def pause(self, seconds: float) -> None:
-        """Leave out `seconds` that went to something other than training."""
-        self.start += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of something other than training."""
+        aside = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - aside
 
     def is_logged(self, step: int) -> bool:
         """Whether a step's metrics are written: the first, every `log_interval`-th and the last."""
-        train = self.config.train
-        return step == 1 or step % train.log_interval == 0 or step == train.steps
+        return step == 1 or step % self.train.log_interval == 0 or step == self.total_steps
 
     def begin_step(self, step: int) -> None:
         """Before a step's data are asked for."""
         self.timer.begin_step(is_exact=self.is_logged(step))
 
-    def record(self, state: TrainState, result: StepResult, num_labels: int, rate: float) -> None:
+    def record(self, sums: Sums, counts: Mapping[str, int], rate: float) -> None:
         """Take in a finished step; collective on logged steps."""
-        self.sums += torch.stack([result.loss.double(), result.num_correct.double()])
-        self.num_labels += num_labels
+        assert sums.keys() == self.reports.keys(), f"losses gives {[*sums]}, reports has {[*self.reports]}"
+        self.sums += torch.stack([sums[name].double() for name in self.reports])
         self.num_steps += 1
-        self.num_labelled_steps += num_labels > 0
+        self.counts.update(counts)
+        self.counted_steps.update({name: count > 0 for name, count in counts.items()})
+        step = self.state.step
         if self.writer is not None:
-            self.writer.finish_step(state.step)
-        if self.is_logged(state.step) and self.num_labelled_steps:
-            values = self.interval_metrics(state) | {"learning_rate": rate}
-            if self.groups.grid.num_stages == 1:  # nodes with other stages have other work
-                values |= self.node_times.metrics(state.step, self.timer.seconds["forward"])
-            if self.writer is not None:
-                self.writer.write(state.step, values)
-                self.writer.show_step(state.step, values)
-                self.skipped.tell(state, self.num_steps)
-                self.explosion.check(state.step, values["loss"])
+            self.writer.finish_step(step)
+        if self.is_logged(step) and self.counted_steps[self.reports["loss"].count]:
+            self.tell(step, self.interval_metrics() | {"learning_rate": rate})
             self.reset()
 
-    def interval_metrics(self, state: TrainState) -> dict[str, float | None]:
+    def tell(self, step: int, values: dict[str, float | None]) -> None:
+        """Write the metrics of a logged step, and what is alarming about them. Collective."""
+        if self.grid.num_stages == 1:  # nodes with other stages have other work
+            values |= self.node_times.metrics(step, self.timer.seconds["forward"])
+        if self.writer is None:
+            return
+        self.writer.write(step, values)
+        self.writer.show_step(step, values)
+        self.skipped.tell(self.state, self.num_steps)
+        if self.explosion and values[self.guessing.figure] is not None:
+            self.explosion.check(step, values[self.guessing.figure])
+
+    def interval_metrics(self) -> dict[str, float | None]:
         """All metrics of the interval that ends with this step. Collective."""
         split = self.timer.split()
-        if not self.groups.grid.reports_results:
+        if not self.grid.reports_results:
             self.sums.zero_()  # the same replica's results are another rank's to tell
         dist.all_reduce(self.sums)
-        loss_sum, num_correct = self.sums.tolist()
         seconds = time.perf_counter() - self.start
-        train, length = self.config.train, self.config.model.sequence_length
-        samples = self.num_steps * train.global_batch_size
-        labels_per_step = self.num_labels / self.num_steps
-        flops_per_step = step_flops(self.parts, Load(train.global_batch_size, length, labels_per_step))
-        flops = flops_per_step * self.num_steps / seconds
+        consumed, per_sample = self.state.consumed_samples, self.objective.tokens_per_sample
+        samples = self.num_steps * self.train.global_batch_size
+        tokens = samples * per_sample if per_sample else self.counts["tokens"]
         return {
-            "loss": loss_sum / (self.num_labelled_steps * self.groups.grid.data_parallel_size),
-            "accuracy": num_correct / max(1, self.num_labels),
+            **self.reported(),
             "grad_norm": gradient_norm(self.engine),
             "loss_scale": loss_scale(self.engine),
-            "skipped_steps": state.skipped_steps,
-            "tokens_per_second": samples * length / seconds,
+            "skipped_steps": self.state.skipped_steps,
+            "tokens_per_second": tokens / seconds,
             "samples_per_second": samples / seconds,
-            "model_flops_per_second": flops,
-            "model_flops_utilization": flops / self.peak if self.peak else None,
+            **self.work(seconds),
             **split,
             "memory_gib": highest_memory_gib(self.engine.device),
-            "consumed_samples": state.consumed_samples,
-            "consumed_tokens": state.consumed_samples * length,
-            "epoch": state.consumed_samples / self.num_rows,
+            "consumed_samples": consumed,
+            "consumed_tokens": consumed * per_sample if per_sample else None,
+            "epoch": consumed / self.objective.num_samples,
         }
+
+    def reported(self) -> dict[str, float | None]:
+        """The objective's figures, each by its denominator; None where the interval has nothing of it."""
+        values: dict[str, float | None] = {}
+        for (name, report), total in zip(self.reports.items(), self.sums.tolist(), strict=True):
+            if isinstance(report, Mean):
+                steps = self.counted_steps[report.count]
+                values[name] = total / (steps * self.grid.data_parallel_size) if steps else None
+            else:
+                values[name] = total / max(1, self.counts[report.count])
+        return values
+
+    def work(self, seconds: float) -> dict[str, float | None]:
+        """Operations per second, and their share of the devices' peak, where either is known."""
+        per_step = self.objective.step_flops({name: count / self.num_steps for name, count in self.counts.items()})
+        flops = per_step and per_step * self.num_steps / seconds
+        utilization = flops / self.peak if flops and self.peak else None
+        return {"model_flops_per_second": flops, "model_flops_utilization": utilization}

@@ -58,7 +58,7 @@ class Safeguard:
         """Delete the checkpoints that the newest one outdates, which has proved itself. Collective."""
         newest, self.unproved = self.unproved, None
         if newest is not None:
-            spared = self.state.spared_step
+            spared = self.state.best_step
             prune_checkpoints(newest, self.keep, spared=step_folder_name(spared) if spared else None)
 
     def check_end(self, *, searches_scale: bool) -> None:

@@ -1,8 +1,8 @@
-"""The one small agreement that all ranks make before each step and each held-out batch: on labels, and on stopping."""
+"""The small agreement that all ranks make before each step and each held-out batch: on its counts, and on stopping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,14 +26,15 @@ class Agreement:
         self.has_told = False
         self.group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
 
-    def before_step(self, num_labels: int, stop: StopRequest) -> tuple[int, bool]:
-        """The sum of what every rank counts of the step's labelled positions, and whether any was asked to stop."""
+    def before_step(self, counts: Sequence[int], stop: StopRequest) -> tuple[list[int], bool]:
+        """The sums of what every rank counts of the step, and whether any was asked to stop."""
         if stop.signal is not None and not self.has_told:
             logger.warning("received %s: saving a checkpoint and stopping", stop.signal.name)
             self.has_told = True
-        votes = torch.tensor([num_labels, int(stop.signal is not None)], dtype=torch.int64)
+        votes = torch.tensor([*counts, int(stop.signal is not None)], dtype=torch.int64)
         dist.all_reduce(votes, group=self.group)
-        return int(votes[0]), bool(votes[1])
+        *sums, num_stopping = votes.tolist()
+        return sums, num_stopping > 0
 
     def until_stopped(self, batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
         """The batches of an evaluation, of which all ranks have equally many.
@@ -41,6 +42,6 @@ class Agreement:
         Raises StopRequested, on all ranks before the same batch, once any rank was asked to stop.
         """
         for batch in batches:
-            if self.before_step(0, stop)[1]:
+            if self.before_step((), stop)[1]:
                 raise StopRequested
             yield batch

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -15,7 +15,7 @@ from torch import nn
 from deberta_xl.checkpoint.agreement import on_rank_zero, rank_and_size
 from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
 from deberta_xl.checkpoint.store import load_checkpoint
-from deberta_xl.config import RunConfig
+from deberta_xl.config import RunConfig, ScheduleSection
 from deberta_xl.deepspeed_config import DeepSpeedConfig
 from deberta_xl.errors import UserError
 from deberta_xl.finetune_config import FinetuneConfig
@@ -24,14 +24,13 @@ from deberta_xl.log import log_to_file, rank_zero
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
+from deberta_xl.parallel.stages import Split
 from deberta_xl.training.engine import build_engine, check_precision, start_engine_runtime
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.state import TrainState
 from deberta_xl.training.take_over import take_over
-
-StateOfRun = TypeVar("StateOfRun", bound=TrainState)
 
 
 class RunInputs(Protocol):
@@ -42,6 +41,9 @@ class RunInputs(Protocol):
     launch: Launch
     grid: Grid
     tokenizer_folder: Path
+    total_steps: int
+    schedule: ScheduleSection
+    split: Split | None
 
 
 class Start(NamedTuple):
@@ -69,10 +71,10 @@ class Start(NamedTuple):
             raise
 
 
-def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any], last_step: int) -> Start:
+def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any]) -> Start:
     """Join the process group and take over the run folder. Collective.
 
-    `fingerprints` is what a checkpoint must agree with; with `last_step` behind its own it is refused, too.
+    `fingerprints` is what a checkpoint must agree with; with the run's last step behind its own it is refused, too.
     """
     config, launch, engine = inputs.config, inputs.launch, inputs.engine
     start_engine_runtime(launch, engine.precision, deterministic=config.train.deterministic)
@@ -86,7 +88,7 @@ def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any], last_step: int
     }
     is_first = on_rank_zero(folder.is_unused)
     taken = take_over(
-        folder, config, inputs.tokenizer_folder, fingerprints=fingerprints, last_step=last_step, facts=facts
+        folder, config, inputs.tokenizer_folder, fingerprints=fingerprints, last_step=inputs.total_steps, facts=facts
     )
     log_to_file(folder.log / f"rank-{launch.rank:05d}.log")
     torch.manual_seed(config.train.seed)
@@ -97,9 +99,8 @@ def start_engine(
     inputs: RunInputs,
     start: Start,
     model: nn.Module,
-    state_type: type[StateOfRun],
     wrap: Callable[[nn.Module], nn.Module] | None = None,
-) -> tuple[DeepSpeedEngine, StateOfRun]:
+) -> tuple[DeepSpeedEngine, TrainState]:
     """The engine over `model`, divided over the ranks, and the state of the run it continues, if any. Collective.
 
     `wrap` makes what the engine holds of the divided model, where that is not the model itself: a stage of a pipeline.
@@ -114,9 +115,9 @@ def start_engine(
     engine = build_engine(wrap(model) if wrap else model, config.optimizer, settings, start.groups)
     if is_new:
         set_master_weights(engine, canonical_parameters(engine), weights)
-        return engine, state_type()
+        return engine, TrainState()
     tensor_parallel = (grid.tensor_parallel_size, grid.tensor_parallel_rank)
     saved = load_checkpoint(engine, start.newest, tensor_parallel=tensor_parallel)
-    state = state_type(**{key: value for key, value in saved.items() if key != "fingerprints"})
+    state = TrainState(**{key: value for key, value in saved.items() if key != "fingerprints"})
     rank_zero("resumed from %s: step %d", start.newest, state.step)
     return engine, state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,14 @@ class TrainState:
     lately_skipped: list[int] = field(default_factory=list)
     """Those of them that are among the last WINDOW steps."""
 
-    @property
-    def spared_step(self) -> int:
-        """The step whose checkpoint is kept however old it is; 0 for none."""
-        return 0
+    best_step: int = 0
+    """Step of the best weights, where they are kept; 0 before the first evaluation."""
+    best_value: float | None = None
+    """What evaluations are compared by, there."""
+    num_waited: int = 0
+    """Evaluations since, without a better value."""
+    evaluated_step: int = 0
+    """Step of the last evaluation that was finished before its checkpoint."""
 
     @property
     def is_finite(self) -> bool:
@@ -43,9 +47,33 @@ class TrainState:
         skipped = self.lately_skipped if is_finite else [*self.lately_skipped, self.step]
         self.lately_skipped = [step for step in skipped if step > self.step - WINDOW]
 
+    def take(self, value: float | None, is_better: Callable[[float | None, float | None], bool]) -> bool:
+        """Take in an evaluation of this step; whether these are the best weights so far.
+
+        The first evaluation's are, even where its predictions leave the value undefined. Weights that may not be saved
+        now, after a step without a finite gradient, are not taken in.
+        """
+        self.evaluated_step = self.step
+        if not self.is_finite:
+            return False
+        if self.best_step == 0 or is_better(value, self.best_value):
+            self.best_step, self.best_value, self.num_waited = self.step, value, 0
+            return True
+        self.num_waited += 1
+        return False
+
+    def has_waited(self, patience: int) -> bool:
+        """Whether to stop early; a patience of 0 never does."""
+        return 0 < patience <= self.num_waited
+
+
+SAID_NOTHING = {"objective": "masked_lm"}
+"""What a checkpoint means that says nothing of it, since it is older than the choice."""
+
 
 def check_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to continue on another architecture, dataset or tokenizer than the checkpoint's."""
+    """Refuse to continue on another objective, architecture, dataset or tokenizer than the checkpoint's."""
+    saved = SAID_NOTHING | saved
     for what, value in current.items():
         if saved.get(what) != value:
             raise ConfigError(

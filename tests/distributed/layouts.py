@@ -22,24 +22,27 @@ from torch import Tensor
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
-from deberta_xl.config import DataSection, OptimizerSection, TrainSection
+from deberta_xl.config import DataSection, OptimizerSection, RunConfig, TrainSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import masked_lm_parts
-from deberta_xl.objectives.masked_batches import MicroBatch, micro_batch_keys, step_batches
+from deberta_xl.objectives.masked_lm import MaskedLM
+from deberta_xl.objectives.objective import Sums
+from deberta_xl.objectives.rows import MaskedRows, step_batches
 from deberta_xl.parallel import layers  # noqa: F401  (the forked ranks then need not import megatron-core)
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.pipeline import PipelinedModel, build_stage
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import split_model
-from deberta_xl.training.engine import StepResult, build_engine, gradient_norm, run_step, set_learning_rate
+from deberta_xl.training.engine import build_engine, gradient_norm, set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.pipelined import run_pipeline_step
+from deberta_xl.training.step import even_shares, micro_batch_keys, run_step
 from deberta_xl.training.timing import StepTimer
 
 ROWS, LENGTH, STEPS = 8, 48, 10
@@ -111,13 +114,18 @@ def rate(step: int) -> float:
     return OPTIMIZER.learning_rate * min(step / 5, 1.0)
 
 
+def open_data(dataset: SmallDataset) -> PretrainingData:
+    """The training rows."""
+    return PretrainingData(TokenStore(dataset.train), dataset.tokenizer, DataSection(), LENGTH, seed=5)
+
+
 def batches_from(
     dataset: SmallDataset, step: int, micro_batch_size: int, rank: int = 0, size: int = 1
-) -> Iterator[list[MicroBatch]]:
+) -> Iterator[list[MaskedRows]]:
     """The micro-batches of a data-parallel rank for the steps from `step` on."""
-    data = PretrainingData(TokenStore(dataset.train), dataset.tokenizer, DataSection(), LENGTH, seed=5)
+    data = open_data(dataset)
     train = TrainSection(global_batch_size=ROWS, micro_batch_size=micro_batch_size)
-    return step_batches(data, train, (step - 1) * ROWS, rank=rank, size=size, pin=False)
+    return step_batches(data, train, (step - 1) * ROWS, MaskedRows.of, rank=rank, size=size)
 
 
 def settings(case: Case, micro_batch_size: int) -> dict:
@@ -150,6 +158,7 @@ class Run:
         self.dataset, self.groups, self.case = dataset, groups, case
         self.grid = groups.grid
         self.micro_batch_size = ROWS // (self.grid.data_parallel_size * case.accumulation)
+        self.objective = MaskedLM(RunConfig(), config, dataset.tokenizer, open_data(dataset), None)
         self.engine = self.build(config, settings(case, self.micro_batch_size), seed)
         self.heartbeat = Heartbeat(folder, dist.get_rank(), Ownership(folder / "OWNER", "this test"))
         self.timer = StepTimer(self.engine.device)
@@ -200,22 +209,24 @@ class Run:
             after_step(step)
         return curve
 
-    def step(self, step: int, micro_batches: list[MicroBatch]) -> StepResult:
+    def step(self, step: int, micro_batches: list[MaskedRows]) -> Sums:
         """One step as the loop makes it."""
-        counted = sum(batch.num_labels for batch in micro_batches) if self.grid.counts_labels else 0
+        counted = sum(batch.counts[0] for batch in micro_batches) if self.grid.counts_labels else 0
         num_labels = torch.tensor(counted)
         dist.all_reduce(num_labels)
         set_learning_rate(self.engine, rate(step))
-        make_step = run_pipeline_step if self.grid.num_stages > 1 else run_step
-        return make_step(
-            self.engine, micro_batches, num_labels=int(num_labels), data_parallel_size=self.grid.data_parallel_size,
-            keys=micro_batch_keys(7, step, len(micro_batches), self.grid), heartbeat=self.heartbeat, timer=self.timer,
-        )  # fmt: skip
+        shares = even_shares({"labels": int(num_labels)}, len(micro_batches), self.grid.data_parallel_size)
+        keys = micro_batch_keys(7, step, len(micro_batches), self.grid)
+        common = {"heartbeat": self.heartbeat, "timer": self.timer}
+        if self.grid.num_stages > 1:
+            return run_pipeline_step(self.engine, self.objective, micro_batches, shares, keys, **common)
+        reports = self.objective.reports
+        return run_step(self.engine, self.objective.losses, micro_batches, shares, keys, reports=reports, **common)
 
 
-def global_loss(result: StepResult, groups: Groups) -> float:
+def global_loss(result: Sums, groups: Groups) -> float:
     """A step's loss over all replicas, as the recorder sums it."""
-    loss = result.loss.detach().double() if groups.grid.reports_results else torch.zeros((), dtype=torch.float64)
+    loss = result["loss"].detach().double() if groups.grid.reports_results else torch.zeros((), dtype=torch.float64)
     dist.all_reduce(loss)
     return loss.item() / groups.grid.data_parallel_size
 

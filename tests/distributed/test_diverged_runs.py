@@ -21,14 +21,12 @@ from small_dataset import SmallDataset
 from small_task import finetune_arguments, write_encoder, write_sentences
 from test_pretrain_command import arguments
 
-from deberta_xl import finetune
 from deberta_xl.commands import finetuning, training_command
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
-from deberta_xl.commands.training_command import REFUSED, train_and_report
+from deberta_xl.commands.training_command import REFUSED, assemble, train_and_report
 from deberta_xl.errors import Diverged
-from deberta_xl.pretrain import assemble
 from deberta_xl.stop_request import StopRequest
-from deberta_xl.training.loop import Pretraining
+from deberta_xl.training.loop import Training
 from deberta_xl.training.safeguard import PATIENCE
 
 OFTEN = ("checkpoint.interval=2", "evaluation.interval=1000", "train.log_interval=10", "schedule.decay=constant")
@@ -64,22 +62,19 @@ def start(run: Run) -> Ending:
     def leave(number: int) -> None:
         raise Left(number)
 
-    true_step = Pretraining.run_step.fget
+    true_update = Training.update
 
-    def run_step(pretraining: Pretraining) -> Callable:
-        return lambda engine, *given, **named: spoiled(pretraining, true_step(pretraining), engine, *given, **named)
-
-    def spoiled(pretraining: Pretraining, step: Callable, engine: object, *given: object, **named: object) -> object:
+    def spoiled(training: Training, *given: object) -> object:
         is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         with contextlib.ExitStack() as stack:
-            if is_last and run.is_bad(pretraining.state.step + 1):
-                hook = next(engine.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+            if is_last and run.is_bad(training.state.step + 1):
+                hook = next(training.engine.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
                 stack.callback(hook.remove)
-            return step(engine, *given, **named)
+            return true_update(training, *given)
 
     with (
         mock.patch.object(training_command, "leave", leave),
-        mock.patch.object(Pretraining, "run_step", property(run_step)),
+        mock.patch.object(Training, "update", spoiled),
     ):
         try:
             train_and_report(
@@ -197,7 +192,7 @@ def test_the_end_of_the_search_for_a_loss_scale_is_told_in_words(small_dataset, 
 
 def fine_tune(words: list[str], bad_steps: list[int]) -> str:
     """A fine-tuning run on this rank whose gradient is not a number in some steps; how it ended."""
-    run = finetune.assemble(finetuning.read_inputs(finetuning.parse_arguments(words)), StopRequest())
+    run = assemble(finetuning.read_inputs(finetuning.parse_arguments(words)), StopRequest())
     next(run.engine.module.parameters()).register_hook(
         lambda gradient: gradient * (float("nan") if run.state.step + 1 in bad_steps else 1.0)
     )

@@ -14,7 +14,8 @@ from small_task import finetune_arguments, write_encoder, write_questions, write
 
 from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
 from deberta_xl.commands.finetuning import parse_arguments, read_inputs
-from deberta_xl.finetune import assemble, keep_best_weights
+from deberta_xl.commands.training_command import assemble
+from deberta_xl.finetune import keep_best_weights
 from deberta_xl.finetuned import DebertaForTask
 from deberta_xl.stop_request import StopRequest
 

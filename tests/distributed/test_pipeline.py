@@ -22,12 +22,13 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import masked_lm_parts
-from deberta_xl.objectives.masked_evaluation import evaluate, predict_with
+from deberta_xl.objectives.masked_evaluation import evaluate_masked_lm
+from deberta_xl.objectives.objective import Evaluator
 from deberta_xl.parallel.pipeline import PipelinedModel, StageInput, build_stage
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import split_model
 from deberta_xl.training.engine import build_engine
-from deberta_xl.training.pipelined import nothing_to_load, predict_in_pipeline
+from deberta_xl.training.pipelined import judge_in_pipeline, nothing_to_load
 
 
 def run_vector(folder: Path, root: Path, layout: Layout) -> float:
@@ -78,13 +79,15 @@ def evaluation_of(dataset: SmallDataset, folder: Path, layout: Layout) -> tuple[
     run = Run(dataset, folder, groups, Case(accumulation=2), architecture(dataset.tokenizer.vocab_size))
     run.engine.eval()
     is_pipeline = layout.pipeline > 1
-    predict = partial(predict_in_pipeline, run.engine, groups=groups)
+    through_stages = partial(judge_in_pipeline, run.engine, run.objective, groups)
     valid = PretrainingData(TokenStore(dataset.valid), dataset.tokenizer, DataSection(), LENGTH, seed=5)
-    result = evaluate(
-        predict if is_pipeline else predict_with(run.engine, run.engine.device), valid,
-        vocab_size=dataset.tokenizer.vocab_size, device=run.engine.device, max_samples=43, micro_batch_size=2,
-        rank=groups.grid.data_parallel_rank, size=groups.grid.data_parallel_size, group=groups.data_group,
+    evaluator = Evaluator(
+        model=run.engine, device=run.engine.device, rank=groups.grid.data_parallel_rank,
+        size=groups.grid.data_parallel_size, group=groups.data_group,
+        through_stages=through_stages if is_pipeline else None,
     )  # fmt: skip
+    vocab_size = dataset.tokenizer.vocab_size
+    result = evaluate_masked_lm(evaluator, valid, vocab_size=vocab_size, max_samples=43, micro_batch_size=2)
     run.train(1, 2)  # evaluation leaves the engine able to train
     return (*result[:3], int(result.guess_L.sum()) if layout.data == 1 else 0)
 

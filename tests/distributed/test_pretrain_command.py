@@ -21,8 +21,7 @@ from small_dataset import SmallDataset
 
 from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
-from deberta_xl.commands.training_command import REFUSED
-from deberta_xl.pretrain import assemble
+from deberta_xl.commands.training_command import REFUSED, assemble
 from deberta_xl.stop_request import StopRequest
 
 ROOT = Path(__file__).parent.parent.parent

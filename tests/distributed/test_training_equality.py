@@ -15,21 +15,24 @@ from small_dataset import SmallDataset
 from torch.distributed import get_world_size
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.config import DataSection, OptimizerSection, TrainSection
+from deberta_xl.config import DataSection, OptimizerSection, RunConfig, TrainSection
 from deberta_xl.config_file import load_run_config
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.objectives.masked_batches import MicroBatch, micro_batch_keys, step_batches
-from deberta_xl.objectives.masked_evaluation import evaluate, predict_with
+from deberta_xl.objectives.masked_evaluation import evaluate_masked_lm
+from deberta_xl.objectives.masked_lm import MaskedLM
+from deberta_xl.objectives.objective import Evaluator
+from deberta_xl.objectives.rows import MaskedRows, step_batches
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
-from deberta_xl.training.engine import build_engine, gradient_norm, run_step, set_learning_rate
+from deberta_xl.training.engine import build_engine, gradient_norm, set_learning_rate
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.optimizer import build_optimizer
 from deberta_xl.training.ownership import Ownership
+from deberta_xl.training.step import even_shares, micro_batch_keys, run_step
 from deberta_xl.training.timing import StepTimer
 
 STEPS, ROWS, LENGTH = 20, 8, 48
@@ -80,7 +83,7 @@ def open_data(dataset: SmallDataset) -> PretrainingData:
     return PretrainingData(TokenStore(dataset.train), dataset.tokenizer, DataSection(), LENGTH, seed=5)
 
 
-def silence(batch: MicroBatch, first_row: int, num_silent_rows: int) -> MicroBatch:
+def silence(batch: MaskedRows, first_row: int, num_silent_rows: int) -> MaskedRows:
     """Take away the labels of rows below `num_silent_rows` of the global batch."""
     num_slots = batch.labelled.position_BM.shape[1]
     is_kept = batch.labelled.slot_L // num_slots + first_row >= num_silent_rows
@@ -93,7 +96,7 @@ def train_plainly(dataset: SmallDataset, case: Case) -> Curve:
     model = MaskedLanguageModel(architecture(dataset.tokenizer.vocab_size), seed=3)
     optimizer = build_optimizer(model, case.optimizer)
     train = TrainSection(global_batch_size=ROWS, micro_batch_size=ROWS)
-    batches = step_batches(open_data(dataset), train, 0, rank=0, size=1, pin=False)
+    batches = step_batches(open_data(dataset), train, 0, MaskedRows.of, rank=0, size=1)
     curve = Curve([], [])
     for step in range(1, STEPS + 1):
         batch = silence(next(batches)[0], 0, case.num_silent_rows)
@@ -146,9 +149,10 @@ def evaluate_under_zero_3(dataset: SmallDataset, max_samples: int) -> tuple[floa
     engine = build_engine(model, case.optimizer, settings(case, 4))
     engine.eval()
     valid = PretrainingData(TokenStore(dataset.valid), dataset.tokenizer, DataSection(), LENGTH, seed=5)
-    result = evaluate(
-        predict_with(engine, engine.device), valid, vocab_size=dataset.tokenizer.vocab_size, device=engine.device,
-        max_samples=max_samples, micro_batch_size=4, rank=torch.distributed.get_rank(), size=get_world_size(),
+    rank, size = torch.distributed.get_rank(), get_world_size()
+    result = evaluate_masked_lm(
+        Evaluator(model=engine, device=engine.device, rank=rank, size=size), valid,
+        vocab_size=dataset.tokenizer.vocab_size, max_samples=max_samples, micro_batch_size=4,
         log_unigram=open_data(dataset).log_unigram,
     )  # fmt: skip
     return result.loss, result.accuracy, result.num_labels, result.unigram_entropy
@@ -171,24 +175,27 @@ def train_with_engine(
     divide(model, groups)
     engine = build_engine(model, case.optimizer, build_settings(case, micro), groups)
     train = TrainSection(global_batch_size=ROWS, micro_batch_size=micro)
-    batches = step_batches(open_data(dataset), train, 0, rank=rank, size=size, pin=False)
+    batches = step_batches(open_data(dataset), train, 0, MaskedRows.of, rank=rank, size=size)
     ownership = Ownership(folder / "OWNER", "nobody else")
     heartbeat, timer = Heartbeat(folder, torch.distributed.get_rank(), ownership), StepTimer(engine.device)
+    objective = MaskedLM(RunConfig(), model.config, dataset.tokenizer, open_data(dataset), None)
     curve = Curve([], [])
     for step in range(1, STEPS + 1):
         micro_batches = [
             silence(batch, (number * size + rank) * micro, case.num_silent_rows)
             for number, batch in enumerate(next(batches))
         ]
-        num_labels = torch.tensor(sum(b.num_labels for b in micro_batches))
+        num_labels = torch.tensor(sum(b.counts[0] for b in micro_batches))
         torch.distributed.all_reduce(num_labels, group=groups.data_group)
         set_learning_rate(engine, rate(step))
+        shares = even_shares({"labels": int(num_labels)}, len(micro_batches), size)
+        keys = micro_batch_keys(0, step, len(micro_batches), groups.grid)
         result = run_step(
-            engine, micro_batches, num_labels=int(num_labels), data_parallel_size=size,
-            keys=micro_batch_keys(0, step, len(micro_batches), groups.grid), heartbeat=heartbeat, timer=timer,
+            engine, objective.losses, micro_batches, shares, keys, reports=objective.reports, heartbeat=heartbeat,
+            timer=timer,
         )  # fmt: skip
-        torch.distributed.all_reduce(result.loss, group=groups.data_group)
-        curve.losses.append(result.loss.item() / size)
+        torch.distributed.all_reduce(result["loss"], group=groups.data_group)
+        curve.losses.append(result["loss"].item() / size)
         curve.norms.append(gradient_norm(engine))
     heartbeat.close()
     return curve

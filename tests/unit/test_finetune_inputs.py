@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -16,14 +17,15 @@ from small_task import finetune_arguments, write_encoder, write_sentences
 from deberta_xl.checkpoint.convert import Conversion, convert
 from deberta_xl.commands.finetuning import parse_arguments, read_inputs
 from deberta_xl.commands.outlook import describe_work
-from deberta_xl.commands.task_data import examples_fingerprint, report_measures
+from deberta_xl.commands.task_data import report_measures
 from deberta_xl.config_file import load_config, preset_names, to_toml
-from deberta_xl.data.tasks import Example, Source, Task
+from deberta_xl.data.task_metrics import is_better
+from deberta_xl.data.tasks import Example, Source, Task, examples_fingerprint
 from deberta_xl.errors import UserError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import forward_flops
-from deberta_xl.training.task_state import TaskState
+from deberta_xl.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +136,14 @@ def test_presets_are_read_back_as_they_are_written(name, tmp_path):
 
 
 def test_the_first_evaluation_is_the_best_until_another_beats_it_and_waiting_is_counted():
-    state = TaskState(step=1)
-    assert state.take("accuracy", None)
+    state = TrainState(step=1)
+    by_accuracy = functools.partial(is_better, "accuracy")
+    assert state.take(None, by_accuracy)
     state.step = 2
-    assert state.take("accuracy", 0.5)
+    assert state.take(0.5, by_accuracy)
     state.step = 3
-    assert not state.take("accuracy", 0.5)
-    assert not state.take("accuracy", None)
+    assert not state.take(0.5, by_accuracy)
+    assert not state.take(None, by_accuracy)
     assert (state.best_step, state.best_value, state.num_waited) == (2, 0.5, 2)
     assert state.has_waited(2)
     assert not state.has_waited(3)

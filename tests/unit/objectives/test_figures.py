@@ -16,8 +16,8 @@ from deberta_xl.model.masked_lm import LabelledPositions
 from deberta_xl.objectives import figure_text
 from deberta_xl.objectives.figure_text import Names, installed_fonts, legend_lines, legend_table, names_for
 from deberta_xl.objectives.figures import confusion_figure
-from deberta_xl.objectives.masked_batches import MicroBatch
 from deberta_xl.objectives.masked_examples import MaskedExamples
+from deberta_xl.objectives.rows import MaskedRows
 from deberta_xl.objectives.task_figures import class_confusion
 
 PIECES = ["▁the", "▁$$", "$x$", "$\\frac$", "|", "``", "▁`|", "\\", "*a*", "<b>", "&amp;", "_", "▁"]
@@ -34,13 +34,13 @@ def test_the_confusion_of_pieces_that_look_like_formulas_is_drawn():
         assert not any(label.get_parse_math() for label in labels)
 
 
-def batch_of(rows: list[list[int]], masked: list[tuple[int, int]]) -> MicroBatch:
+def batch_of(rows: list[list[int]], masked: list[tuple[int, int]]) -> MaskedRows:
     """A batch whose places (row, column) are masked."""
     ids = torch.tensor(rows)
     labels = torch.zeros_like(ids)
     for row, column in masked:
         labels[row, column] = ids[row, column]
-    return MicroBatch(ids.masked_fill(labels > 0, MASK), (ids > 0).long(), LabelledPositions.of(labels))
+    return MaskedRows(ids.masked_fill(labels > 0, MASK), (ids > 0).long(), LabelledPositions.of(labels))
 
 
 def test_the_table_of_predictions_shows_every_piece_as_it_is_in_its_text():

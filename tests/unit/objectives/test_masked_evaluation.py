@@ -17,7 +17,8 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_writer import TokenStoreWriter
 from deberta_xl.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.objectives.masked_evaluation import evaluate, evaluation_batches, predict_with
+from deberta_xl.objectives.masked_evaluation import evaluate_masked_lm, evaluation_batches
+from deberta_xl.objectives.objective import Evaluator
 
 CPU = torch.device("cpu")
 
@@ -45,15 +46,15 @@ def test_ranks_cover_every_row_once_in_equally_many_batches(data, max_samples, m
     expected = data.held_out_batch(0, max_samples or data.num_rows)
     seen = [row for batches in per_rank for batch in batches for row in batch.input_ids_BS if row.any()]
     assert sorted(map(bytes, map(torch.Tensor.numpy, seen))) == sorted(map(bytes, expected.input_ids))
-    labels = sum(batch.num_labels for batches in per_rank for batch in batches)
+    labels = sum(batch.counts[0] for batches in per_rank for batch in batches)
     assert labels == (expected.labels > 0).sum()
 
 
 def test_an_untrained_model_is_as_good_as_guessing(data):
     vocab_size = data.tokenizer.vocab_size
-    options = {"vocab_size": vocab_size, "device": CPU, "max_samples": 12, "micro_batch_size": 5}
+    options = {"vocab_size": vocab_size, "max_samples": 12, "micro_batch_size": 5}
     options["log_unigram"] = data.log_unigram
-    result = evaluate(predict_with(build_model(vocab_size), CPU), data, **options)
+    result = evaluate_masked_lm(Evaluator(model=build_model(vocab_size), device=CPU), data, **options)
     # Fresh logits have a spread of about 0.1.
     assert result.loss == pytest.approx(math.log(vocab_size), abs=0.05)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
@@ -62,7 +63,9 @@ def test_an_untrained_model_is_as_good_as_guessing(data):
     expected = -data.log_unigram[result.label_L.numpy()].mean()
     assert result.unigram_entropy == pytest.approx(expected)
     assert 3 < expected < math.log(vocab_size)
-    assert result[:4] == evaluate(predict_with(build_model(vocab_size), CPU), data, **options)[:4], "masks are fixed"
+    assert (
+        result[:4] == evaluate_masked_lm(Evaluator(model=build_model(vocab_size), device=CPU), data, **options)[:4]
+    ), "masks are fixed"
 
 
 def test_a_text_too_short_to_be_masked_has_no_loss_rather_than_a_perfect_one(small_dataset, tmp_path):
@@ -71,8 +74,10 @@ def test_a_text_too_short_to_be_masked_has_no_loss_rather_than_a_perfect_one(sma
         writer.add(tokenizer.encode("a")[:1])
         writer.finish()
     data = PretrainingData(TokenStore(tmp_path / "short"), tokenizer, DataSection(mask_probability=0.01), 64, seed=1)
-    options = {"vocab_size": tokenizer.vocab_size, "device": CPU, "max_samples": 0}
-    result = evaluate(predict_with(build_model(tokenizer.vocab_size), CPU), data, micro_batch_size=4, **options)
+    options = {"vocab_size": tokenizer.vocab_size, "max_samples": 0}
+    result = evaluate_masked_lm(
+        Evaluator(model=build_model(tokenizer.vocab_size), device=CPU), data, micro_batch_size=4, **options
+    )
     assert result.num_labels == 0
     assert math.isnan(result.loss)
     assert math.isnan(result.perplexity)
@@ -82,9 +87,12 @@ def test_a_text_too_short_to_be_masked_has_no_loss_rather_than_a_perfect_one(sma
 
 
 def test_the_batch_size_does_not_matter(data):
-    options = {"vocab_size": data.tokenizer.vocab_size, "device": CPU, "max_samples": 12}
+    options = {"vocab_size": data.tokenizer.vocab_size, "max_samples": 12}
     model = build_model(data.tokenizer.vocab_size)
-    one, many = (evaluate(predict_with(model, CPU), data, micro_batch_size=micro, **options) for micro in (1, 12))
+    one, many = (
+        evaluate_masked_lm(Evaluator(model=model, device=CPU), data, micro_batch_size=micro, **options)
+        for micro in (1, 12)
+    )
     assert one.loss == pytest.approx(many.loss, rel=1e-6)
     assert one.num_labels == many.num_labels
 
@@ -97,8 +105,8 @@ def test_a_loss_that_is_no_number_is_an_error_of_the_tool(data):
     model = build_model(data.tokenizer.vocab_size)
     with torch.no_grad():
         model.head.bias[5] = math.nan
-    options = {"vocab_size": data.tokenizer.vocab_size, "device": CPU, "max_samples": 4, "micro_batch_size": 4}
-    result = evaluate(predict_with(model, CPU), data, **options)
+    options = {"vocab_size": data.tokenizer.vocab_size, "max_samples": 4, "micro_batch_size": 4}
+    result = evaluate_masked_lm(Evaluator(model=model, device=CPU), data, **options)
     assert math.isnan(result.perplexity)
     with pytest.raises(ConfigError, match="the loss of runs/first is nan: its training has diverged"):
         tool.check_finite(Path("runs/first"), result)

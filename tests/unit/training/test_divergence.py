@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -17,7 +18,8 @@ from deberta_xl.training.divergence import Explosion
 from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.safeguard import PATIENCE, Safeguard
 from deberta_xl.training.state import WINDOW, TrainState
-from deberta_xl.training.task_state import TaskState
+
+by_accuracy = functools.partial(is_better, "accuracy")
 
 
 def make_checkpoint(checkpoints: Path, step: int) -> Path:
@@ -71,7 +73,7 @@ def test_skipped_steps_are_part_of_the_state_and_counted_on_by_the_next_start(tm
 
 
 def test_a_state_of_before_skipped_steps_were_counted_is_read():
-    state = TaskState(**{"step": 5, "consumed_samples": 40, "best_step": 3, "best_value": 0.5, "num_waited": 1})
+    state = TrainState(**{"step": 5, "consumed_samples": 40, "best_step": 3, "best_value": 0.5, "num_waited": 1})
     assert (state.skipped_steps, state.lately_skipped, state.is_finite) == (0, [], True)
 
 
@@ -89,7 +91,7 @@ def test_a_checkpoint_outdates_others_only_once_an_update_of_its_weights_was_fin
 def test_the_best_checkpoint_of_a_fine_tuning_run_is_spared(tmp_path):
     for step in (2, 4, 6):
         make_checkpoint(tmp_path, step)
-    state = TaskState(step=6, best_step=2)
+    state = TrainState(step=6, best_step=2)
     safeguard = Safeguard(state, tmp_path / "step-00000006", tmp_path, keep=1)
     walk(state, safeguard, [True])
     assert steps_left(tmp_path) == [2, 6]
@@ -182,16 +184,16 @@ def test_a_metric_that_is_no_number_never_chooses_weights_and_any_number_beats_i
 
 
 def test_weights_that_may_not_be_saved_are_not_the_best():
-    state = TaskState()
+    state = TrainState()
     state.advance(8, is_finite=False)
-    assert not state.take("accuracy", 0.9)
+    assert not state.take(0.9, by_accuracy)
     state.advance(8)
-    assert state.take("accuracy", 0.8)
+    assert state.take(0.8, by_accuracy)
     assert (state.best_step, state.best_value) == (2, 0.8)
 
 
 def test_a_loss_that_explodes_to_finite_values_is_warned_of_once_with_numbers(caplog):
-    explosion = Explosion(num_classes=32_000)
+    explosion = Explosion(math.log(32_000))
     with caplog.at_level(logging.WARNING, "deberta_xl"):
         for step, loss in enumerate([10.5, *(8 - n / 10 for n in range(60)), 2.3, 2.6, math.nan, 2.2]):
             explosion.check(step, loss)

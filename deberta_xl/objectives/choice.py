@@ -1,0 +1,82 @@
+"""Which objective `train.objective` names: a built-in one, or a class of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from deberta_xl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deberta_xl.objectives.pretraining import Pretraining
+
+BUILT_IN = {"masked_lm": "deberta_xl.objectives.masked_lm:MaskedLM"}
+FORM = "it is {names}, or PACKAGE.MODULE:CLASS, as in train.objective=my_package.my_module:MyObjective"
+
+
+def is_built_in(name: str) -> bool:
+    """Whether it is one of ours, about which everything is known."""
+    return name in BUILT_IN
+
+
+def check_objective(name: str, num_stages: int) -> None:
+    """Refuse an objective that cannot be had, or not in so many stages. A user's module is imported; of ours none is.
+
+    Raises ConfigError.
+    """
+    if is_built_in(name):
+        return
+    chosen = objective_type(name)
+    if num_stages > 1 and not chosen.has_stages:
+        raise ConfigError(
+            f"train.objective={name} does not say what a stage of a pipeline does (has_stages), so "
+            f"parallel.pipeline_parallel_size={num_stages} cannot be: leave it at 1, and divide the model by "
+            "parallel.tensor_parallel_size and the ZeRO stage of the DeepSpeed JSON"
+        )
+
+
+def objective_type(name: str) -> type[Pretraining]:
+    """The class. A user's module is found on PYTHONPATH, or in the working directory.
+
+    Raises ConfigError when there is no such objective.
+    """
+    form = FORM.format(names=", ".join(BUILT_IN))
+    module_name, colon, class_name = BUILT_IN.get(name, name).partition(":")
+    if not (colon and module_name and class_name.isidentifier()):
+        raise ConfigError(f"train.objective={name}: no such objective; {form}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: it must hide nothing
+    module = import_module(name, module_name, form)
+    chosen = getattr(module, class_name, None)
+    from deberta_xl.objectives.pretraining import Pretraining
+
+    if not (isinstance(chosen, type) and issubclass(chosen, Pretraining)):
+        own = [
+            key for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, Pretraining) and value.__module__ == module_name
+        ]  # fmt: skip
+        there = f"it has {', '.join(own)}" if own else "it has none"
+        raise ConfigError(
+            f"train.objective={name}: {module.__file__} has no class {class_name} below "
+            f"deberta_xl.objectives.pretraining.Pretraining; {there}"
+        )
+    if missing := sorted(chosen.__abstractmethods__):
+        raise ConfigError(f"train.objective={name}: {class_name} has no {', '.join(missing)} yet; write it")
+    return chosen
+
+
+def import_module(name: str, module_name: str, form: str) -> Any:
+    """The module of an objective. Raises ConfigError for why it cannot be imported."""
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(f"train.objective={name}: importing {module_name} fails: {error}") from error
+        raise ConfigError(
+            f"train.objective={name}: there is no module {error.name} on PYTHONPATH or in {os.getcwd()}; {form}"
+        ) from error
+    except Exception as error:
+        place = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"train.objective={name}: importing {module_name} fails with {place}") from error

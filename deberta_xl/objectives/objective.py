@@ -1,0 +1,273 @@
+"""What is learned, as one object: the loop (training/loop.py) asks it for everything that is not the same in every run.
+
+An objective knows a model, micro-batches and losses. It does not know ranks beyond two numbers, nor engines: what it
+needs of the run is handed in. `Pretraining` (pretraining.py) is where an objective on packed rows of text begins.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deberta_xl.data.loader import prefetch
+from deberta_xl.data.progress import tracked
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.objectives.micro_batch import MicroBatch, on_device, pinned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from deberta_xl.objectives.figure_text import Picture
+    from deberta_xl.parallel.pipeline import StageInput
+
+Item = TypeVar("Item")
+BATCHES_AHEAD = 2
+"""Held-out micro-batches that are prepared in the background."""
+
+Model = Callable[..., Any]
+"""What is trained as it is called: the engine, or the plain module."""
+Sums = Mapping[str, Tensor]
+"""Name of a figure -> one number on the device."""
+Losses = Callable[[Model, Any, Mapping[str, float], DropoutKey | None], Sums]
+"""`Objective.losses`, or another of that form."""
+
+
+class Mean(NamedTuple):
+    """A loss. `losses` divides the micro-batch's sum by the share of `count`; told is the mean over the steps that have
+    any of it."""
+
+    count: str
+
+
+class Ratio(NamedTuple):
+    """Something counted, such as right guesses. `losses` gives the micro-batch's sum; told is the sum of all steps
+    divided by all of `count`."""
+
+    count: str
+
+
+class Guessing(NamedTuple):
+    """What a model scores that knows nothing."""
+
+    figure: str
+    """Name of the loss."""
+    loss: float
+    """Nats."""
+
+
+class Judged(NamedTuple):
+    """A micro-batch and what the model says of it."""
+
+    batch: Any
+    """On the host."""
+    sums: Sums
+    """Its figures, undivided."""
+    guesses: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """What an evaluation is given of the run."""
+
+    model: Model
+    """In evaluation mode, without gradients."""
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    """This data-parallel rank among all: each sees another part of the held-out data."""
+    group: dist.ProcessGroup | None = None
+    """Those ranks; None for all."""
+    is_first: bool = True
+    """Whether this rank shows what was found: the others need not draw anything."""
+    guard: Callable[[Iterable[Item]], Iterator[Item]] = iter
+    """What batches go through on their way, once; it may end the evaluation by raising."""
+    through_stages: Callable[[Iterable[Any]], Iterator[Judged]] | None = None
+    """Where the model is a stage of a pipeline: how micro-batches go through it."""
+
+    def batches(self, batches: Iterable[Item], *, does: str, count: int = 0) -> Iterator[Item]:
+        """Named tuples of the host's tensors, prepared in the background, with progress in what the rank `does`.
+
+        `count` is how many there are, where it is known.
+        """
+        ready = (pinned(batch) for batch in batches) if self.device.type == "cuda" else batches
+        return tracked(self.guard(prefetch(ready, BATCHES_AHEAD)), does, count, "batches")
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """In place: the sum of `sums` over all data. Collective."""
+        if self.size > 1:
+            dist.all_reduce(sums, group=self.group)
+        return sums
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation has found."""
+
+    values: Mapping[str, float | None]
+    """Name -> value; logged as `valid_NAME`. None is not known here."""
+    line: str
+    """For the console."""
+    texts: Mapping[str, str] = {}
+    """Name -> Markdown, for TensorBoard."""
+    pictures: Mapping[str, Picture] = {}
+
+
+class Objective(ABC):
+    """What a run learns. Every method is called on every rank, in the same order, with the same outcome, or says so."""
+
+    counts: ClassVar[tuple[str, ...]]
+    """Names of what a step counts over the global batch, such as labelled tokens: the denominators of its losses."""
+    has_stages: ClassVar[bool] = False
+    """Whether the model can be a pipeline: then there are `build_stage`, `stage_input` and `stage_sums`."""
+    keeps_best: ClassVar[bool] = False
+    """Whether the best weights are kept, as `is_better` finds them. An evaluation then comes before the checkpoint,
+    which remembers its outcome; otherwise after it, since it may take long."""
+    patience: int = 0
+    """Evaluations without a better one after which the run ends; 0 trains to the end. For those that keep the best."""
+    tokens_per_sample: int | None = None
+    """Where every sample has as many; otherwise `counts` has `tokens`."""
+    nothing_to_learn: ClassVar[str] = "give more data, or larger batches"
+    """What to change where no step has any of what its loss is divided by."""
+    curves_file: ClassVar[str] = "loss.png"
+    """Where `curves` are kept in the run folder."""
+    keeps_pictures: ClassVar[bool] = False
+    """Whether pictures of an evaluation are kept in the run folder, too, not only in TensorBoard."""
+
+    # What is built.
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The plain model with fresh weights, the same on every rank. Its forward is called once per micro-batch."""
+
+    def build_stage(self, units: range) -> nn.Module:
+        """As much of it as these units of the model need."""
+        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
+
+    @abstractmethod
+    def load_initial(self, model: nn.Module) -> None:
+        """At the start of a new run: put other weights into what was built, where the run has any. Collective."""
+
+    @property
+    @abstractmethod
+    def fingerprints(self) -> Mapping[str, Any]:
+        """What a checkpoint must agree with to be continued; JSON values."""
+
+    @property
+    def checkpoint_files(self) -> Mapping[str, bytes]:
+        """What rides along in every checkpoint: path -> content."""
+        return {}
+
+    # A step.
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+
+    @abstractmethod
+    def batches(self, first_step: int, first_sample: int, *, rank: int, size: int) -> Iterator[Sequence[MicroBatch]]:
+        """For every step from `first_step` (counted from 1) on, before which `first_sample` samples were consumed: the
+        micro-batches of data-parallel rank `rank` of `size`, on the host. Endless, and a function of its arguments."""
+
+    @abstractmethod
+    def losses(self, model: Model, batch: Any, shares: Mapping[str, float], key: DropoutKey | None) -> Sums:
+        """The figures of one micro-batch on the device, by the names of `reports`. `loss` is differentiated.
+
+        `model` is called exactly once. A loss is a sum over the micro-batch, divided by the share of its count: what an
+        even share of the global batch's count would be. So its mean over micro-batches and ranks is the mean over the
+        global batch, however unevenly that is spread. `key` names the dropout masks (None in evaluation).
+        """
+
+    @property
+    def reports(self) -> Mapping[str, Mean | Ratio]:
+        """What is told of the figures of `losses`; `loss` comes first."""
+        return {"loss": Mean(self.counts[0])}
+
+    def step(
+        self,
+        update: Callable[..., Sums],
+        batches: Sequence[MicroBatch],
+        shares: Mapping[str, float],
+        keys: Sequence[DropoutKey],
+    ) -> Sums:
+        """One step of this rank: its figures, as `reports` has them.
+
+        `update(losses, batches, shares, keys)` makes the forwards, backwards and one optimizer update of such losses.
+        An objective that makes several updates in one step overrides this.
+        """
+        return update(self.losses, batches, shares, keys)
+
+    def step_flops(self, counts: Mapping[str, float]) -> float | None:
+        """Operations of one step over all ranks that counts so much; None where it is not known."""
+        return None
+
+    @property
+    def guessing(self) -> Guessing | None:
+        """The loss of knowing nothing, for the warning of a loss that explodes; None where there is none."""
+        return None
+
+    # A stage of a pipeline.
+
+    def stage_input(self, batch: Any, shares: Mapping[str, float], key: DropoutKey | None) -> StageInput:
+        """What a stage needs of a micro-batch besides the states that it receives."""
+        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
+
+    def stage_sums(self, batch: Any, guesses: Tensor) -> Sums:
+        """What the last stage's guesses say of a micro-batch: all that `reports` has but `loss`."""
+        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
+
+    # Held-out data.
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return False
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Whether the weights are evaluated after this step; after the last one they are anyway."""
+        return False
+
+    def held_out(self, *, rank: int, size: int) -> Iterator[MicroBatch]:
+        """The held-out micro-batches of data-parallel rank `rank` of `size`, which all have equally many."""
+        return iter(())
+
+    @torch.no_grad()
+    def evaluate(self, run: Evaluator) -> Evaluation:
+        """The figures of `losses` over the held-out micro-batches. Collective."""
+        whole = dict.fromkeys(self.counts, 1.0)
+        sums = torch.zeros(len(self.reports), dtype=torch.float64, device=run.device)
+        counts = torch.zeros(len(self.counts), dtype=torch.float64)
+        for batch in run.batches(self.held_out(rank=run.rank, size=run.size), does="evaluating"):
+            found = self.losses(run.model, on_device(batch, run.device), whole, None)
+            sums += torch.stack([found[name].double() for name in self.reports])
+            counts += torch.tensor(batch.counts)
+        count_of = dict(zip(self.counts, run.add_up(counts.to(run.device)).tolist(), strict=True))
+        pairs = zip(self.reports.items(), run.add_up(sums).tolist(), strict=True)
+        values = {name: total / count_of[report.count] for (name, report), total in pairs if count_of[report.count]}
+        return Evaluation(values, "  ".join(f"validation {name} {value:.4f}" for name, value in values.items()))
+
+    def value_of(self, values: Mapping[str, float | None]) -> float | None:
+        """What evaluations are compared by. For those that keep the best."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no best weights")
+
+    def is_better(self, value: float | None, best: float | None) -> bool:
+        """Whether an evaluation's value is better than the best one so far. For those that keep the best."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no best weights")
+
+    def conclude(self, run: Evaluator, *, best_step: int, steps: int) -> Mapping[str, str]:
+        """At the end of a run that keeps the best weights, with those in the model: what it leaves. Collective.
+
+        Path in the run folder -> content; each folder among them is replaced as a whole.
+        """
+        return {}
+
+    def curves(self, lines: Sequence[Mapping[str, float]]) -> Figure:
+        """How the run went, from the lines of metrics.jsonl."""
+        from deberta_xl.objectives.figures import loss_curves
+
+        return loss_curves(lines)

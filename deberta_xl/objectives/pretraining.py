@@ -1,0 +1,117 @@
+"""Where an objective on packed rows of text begins: what it has without asking, and what it says itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.checkpoint.agreement import on_rank_zero
+from deberta_xl.checkpoint.initial_weights import computed_by, load_initial_weights
+from deberta_xl.checkpoint.named_folder import find_pretrained
+from deberta_xl.checkpoint.native_config import native_config
+from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME
+from deberta_xl.config import RunConfig
+from deberta_xl.data.loader import Batch, PretrainingData
+from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.durable import below
+from deberta_xl.log import rank_zero
+from deberta_xl.objectives.masked_evaluation import evaluation_batches
+from deberta_xl.objectives.micro_batch import MicroBatch
+from deberta_xl.objectives.objective import Objective
+from deberta_xl.objectives.rows import MaskedRows, step_batches
+
+
+class Pretraining(Objective):
+    """An objective on the rows of `data.train`, masked as the section `data` has it.
+
+    Yours needs a model (`build`: usually a head on a `Trunk`) and `losses`. By default a micro-batch is `MaskedRows`,
+    which count their labels; with `micro_batch` and `counts` it is what you make of the rows, such as `Rows`, without
+    masks. `reports` says which figures `losses` gives besides `loss`. Evaluation gives their means over `data.valid`.
+    """
+
+    counts: tuple[str, ...] = ("labels",)
+    nothing_to_learn = (
+        "give longer rows (model.sequence_length, or longer text), more of them (train.global_batch_size), or a larger "
+        "data.mask_probability; or is nearly all of the text [UNK]?"
+    )
+
+    def __init__(
+        self,
+        config: RunConfig,
+        architecture: DebertaConfig,
+        tokenizer: Tokenizer,
+        data: PretrainingData,
+        valid: PretrainingData | None,
+    ):
+        self.config = config
+        self.architecture = architecture
+        """Of the model, with the vocabulary's size."""
+        self.tokenizer, self.data, self.valid = tokenizer, data, valid
+        self.tokens_per_sample = config.model.sequence_length
+
+    @property
+    def seed(self) -> int:
+        """Of fresh weights."""
+        return self.config.train.seed
+
+    def micro_batch(self, batch: Batch) -> MicroBatch:
+        """Tensors on the host of masked rows and their labels; called in the background."""
+        return MaskedRows.of(batch)
+
+    def load_initial(self, model: nn.Module) -> None:
+        """The weights of `train.init`. Collective."""
+        init = self.config.train.init
+        if init:
+            # Found once for all ranks: a run that is still written to has one newest checkpoint.
+            source = on_rank_zero(lambda: find_pretrained(init))
+            load_initial_weights(model, source)
+            rank_zero("weights from %s", source)
+
+    @property
+    def fingerprints(self) -> Mapping[str, Any]:
+        """Objective, architecture, data and tokenizer."""
+        return {
+            "objective": self.config.train.objective,
+            "architecture": computed_by(self.architecture),
+            "sequence_length": self.config.model.sequence_length,
+            "data": self.data.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+    @property
+    def checkpoint_files(self) -> Mapping[str, bytes]:
+        """The architecture and the tokenizer: from a checkpoint the encoder can be fine-tuned."""
+        return {
+            CONFIG_NAME: json.dumps(native_config(self.architecture), indent=2).encode(),
+            **below(TOKENIZER_NAME, self.tokenizer.files()),
+        }
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of an epoch."""
+        return self.data.num_rows
+
+    def batches(self, first_step: int, first_sample: int, *, rank: int, size: int) -> Iterator[list[MicroBatch]]:
+        """The rows from `first_sample` on."""
+        return step_batches(self.data, self.config.train, first_sample, self.micro_batch, rank=rank, size=size)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is `data.valid`."""
+        return self.valid is not None
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Every `evaluation.interval` steps."""
+        return step % self.config.evaluation.interval == 0
+
+    def held_out(self, *, rank: int, size: int) -> Iterator[MicroBatch]:
+        """The rows of `data.valid`, always masked alike."""
+        evaluation, micro_batch_size = self.config.evaluation, self.config.train.micro_batch_size
+        return evaluation_batches(
+            self.valid, self.micro_batch, max_samples=evaluation.max_samples, micro_batch_size=micro_batch_size,
+            rank=rank, size=size,
+        )  # fmt: skip

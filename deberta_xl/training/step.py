@@ -1,0 +1,78 @@
+"""One optimizer update on a DeepSpeed engine: forward and backward of every micro-batch of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import deepspeed
+import torch
+
+from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.objectives.micro_batch import MicroBatch, on_device
+from deberta_xl.objectives.objective import Losses, Mean, Ratio, Sums
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.training.engine import scaler_in_words
+from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.timing import StepTimer
+
+Reports = Mapping[str, Mean | Ratio]
+
+
+def micro_batch_keys(seed: int, step: int, count: int, grid: Grid) -> list[DropoutKey]:
+    """Dropout keys of this rank's `count` micro-batches of a step.
+
+    A key names the micro-batch's place in the global batch (`rank_samples`), so a run of equal micro-batches has the
+    same masks on any number of data-parallel ranks.
+    """
+    key = DropoutKey(seed).fold("step", step)
+    size, rank = grid.data_parallel_size, grid.data_parallel_rank
+    return [key.fold("micro-batch", number * size + rank) for number in range(count)]
+
+
+def even_shares(counts: Mapping[str, int], num_micro_batches: int, data_parallel_size: int) -> dict[str, float]:
+    """What one micro-batch would count if the global batch's `counts` were spread evenly.
+
+    DeepSpeed divides by the number of micro-batches and averages over ranks: where each micro-batch divides its sum by
+    this, what comes out is the mean over the global batch.
+    """
+    return {name: max(1, count) / (num_micro_batches * data_parallel_size) for name, count in counts.items()}
+
+
+def over_micro_batches(found: Sequence[Sums], reports: Reports) -> Sums:
+    """This rank's figures of a step: the mean of losses, the sum of what is counted."""
+    columns = {name: torch.stack([of_batch[name] for of_batch in found]) for name in found[0]}
+    return {
+        name: column.mean() if isinstance(reports[name], Mean) else column.sum() for name, column in columns.items()
+    }
+
+
+@scaler_in_words()
+def run_step(
+    engine: deepspeed.DeepSpeedEngine,
+    losses: Losses,
+    micro_batches: Sequence[MicroBatch],
+    shares: Mapping[str, float],
+    keys: Sequence[DropoutKey],
+    *,
+    reports: Reports,
+    heartbeat: Heartbeat,
+    timer: StepTimer,
+) -> Sums:
+    """Forward and backward of every micro-batch, then one optimizer update; its figures, still on the device.
+
+    `keys` has a dropout key for each micro-batch, which all have the same `shares`.
+    """
+    found = []
+    for host_batch, key in zip(micro_batches, keys, strict=True):
+        heartbeat.mark(heartbeat.step, "forward-backward")
+        batch = on_device(host_batch, engine.device)
+        with timer.phase("forward_backward"):
+            with timer.phase("forward"):
+                of_batch = losses(engine, batch, shares, key)
+            engine.backward(of_batch["loss"])
+        found.append({name: value.detach() for name, value in of_batch.items()})
+        del of_batch  # what its graph holds would live through the next forward
+        heartbeat.mark(heartbeat.step, "optimizer")
+        with timer.phase("optimizer"):
+            engine.step()
+    return over_micro_batches(found, reports)
