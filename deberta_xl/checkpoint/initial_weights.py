@@ -18,8 +18,10 @@ from deberta_xl.checkpoint.pretrained_folder import Pretrained, describe_fresh
 from deberta_xl.checkpoint.weights import fill_model, open_native
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import rank_zero
-from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.trunk import Trunk
 
+TRUNK = ("embeddings.", "encoder.")
+"""How the names of the parameters begin that every model has."""
 IDLE_TOGETHER = {"conv_act", "conv_groups"}
 """Of no effect where conv_kernel_size is 0."""
 
@@ -48,10 +50,11 @@ def peek_tensors(directory: str | Path) -> None:
         )  # fmt: skip
 
 
-def load_initial_weights(model: MaskedLanguageModel, folder: Path) -> None:
+def load_initial_weights(model: Trunk, folder: Path) -> None:
     """Start `model` from the weights in a folder given by `find_pretrained` (`train.init`).
 
-    Absent absolute positions begin with zeros, an absent masked-LM head anew; `peek_tensors` has said so.
+    Absent absolute positions begin with zeros, an absent masked-LM head anew; `peek_tensors` has said so. A head of
+    another kind, which the folder does not have, stays as it is.
     Raises ConfigError when they cannot be read, or the architectures differ in more than dropout.
     """
     try:
@@ -59,7 +62,14 @@ def load_initial_weights(model: MaskedLanguageModel, folder: Path) -> None:
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
     check_same_architecture(model.config, config, folder)
-    fill_model(model, weights, folder, torch.float32)
+    own = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name not in weights and not name.startswith(TRUNK)
+    }
+    if own:
+        rank_zero("%s has no %s: fresh", folder, ", ".join(own))
+    fill_model(model, weights | own, folder, torch.float32)
 
 
 def check_same_architecture(here: DebertaConfig, there: DebertaConfig, folder: Path) -> None:

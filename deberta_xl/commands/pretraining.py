@@ -23,7 +23,7 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.log import rank_zero
-from deberta_xl.objectives.choice import check_objective, objective_type
+from deberta_xl.objectives.choice import check_objective, is_built_in, objective_type
 from deberta_xl.parallel.grid import check_divisible, check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
@@ -73,8 +73,10 @@ class PretrainingInputs(Inputs):
         batch, length = self.config.train.global_batch_size, self.config.model.sequence_length
         samples, num_rows = self.total_steps * batch, self.data.num_rows
         rows, tokens = counted(num_rows, "row"), counted(self.data.tokens, "token")
+        name = self.config.train.objective
+        head = "" if is_built_in(name) else f", with the head of masked_lm: that of {name} is not known here"
         return Words(
-            f"vocabulary {self.architecture.vocab_size}",
+            f"vocabulary {self.architecture.vocab_size}{head}",
             f"{counted(batch, 'sequence')} x {length} tokens = {batch * length:,} tokens",
             f"{counted(samples, 'sequence')} = {samples / num_rows:.2f} epochs of {rows} ({tokens})",
         )

@@ -208,6 +208,9 @@ def test_another_dataset_or_architecture_is_refused_with_the_difference():
     check_fingerprints(saved, saved)
     with pytest.raises(ConfigError, match=r"another data: was 'abc', now 'def'"):
         check_fingerprints(saved, saved | {"data": "def"})
+    check_fingerprints(saved, saved | {"objective": "masked_lm"})  # older than the choice
+    with pytest.raises(ConfigError, match=r"another objective: was 'masked_lm', now 'mine:Whole'"):
+        check_fingerprints(saved, saved | {"objective": "mine:Whole"})
     with pytest.raises(ConfigError, match=r"num_layers was 2, now 3"):
         check_fingerprints(saved, saved | {"architecture": {"num_layers": 3, "hidden_size": 8}})
 

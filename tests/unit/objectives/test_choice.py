@@ -1,0 +1,73 @@
+"""`train.objective`: what is found behind a name, and with which words others are refused."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from deberta_xl.errors import ConfigError
+from deberta_xl.objectives.choice import check_objective, objective_type
+
+SOURCE = """
+from deberta_xl.objectives.pretraining import Pretraining
+
+class Whole(Pretraining):
+    def build(self): ...
+    def losses(self, model, batch, shares, key): ...
+
+class Half(Pretraining):
+    def build(self): ...
+
+class Other: ...
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """The working directory, with modules of a user's."""
+    (tmp_path / "mine.py").write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("import a_library_that_is_not_here")
+    (tmp_path / "wrong.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    return tmp_path
+
+
+def test_a_class_in_the_working_directory_is_found_and_hides_nothing(folder):
+    (folder / "json.py").write_text("1 / 0")
+    assert objective_type("mine:Whole").__name__ == "Whole"
+    assert sys.path[-1] == str(folder)
+    check_objective("mine:Whole", num_stages=1)
+
+
+def test_of_the_built_in_ones_nothing_is_imported_to_check_them():
+    check_objective("masked_lm", num_stages=4)
+    assert objective_type("masked_lm").has_stages
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("masked_ml", "no such objective; it is masked_lm, or PACKAGE.MODULE:CLASS, as in train.objective=my_pack"),
+        ("mine:", "no such objective"),
+        ("nobody.mine:Whole", "there is no module nobody on PYTHONPATH or in "),
+        ("mine.inner:Whole", "there is no module mine.inner"),
+        ("broken:Whole", "importing broken fails: No module named 'a_library_that_is_not_here'"),
+        ("wrong:Whole", "importing wrong fails with ZeroDivisionError: division by zero"),
+        ("mine:Hole", "has no class Hole below deberta_xl.objectives.pretraining.Pretraining; it has Whole, Half"),
+        ("mine:Other", "has no class Other below"),
+        ("mine:Half", "Half has no losses yet; write it"),
+    ],
+)
+def test_what_cannot_be_an_objective_is_refused_with_what_to_type(name, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_objective(name, num_stages=1)
+
+
+def test_stages_are_refused_where_the_objective_does_not_say_what_they_do():
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline_parallel_size=2 cannot be: leave it at 1, and divide"):
+        check_objective("mine:Whole", num_stages=2)
