@@ -24,6 +24,8 @@ class ModelSection(DebertaConfig):
     """Taken from the data's tokenizer when unset; if set, never smaller than it."""
     sequence_length: int = 512
     """Tokens in a row of a batch, [CLS] and [SEP] included."""
+    kernel: str = "auto"
+    """How attention is computed: the name of a kernel, or `auto` for the fastest that supports the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

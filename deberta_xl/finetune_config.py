@@ -62,6 +62,8 @@ class FinetuneModelSection:
     """The checkpoint's when unset."""
     head_dropout: float | None = None
     """Before the last projection; hidden_dropout when unset."""
+    kernel: str = "auto"
+    """How attention is computed: the name of a kernel, or `auto` for the fastest that supports the model."""
 
     def __post_init__(self) -> None:
         at_least(8, sequence_length=self.sequence_length)

@@ -29,8 +29,8 @@ from deberta_xl.checkpoint.pretrained_folder import Pretrained
 from deberta_xl.checkpoint.weights import open_native
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE
+from deberta_xl.kernels.relative_index import log_bucket
 from deberta_xl.log import logger
-from deberta_xl.model.relative_position import log_bucket
 
 WORD = "embeddings.word.weight"
 OUTPUT_BIAS = "head.bias"

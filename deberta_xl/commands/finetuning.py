@@ -24,6 +24,7 @@ from deberta_xl.data.tasks import Task, load_task, task_names
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.finetune_config import FinetuneConfig, SiftSection
+from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.log import rank_zero
 from deberta_xl.parallel.grid import check_divisible
 from deberta_xl.planning.outlook import Outlook
@@ -134,6 +135,7 @@ def read_inputs(arguments: argparse.Namespace) -> FinetuningInputs:
     examples = read_examples(task, config)
     architecture, pooling, tokenizer_folder = describe_init(config)
     check_divisible(architecture, layout.grid.tensor_parallel_size)
+    choose_kernel(config.model.kernel, Demand(architecture))
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(f"{tokenizer_folder} has {tokenizer.vocab_size} ids, the model {architecture.vocab_size}")

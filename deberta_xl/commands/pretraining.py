@@ -22,6 +22,7 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError, counted
+from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.log import rank_zero
 from deberta_xl.objectives.choice import check_objective, is_built_in, objective_type
 from deberta_xl.parallel.grid import check_divisible, check_stages
@@ -102,6 +103,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_divisible(architecture, layout.grid.tensor_parallel_size)
     check_stages(architecture, layout.grid.num_stages)
+    choose_kernel(config.model.kernel, Demand(architecture))
     if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
         check_init(config.train.init, architecture, tokenizer, tokenizer_folder)
     options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)

@@ -1,1 +1,1 @@
-"""How disentangled attention is computed: so far one way, `reference`."""
+"""How disentangled attention is computed: the contract, the registry of what can be chosen, and a file each."""

@@ -7,10 +7,12 @@ Shape suffixes of this file:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from deberta_xl.kernels.contract import Memory, RelativeRows, Where
+from deberta_xl.kernels.dropout import DropoutRule, drop
 
 
 def disentangled_scores(
@@ -37,33 +39,20 @@ def disentangled_scores(
     return scores_BNST / math.sqrt(query_BNSH.shape[-1] * num_terms)
 
 
-def masked_softmax(scores_BNST: Tensor, mask_BST: Tensor) -> Tensor:
-    """Softmax over the keys that `mask_BST` (bool) allows; exactly 0 elsewhere, all 0 for a query that sees none."""
-    blocked_B1ST = ~mask_BST.unsqueeze(1)
+def masked_softmax(scores_BNST: Tensor, blocked_BST: Tensor) -> Tensor:
+    """Softmax over the keys that are not blocked (bool); exactly 0 elsewhere, all 0 for a query that sees none."""
+    blocked_B1ST = blocked_BST.unsqueeze(1)
     # The smallest finite number instead of -inf: a row without any key would be NaN, also in the backward pass.
     scores_BNST = scores_BNST.masked_fill(blocked_B1ST, torch.finfo(scores_BNST.dtype).min)
     return scores_BNST.softmax(-1).masked_fill(blocked_B1ST, 0.0)
 
 
-def disentangled_attention(
-    query_BNSH: Tensor,
-    key_BNTH: Tensor,
-    value_BNTH: Tensor,
-    position_key_NRH: Tensor,
-    position_query_NRH: Tensor | None,
-    delta: Tensor,
-    mask_BST: Tensor,
-    dropout: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The context [B, N, S, H] of every query.
-
-    `delta` [S, T] (Toeplitz: it depends on i − j alone) or [B, S, T] (chosen queries), `mask_BST` bool. Scores and
-    softmax are computed in float32 or better, as the original does; `dropout` is applied to the probabilities.
-    """
+def attention(query_BNSH: Tensor, memory: Memory, relative: RelativeRows, where: Where, dropout: DropoutRule) -> Tensor:
+    """The contract's `Attend`, on dense matrices of pairs."""
     dtype = query_BNSH.dtype
     score_dtype = torch.promote_types(dtype, torch.float32)
-    query_BNSH, key_BNTH, position_key_NRH = (t.to(score_dtype) for t in (query_BNSH, key_BNTH, position_key_NRH))
-    if position_query_NRH is not None:
-        position_query_NRH = position_query_NRH.to(score_dtype)
-    scores_BNST = disentangled_scores(query_BNSH, key_BNTH, position_key_NRH, position_query_NRH, delta)
-    return dropout(masked_softmax(scores_BNST, mask_BST).to(dtype)) @ value_BNTH
+    key_BNTH, value_BNTH = memory
+    query_BNSH, key_BNTH, position_key_NRH = (t.to(score_dtype) for t in (query_BNSH, key_BNTH, relative.key_NRH))
+    position_query_NRH = None if relative.query_NRH is None else relative.query_NRH.to(score_dtype)
+    scores_BNST = disentangled_scores(query_BNSH, key_BNTH, position_key_NRH, position_query_NRH, where.delta)
+    return drop(masked_softmax(scores_BNST, where.blocked_BST).to(dtype), dropout) @ value_BNTH

@@ -1,11 +1,29 @@
-"""The kernels and what each costs. Read without torch."""
+"""The kernels: what each supports, and what it costs. Read without torch.
+
+A new kernel is a file of this folder with a function `attention` (the contract's `Attend`), and an entry in `KERNELS`.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deberta_xl.kernels.contract import Attend
 
 FLOAT32 = 4
+AUTO = "auto"
+"""Instead of a name: the first kernel of `KERNELS` that supports what is asked."""
+
+
+class Demand(NamedTuple):
+    """What is asked of a kernel. Whatever some kernel cannot do is told here, for it to refuse with its reason."""
+
+    config: DebertaConfig
 
 
 class AttentionSizes(NamedTuple):
@@ -30,10 +48,18 @@ class AttentionSizes(NamedTuple):
 class Kernel(NamedTuple):
     """A way to compute disentangled attention."""
 
+    module: str
+    """Has the function `attention`; imported when the kernel is chosen."""
+    refusal: Callable[[Demand], str | None]
+    """Why it cannot do what is asked; None where it can."""
     kept_bytes: Callable[[AttentionSizes], float]
     """What it keeps for the backward pass with dropout on, its inputs included, the context not."""
     working_bytes: Callable[[AttentionSizes], float]
     """What lives besides while it is at work, forward or backward."""
+
+
+def supports_everything(demand: Demand) -> None:
+    """No refusal."""
 
 
 def reference_kept_bytes(sizes: AttentionSizes) -> float:
@@ -56,5 +82,32 @@ def reference_working_bytes(sizes: AttentionSizes) -> float:
     return 4 * FLOAT32 * sizes.rows * sizes.heads * sizes.queries * sizes.keys
 
 
-#: By name.
-KERNELS = {"reference": Kernel(reference_kept_bytes, reference_working_bytes)}
+#: By name; those that `auto` prefers come first.
+KERNELS = {
+    "reference": Kernel(
+        "deberta_xl.kernels.reference", supports_everything, reference_kept_bytes, reference_working_bytes
+    )
+}
+
+
+def choose_kernel(name: str, demand: Demand) -> str:
+    """The kernel that is meant by `name`, a kernel's or `auto`.
+
+    Raises ConfigError with the names there are, or with the reason why it cannot do what is asked.
+    """
+    if name != AUTO and name not in KERNELS:
+        raise ConfigError(f"model.kernel={name!r} is unknown; choose one of {', '.join([AUTO, *KERNELS])}")
+    able = [n for n, kernel in KERNELS.items() if kernel.refusal(demand) is None]
+    if name in able:
+        return name
+    if name == AUTO:
+        return able[0]  # the reference supports everything
+    reason = KERNELS[name].refusal(demand)
+    raise ConfigError(
+        f"model.kernel={name} does not support this model: {reason}; choose one of {', '.join([AUTO, *able])}"
+    )
+
+
+def load_kernel(name: str) -> Attend:
+    """The function of a kernel. Imports torch."""
+    return importlib.import_module(KERNELS[name].module).attention

@@ -6,22 +6,13 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.kernels.reference import disentangled_attention
+from deberta_xl.kernels import reference
+from deberta_xl.kernels.contract import Attend, Memory, RelativeRows
 from deberta_xl.model.dropout import Dropout, fold_key
 from deberta_xl.model.scene import Scene
-
-
-class Memory(NamedTuple):
-    """Keys and values of a sequence, computed once and attended to any number of times."""
-
-    key_BNTH: Tensor
-    value_BNTH: Tensor
 
 
 class DisentangledAttention(nn.Module):
@@ -48,6 +39,9 @@ class DisentangledAttention(nn.Module):
                 self.pos_query_proj = nn.Linear(hidden, inner)
         self.relative_dropout = Dropout(config.hidden_dropout)
         self.probability_dropout = Dropout(config.attention_dropout)
+        """Applied inside the kernel."""
+        self.attend: Attend = reference.attention
+        """How attention is computed (`Trunk.use_kernel`)."""
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[…, T, N·H] -> […, N, T, H]; N is however many heads the projection holds."""
@@ -61,25 +55,19 @@ class DisentangledAttention(nn.Module):
         """Keys and values of states that have passed `entry`."""
         return Memory(self.split_heads(self.key_proj(entered_BTD)), self.split_heads(self.value_proj(entered_BTD)))
 
-    def project_positions(self, relative_RD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Relative keys and queries, [N, R, H] each; no queries where position-to-content is not used."""
+    def project_positions(self, relative_RD: Tensor) -> RelativeRows:
+        """The relative table's rows as keys, and as queries where position-to-content is used."""
         to_key = self.key_proj if self.shares_projections else self.pos_key_proj
         position_key_NRH = self.split_heads(to_key(relative_RD))
         if not self.has_position_to_content:
-            return position_key_NRH, None
+            return RelativeRows(position_key_NRH, None)
         to_query = self.query_proj if self.shares_projections else self.pos_query_proj
-        return position_key_NRH, self.split_heads(to_query(relative_RD))
+        return RelativeRows(position_key_NRH, self.split_heads(to_query(relative_RD)))
 
     def forward(self, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
         """The attended and projected context of the scene's queries, [B, S, D]."""
         relative_RD = self.relative_dropout(scene.relative_RD, fold_key(scene.key, "relative"))
-        position_key_NRH, position_query_NRH = self.project_positions(self.relative_entry(relative_RD))
-        context_BNSH = disentangled_attention(
-            query_BNSH,
-            *memory,
-            position_key_NRH,
-            position_query_NRH,
-            *scene.pairs,
-            dropout=partial(self.probability_dropout, key=fold_key(scene.key, "probabilities")),
-        )
+        relative = self.project_positions(self.relative_entry(relative_RD))
+        dropout = self.probability_dropout.rule(fold_key(scene.key, "probabilities"))
+        context_BNSH = self.attend(query_BNSH, memory, relative, scene.where, dropout)
         return self.out_proj(context_BNSH.transpose(1, 2).flatten(-2))

@@ -10,8 +10,9 @@ import hashlib
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deberta_xl.kernels.dropout import DropoutRule, drop
 
 
 class DropoutKey(NamedTuple):
@@ -42,15 +43,13 @@ class Dropout(nn.Module):
         super().__init__()
         self.probability = probability
 
+    def rule(self, key: DropoutKey | None = None) -> DropoutRule:
+        """What is dropped under `key`: nothing in evaluation."""
+        return DropoutRule(self.probability if self.training else 0.0, None if key is None else key.seed)
+
     def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
         """`x` with the mask of `key`; without a key the mask comes from torch's global generator."""
-        if not self.training or self.probability == 0:
-            return x
-        if key is None:
-            return F.dropout(x, self.probability)
-        keep = 1 - self.probability
-        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        return x * mask.bernoulli_(keep, generator=key.generator(x.device)) / keep
+        return drop(x, self.rule(key))
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

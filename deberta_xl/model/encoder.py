@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.model.disentangled_attention import Memory
+from deberta_xl.kernels.contract import Memory
 from deberta_xl.model.dropout import fold_key
 from deberta_xl.model.layer import EncoderLayer
 from deberta_xl.model.ngram_convolution import NgramConvolution

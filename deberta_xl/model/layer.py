@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.architecture import Activation, DebertaConfig
-from deberta_xl.model.disentangled_attention import DisentangledAttention, Memory
+from deberta_xl.kernels.contract import Memory
+from deberta_xl.model.disentangled_attention import DisentangledAttention
 from deberta_xl.model.dropout import Dropout, fold_key
 from deberta_xl.model.scene import Scene
 

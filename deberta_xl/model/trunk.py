@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.kernels.registry import Demand, choose_kernel, load_kernel
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings
 from deberta_xl.model.encoder import Encoder, recompute
 from deberta_xl.model.initialization import initialize_weights
 from deberta_xl.model.parts import Part, trunk_parts, with_heads
-from deberta_xl.model.scene import Pairs, Scene, read_mask
+from deberta_xl.model.scene import Scene, read_mask
 
 Perturb = Callable[[Tensor], Tensor]
 """Changes the summed embeddings [B, S, D] before they are normalised."""
@@ -78,6 +79,17 @@ class Trunk(nn.Module):
         """Recompute each layer in the backward pass instead of keeping its activations."""
         self.encoder.apply_layer = recompute
 
+    def use_kernel(self, name: str) -> str:
+        """Compute attention with a kernel: one of `kernels/registry.py`, or `auto`. Returns its name.
+
+        Raises ConfigError when the name is unknown, or the kernel does not support the model.
+        """
+        chosen = choose_kernel(name, Demand(self.config))
+        attend = load_kernel(chosen)
+        for layer in self.encoder.layers:
+            layer.attention.attend = attend
+        return chosen
+
     def scene(
         self,
         input_ids: Tensor,
@@ -95,11 +107,9 @@ class Trunk(nn.Module):
             key: names the dropout masks; torch's global generator draws them when absent.
             relative_RD: the relative table as an earlier stage saw it; computed here when absent.
         """
-        segments_BS, mask_BST = read_mask(input_ids, attention_mask)
-        pairs = Pairs(self.encoder.relative_position.index(mask_BST.shape[-1], mask_BST.device), mask_BST)
         if relative_RD is None:
             relative_RD = self.encoder.relative_position()
-        return Scene(segments_BS, relative_RD, pairs, key)
+        return Scene(read_mask(input_ids, attention_mask, self.encoder.relative_position.buckets), relative_RD, key)
 
     def embed(
         self,

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from deberta_xl.kernels.dropout import DropoutRule
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.sequence import sum_to_slice
@@ -132,9 +133,9 @@ class RankDropout(Dropout):
         super().__init__(plain.probability)
         self.rank = groups.grid.tensor_parallel_rank
 
-    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
-        """`x` with this rank's mask of `key`."""
-        return super().forward(x, fold_key(key, "tensor-parallel rank", self.rank))
+    def rule(self, key: DropoutKey | None = None) -> DropoutRule:
+        """This rank's mask of `key`."""
+        return super().rule(fold_key(key, "tensor-parallel rank", self.rank))
 
 
 class VocabularyLoss:

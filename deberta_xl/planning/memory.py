@@ -7,6 +7,7 @@ from typing import NamedTuple
 from deberta_xl.config import RunConfig
 from deberta_xl.deepspeed_config import DeepSpeedConfig
 from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.model.part_costs import Division
 from deberta_xl.model.parts import num_parameters
 from deberta_xl.parallel.grid import Grid
@@ -64,7 +65,8 @@ def stage_activations(
 ) -> float:
     """What a stage keeps for the backward pass at its fullest, and the temporaries of the unit that has most."""
     load, size = work.example.times(run.train.micro_batch_size), grid.tensor_parallel_size
-    division = Division(element_bytes, size, slices=size if run.parallel.sequence_parallel else 1)
+    slices = size if run.parallel.sequence_parallel else 1
+    division = Division(element_bytes, size, slices, choose_kernel(run.model.kernel, Demand(work.architecture)))
     recomputes = run.train.activation_checkpointing
     kept, working = 0.0, dict.fromkeys(split.units(grid.stage), 0.0)
     for part in work.parts:

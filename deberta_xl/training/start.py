@@ -21,6 +21,7 @@ from deberta_xl.errors import UserError
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.launch import Launch
 from deberta_xl.log import log_to_file, rank_zero
+from deberta_xl.model.trunk import Trunk
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
@@ -106,8 +107,12 @@ def start_engine(
     `wrap` makes what the engine holds of the divided model, where that is not the model itself: a stage of a pipeline.
     """
     config, grid = inputs.config, inputs.grid
+    trunks = [module for module in model.modules() if isinstance(module, Trunk)]
+    kernels = {trunk.use_kernel(config.model.kernel) for trunk in trunks}
+    rank_zero("attention: %s kernel", " and ".join(sorted(kernels)))
     if config.train.activation_checkpointing:
-        model.checkpoint_activations()
+        for trunk in trunks:
+            trunk.checkpoint_activations()
     divide(model, start.groups, sequence_parallel=config.parallel.sequence_parallel)
     is_new = start.newest is None
     weights = {name: p.detach().clone() for name, p in model.named_parameters()} if is_new else {}

@@ -69,6 +69,11 @@ def rescored(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer(model.SerializeToString(), tokenizer.vocab_size)
 
 
+def test_an_unknown_kernel_is_refused_with_those_there_are_before_anything_is_built(small_dataset, weights, tmp_path):
+    with pytest.raises(UserError, match=r"model.kernel='flash' is unknown; choose one of auto, reference"):
+        read(small_dataset, tmp_path / "run", weights, "model.kernel=flash")
+
+
 @pytest.mark.parametrize("kind", ["native", "huggingface", "microsoft"])
 def test_weights_of_the_same_model_and_tokenizer_are_taken_in_every_layout(small_dataset, weights, tmp_path, kind):
     if kind != "native":

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from vectors import Vector, vector_folders
 
+from deberta_xl.kernels.relative_index import log_bucket
 from deberta_xl.model.embeddings import position_ids
-from deberta_xl.model.relative_position import log_bucket
 
 # float64: the original's own rounding, 1e-13, with room for another order of summation.
 # float32: the original's float32 run differs from its float64 run by up to 9e-5 (activations), 4.5e-5 (gradients).

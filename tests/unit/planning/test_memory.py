@@ -32,7 +32,7 @@ def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
     scene = scene._replace(relative_RD=scene.relative_RD.detach().requires_grad_())
     hidden = torch.randn(rows, length, model.config.hidden_size, dtype=scene.relative_RD.dtype, requires_grad=True)
     kept: dict[int, torch.Tensor] = {}
-    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), scene.pairs.delta)}
+    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), scene.where.delta)}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in given:

@@ -1,0 +1,92 @@
+"""What a kernel is given: queries, memory, projected relative rows, where everything stands, and a rule of dropout.
+
+Nothing dense over pairs of tokens is in it. A kernel that works on dense matrices asks `where` for them; another one
+reads segments and positions.
+
+Shape suffixes of this file:
+    B batch   S queries (i)   T keys (j)   M chosen queries   N heads on this rank   H head size   R relative rows (2k)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from deberta_xl.kernels.dropout import DropoutRule
+from deberta_xl.kernels.relative_index import Buckets, relative_index
+
+
+class Memory(NamedTuple):
+    """Keys and values of a sequence, computed once and attended to any number of times."""
+
+    key_BNTH: Tensor
+    value_BNTH: Tensor
+
+
+class RelativeRows(NamedTuple):
+    """The relative table as the heads project it."""
+
+    key_NRH: Tensor
+    query_NRH: Tensor | None
+    """None where position-to-content is not used."""
+
+
+@dataclass(frozen=True, eq=False)
+class Where:
+    """Where queries and keys stand, and so which sees which. All layers of a pass are given the same one.
+
+    What else may decide that (only earlier tokens, or a prefix and earlier ones) would be a field here, and in the
+    registry's `Demand`, for a kernel to refuse it there.
+    """
+
+    segments_BT: Tensor
+    """Number of the document each key belongs to, 0 at padding: a query sees the keys of its own document."""
+    buckets: Buckets
+    mask_BST: Tensor | None = None
+    """Which keys every position sees (bool), where that does not follow from the documents."""
+    position_BM: Tensor | None = None
+    """Positions of the queries in the sequence; None where every position is a query, in order."""
+
+    def of_queries(self, position_BM: Tensor) -> Where:
+        """The same, of chosen queries among all."""
+        assert self.position_BM is None, "queries are chosen once"
+        return replace(self, position_BM=position_BM)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """Row of the relative table for every pair, int64 [S, T] (Toeplitz: of i − j alone) or, of chosen queries,
+        [B, M, T]. Made when a kernel first asks, and kept for the other layers."""
+        delta_ST = relative_index(self.segments_BT.shape[1], self.buckets, self.segments_BT.device)
+        return delta_ST if self.position_BM is None else delta_ST[self.position_BM]
+
+    @cached_property
+    def blocked_BST(self) -> Tensor:
+        """Which keys a query does not see, bool; made when a kernel first asks, and kept for the other layers."""
+        if self.mask_BST is not None:
+            return ~self.rows_of_queries(self.mask_BST)
+        query_segments_BS = self.segments_BT
+        if self.position_BM is not None:
+            query_segments_BS = self.segments_BT.gather(1, self.position_BM)
+        is_other_BST = query_segments_BS.unsqueeze(2) != self.segments_BT.unsqueeze(1)
+        return is_other_BST | (self.segments_BT == 0).unsqueeze(1)
+
+    def rows_of_queries(self, dense_BST: Tensor) -> Tensor:
+        """Of a matrix of all pairs, the rows of the queries."""
+        if self.position_BM is None:
+            return dense_BST
+        return dense_BST.gather(1, self.position_BM.unsqueeze(-1).expand(-1, -1, dense_BST.shape[-1]))
+
+
+class Attend(Protocol):
+    """A kernel's function `attention`."""
+
+    def __call__(
+        self, query_BNSH: Tensor, memory: Memory, relative: RelativeRows, where: Where, dropout: DropoutRule
+    ) -> Tensor:
+        """The context [B, N, S, H] of every query, by eq. (4); zeros for a query that sees no key.
+
+        Scores and softmax are computed in float32 or better, as the original does.
+        """
