@@ -64,6 +64,11 @@ def file_facts(path: Path, advance: Callable[[int], None] = signs.moved) -> File
         return FileFacts(file.tell(), digest.hexdigest())
 
 
+def content_facts(content: bytes) -> FileFacts:
+    """Size and hash of what a file is to hold."""
+    return FileFacts(len(content), hashlib.sha256(content).hexdigest())
+
+
 def write_manifest(folder: Path, files: Mapping[str, FileFacts]) -> None:
     """Write `manifest.json` for `files` (path inside the folder → facts) and force the folder to the disk."""
     listing = {name: facts._asdict() for name, facts in sorted(files.items())}

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deberta_xl import signs
-from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.manifest import CheckpointError, FileFacts
 from deberta_xl.checkpoint.rectangles import Overlap, Rectangle, overlaps, range_rectangles, shard_area
 from deberta_xl.checkpoint.tensor_writer import Advance, write_flat
 from deberta_xl.parallel.shard import Shard
@@ -78,6 +78,8 @@ class StoredPiece(NamedTuple):
     """Those of the piece; computed once, since every rank looks through all of them."""
 
 
+Header = Mapping[str, str]
+"""What a rank file says of itself: the metadata of its safetensors header."""
 StoredIndex = dict[str, list[StoredPiece]]
 """Parameter name → its pieces in all rank files of a checkpoint, by shard and offset."""
 
@@ -98,7 +100,7 @@ def write_rank_file(
     flat: Mapping[str, Tensor],
     tensor_parallel: tuple[int, int] = WHOLE,
     advance: Advance = signs.moved,
-) -> None:
+) -> FileFacts:
     """Write the flat tensors of KINDS (float32, on the CPU, in the order of `pieces`) and force them to the disk.
 
     `tensor_parallel` is (size, rank) of this process in its tensor-parallel group; `advance` is told of the bytes that
@@ -112,22 +114,30 @@ def write_rank_file(
     if tensor_parallel != WHOLE:
         sharded = {p.name: (p.shard.dim, p.shard.logical_shape) for p in pieces if p.shard is not None}
         metadata["sharded"] = json.dumps(sharded)
-    write_flat(path, {kind: flat[kind] for kind in KINDS}, metadata, advance)
+    return write_flat(path, {kind: flat[kind] for kind in KINDS}, metadata, advance)
 
 
-def read_index(path: Path) -> list[StoredPiece]:
-    """The pieces of a rank file. Raises CheckpointError when it is none."""
+def read_header(path: Path) -> Header:
+    """The header of a rank file. Raises CheckpointError when it is no file of that kind."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has the format {metadata.get('format')!r}; {FORMAT!r} is read here")
-        shards = _read_shards(metadata)
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a rank file: {error}") from None
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has the format {header.get('format')!r}; {FORMAT!r} is read here")
+    return header
+
+
+def read_index(path: Path, header: Header) -> list[StoredPiece]:
+    """The pieces that the header of the rank file `path` lists. Raises CheckpointError when it is damaged."""
+    try:
+        shards = _read_shards(header)
         pieces = [
             Piece(name, tuple(shape), offset, numel, shards.get(name))
-            for name, shape, offset, numel in json.loads(metadata["index"])
+            for name, shape, offset, numel in json.loads(header["index"])
         ]
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read as a rank file: {error}") from None
     stored, position = [], 0
     for piece in pieces:
@@ -138,24 +148,29 @@ def read_index(path: Path) -> list[StoredPiece]:
     return stored
 
 
-def _read_shards(metadata: Mapping[str, str]) -> dict[str, Shard]:
+def _read_shards(header: Header) -> dict[str, Shard]:
     """Parameter name → what the file's rank had of it, for the parameters that tensor parallelism cut."""
-    size, rank = json.loads(metadata["tensor_parallel"])
+    size, rank = json.loads(header["tensor_parallel"])
     if (size, rank) == WHOLE:
         return {}
-    sharded = json.loads(metadata["sharded"])
+    sharded = json.loads(header["sharded"])
     return {name: Shard(dim, rank, size, tuple(shape)) for name, (dim, shape) in sharded.items()}
 
 
 def read_indices(paths: Iterable[Path]) -> StoredIndex:
-    """Parameter name → its pieces in all `paths`, by shard and offset.
+    """`join_indices` of all `paths`, each of which is opened here."""
+    return join_indices((path, read_header(path)) for path in paths)
+
+
+def join_indices(headers: Iterable[tuple[Path, Header]]) -> StoredIndex:
+    """Parameter name → its pieces in all rank files, by shard and offset.
 
     Raises CheckpointError when the pieces of a parameter do not cover it exactly once.
     """
     by_name: StoredIndex = {}
-    for path in paths:
+    for path, header in headers:
         signs.moved()
-        for stored in read_index(path):
+        for stored in read_index(path, header):
             by_name.setdefault(stored.piece.name, []).append(stored)
     for name, pieces in by_name.items():
         pieces.sort(key=lambda stored: (stored.piece.cut.rank, stored.piece.offset))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from deberta_xl.checkpoint.fragments import (
 from deberta_xl.checkpoint.manifest import (
     CheckpointError,
     FileFacts,
-    file_facts,
+    content_facts,
     inside,
     read_manifest,
     step_folder_name,
@@ -51,12 +51,14 @@ from deberta_xl.checkpoint.manifest import (
 from deberta_xl.checkpoint.rank_file import (
     KINDS,
     WHOLE,
+    Header,
     StoredIndex,
     check_shapes,
     fill,
     is_rank_file,
+    join_indices,
     rank_file_name,
-    read_indices,
+    read_header,
     write_rank_file,
 )
 from deberta_xl.data.progress import progress
@@ -117,7 +119,8 @@ def load_checkpoint(
 
     Raises CheckpointError on every rank, before anything is changed, when parameters are missing or have other shapes.
     """
-    state, stored = together(lambda: _read_state_and_index(engine, folder))
+    headers = read_headers(folder)
+    state, stored = together(lambda: _read_state_and_index(engine, folder, headers))
     together(lambda: _fill_engine(engine, stored, state["engine"], tensor_parallel))
     refresh_model_weights(engine)
     return read_state(folder)
@@ -148,7 +151,7 @@ def _write_files(
     extra_files: Mapping[str, bytes],
     tensor_parallel: tuple[int, int],
 ) -> dict[str, FileFacts]:
-    """Write this rank's files; their facts, as they can be read back, by name."""
+    """Write this rank's files; their facts by name."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not visible here; the run folder must be on a file system all ranks share")
     rank, _ = rank_and_size()
@@ -159,13 +162,14 @@ def _write_files(
     pieces = [fragment.piece for fragment in fragments]
     path, size = folder / rank_file_name(rank), len(KINDS) * 4 * sum(piece.numel for piece in pieces)
     try:
-        with progress(f"saving step {state['step']}", 2 * size) as advance:  # written, then read back
-            write_rank_file(path, pieces, _snapshot(engine, fragments), tensor_parallel, advance)
-            found = {path.name: file_facts(path, advance)}
+        with progress(f"saving step {state['step']}", size) as advance:
+            flat = _snapshot(engine, fragments)
+            found = {path.name: write_rank_file(path, pieces, flat, tensor_parallel, advance)}
         if rank == 0:
             facts = _engine_facts(engine, tensor_parallel_size=tensor_parallel[0])
-            shared = {STATE_NAME: json.dumps({**state, "engine": facts}, indent=1).encode()}
-            found |= {name: file_facts(folder / name) for name in write_files(folder, {**extra_files, **shared})}
+            shared = {**extra_files, STATE_NAME: json.dumps({**state, "engine": facts}, indent=1).encode()}
+            write_files(folder, shared)
+            found |= {name: content_facts(content) for name, content in shared.items()}
         return found
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free
@@ -237,10 +241,20 @@ def _publish(folder: Path, target: Path, files: Mapping[str, FileFacts]) -> Path
     return target
 
 
-def _read_state_and_index(engine: DeepSpeedEngine, folder: Path) -> tuple[dict[str, Any], StoredIndex]:
+def read_headers(folder: Path) -> list[tuple[Path, Header]]:
+    """Path and header of every rank file: each rank opens its share of them, for all need all. Collective."""
+    rank, size = rank_and_size()
+    names = together(lambda: [name for name in read_manifest(folder) if is_rank_file(name)])
+    shares = gathered(lambda: {name: read_header(inside(folder, name)) for name in names[rank::size]})
+    headers = {name: header for share in shares for name, header in share.items()}
+    return [(folder / name, headers[name]) for name in names]
+
+
+def _read_state_and_index(
+    engine: DeepSpeedEngine, folder: Path, headers: Iterable[tuple[Path, Header]]
+) -> tuple[dict[str, Any], StoredIndex]:
     """`state.json` and where each parameter's elements lie, checked against the engine's parameters."""
-    files = read_manifest(folder)
-    stored = read_indices(inside(folder, name) for name in files if is_rank_file(name))
+    stored = join_indices(headers)
     check_shapes(folder, stored, _logical_shapes(engine))
     return read_json(folder / STATE_NAME), stored
 

@@ -6,12 +6,14 @@ Hugging Face's index, and `pytorch_model.bin` as torch.save writes it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, read_finite
+from deberta_xl.checkpoint.manifest import FileFacts
 from deberta_xl.checkpoint.tensor_files import DTYPES, INDEX_SUFFIX, WEIGHTS_NAME
 from deberta_xl.durable import sync, write_file
 
@@ -96,9 +99,10 @@ def safetensors_header(header: Mapping[str, object]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_flat(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], advance: Advance) -> None:
+def write_flat(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], advance: Advance) -> FileFacts:
     """Write a safetensors file of long tensors of one type, piece by piece: `advance` is told of each when it is there.
 
+    What is hashed, while it is written, are the bytes in memory: whatever the disk makes of them, the hash tells.
     Raises OSError that names the file.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -106,17 +110,23 @@ def write_flat(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    beginning = safetensors_header(header)
+    digest = hashlib.sha256(beginning)
     try:
-        with path.open("wb") as file:
-            file.write(safetensors_header(header))
+        with path.open("wb") as file, ThreadPoolExecutor(1, "hash") as beside:
+            file.write(beginning)
             for tensor in tensors.values():
                 content = tensor.reshape(-1).view(torch.uint8).numpy().data
                 for start in range(0, len(content), WRITTEN_AT_ONCE):
-                    count = file.write(content[start : start + WRITTEN_AT_ONCE])
+                    part = content[start : start + WRITTEN_AT_ONCE]
+                    hashed = beside.submit(digest.update, part)
+                    file.write(part)
                     file.flush()
                     os.fdatasync(file.fileno())
-                    advance(count)
+                    hashed.result()
+                    advance(len(part))
         sync(path)
+        return FileFacts(len(beginning) + end, digest.hexdigest())
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}", str(path)) from error
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest import mock
+
 import pytest
+import torch
 import torch.distributed as distributed
 from ranks import run_ranks
 
+from deberta_xl.checkpoint import store
 from deberta_xl.checkpoint.agreement import gathered, on_rank_zero, rank_and_size, together
-from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.manifest import CheckpointError, write_manifest
+from deberta_xl.checkpoint.rank_file import KINDS, Header, rank_file_name, read_header, write_rank_file
 from deberta_xl.errors import UserError
 
 
@@ -52,6 +58,25 @@ def test_a_failure_on_some_ranks_is_raised_on_all_with_its_reason():
             ("CheckpointError", "rank 0: the folder exists"),
             ("RuntimeError", "rank 2: KeyError: 'a bug'"),
         ]
+
+
+def opened(folder: Path) -> tuple[list[str], list[str]]:
+    """The rank files that this rank opens, and those whose headers it has then."""
+    names = []
+
+    def read(path: Path) -> Header:
+        names.append(path.name)
+        return read_header(path)
+
+    with mock.patch.object(store, "read_header", read):
+        return names, [path.name for path, _ in store.read_headers(folder)]
+
+
+def test_every_rank_has_every_header_and_opens_its_share_of_the_files(tmp_path):
+    names = [rank_file_name(rank) for rank in range(3)]
+    nothing = {kind: torch.zeros(0) for kind in KINDS}
+    write_manifest(tmp_path, {name: write_rank_file(tmp_path / name, [], nothing) for name in names})
+    assert run_ranks(opened, 2, tmp_path) == [(names[::2], names), (names[1::2], names)]
 
 
 def test_without_a_process_group_there_is_one_rank():

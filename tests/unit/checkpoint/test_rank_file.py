@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from small_checkpoint import some_state, write_state
 
-from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint import tensor_writer
+from deberta_xl.checkpoint.manifest import CheckpointError, file_facts
 from deberta_xl.checkpoint.rank_file import KINDS, Piece, check_shapes, fill, read_indices, write_rank_file
 
 SHAPES = {"embedding.weight": (5, 3), "norm.bias": (4,), "scale": ()}
@@ -49,6 +50,13 @@ def test_a_rank_file_can_be_read_by_those_who_can_read_its_folder(tmp_path):
     tmp_path.chmod(0o755)
     path, _ = write_state(tmp_path, some_state(SHAPES), [7])
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_hash_taken_while_writing_is_that_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_writer, "WRITTEN_AT_ONCE", 16)
+    values = {kind: torch.arange(12.0) + number for number, kind in enumerate(KINDS)}
+    path = tmp_path / "rank-00000.safetensors"
+    assert write_rank_file(path, [Piece("a", (3, 4), 0, 12)], values) == file_facts(path)
 
 
 def test_a_rank_without_a_share_writes_an_empty_file(tmp_path):
