@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from deberta_xl.config import OptimizerSection
 from deberta_xl.finetune_config import FinetuneOptimizerSection
 from deberta_xl.model.parts import parts_by_parameter
 from deberta_xl.model.trunk import Trunk
+
+PART_ELEMENTS = 2**24
+"""Elements that are updated at a time; enough to keep any device busy, and 64 MiB of temporaries."""
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
@@ -52,6 +55,8 @@ class AdamWithoutBiasCorrection(torch.optim.Optimizer):
     """The original release's optimizer (microsoft/DeBERTa: XAdam in DeBERTa/optims/xadam.py).
 
     m ← β1 m + (1 − β1) g,  v ← β2 v + (1 − β2) g²,  θ ← θ − lr (m / (√v + ε) + decay θ).
+
+    A parameter is updated part by part: the engine's is as large as a rank's shard, and so would be what is computed.
     """
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0):
@@ -62,27 +67,13 @@ class AdamWithoutBiasCorrection(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         assert closure is None, "gradients come from the engine"
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self.update(parameters, group)
-
-    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """One update of one group."""
-        states = [self.state_of(p) for p in parameters]
-        gradients = [p.grad for p in parameters]
-        averages = [state["exp_avg"] for state in states]
-        squares = [state["exp_avg_sq"] for state in states]
-        beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(averages, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_add_(denominators, group["eps"])
-        updates = torch._foreach_div(averages, denominators)
-        torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
-        for state in states:
-            state["step"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state_of(parameter)
+                    whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                    for part in zip(*(tensor.view(-1).split(PART_ELEMENTS) for tensor in whole), strict=True):
+                        update(*part, group)
+                    state["step"] += 1
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The moments of a parameter, zero before its first update."""
@@ -92,3 +83,13 @@ class AdamWithoutBiasCorrection(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
+
+
+def update(parameter: Tensor, gradient: Tensor, average: Tensor, square: Tensor, group: Mapping[str, Any]) -> None:
+    """One update of a part of a parameter and of its moments."""
+    beta1, beta2 = group["betas"]
+    average.lerp_(gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    denominator = square.sqrt().add_(group["eps"])
+    change = torch.div(average, denominator, out=denominator).add_(parameter, alpha=group["weight_decay"])
+    parameter.add_(change, alpha=-group["lr"])

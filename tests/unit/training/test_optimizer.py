@@ -9,6 +9,7 @@ from deberta_xl.config import OptimizerSection
 from deberta_xl.finetune_config import FinetuneOptimizerSection
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.task_model import TaskModel
+from deberta_xl.training import optimizer as module
 from deberta_xl.training.optimizer import AdamWithoutBiasCorrection, build_optimizer, parameter_groups
 
 SECTION = OptimizerSection(learning_rate=0.01, weight_decay=0.1, bias_correction=False)
@@ -42,6 +43,20 @@ def test_without_bias_correction_an_update_is_the_originals_formula():
         weight = weight - 0.01 * (m / (v.sqrt() + 1e-6) + 0.1 * weight)
         torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-6, atol=1e-7)
     assert optimizer.state[model.weight]["step"] == 3
+
+
+def test_a_long_parameter_is_updated_in_parts_as_if_in_one(monkeypatch):
+    updates = []
+    for elements in (10**6, 64):
+        monkeypatch.setattr(module, "PART_ELEMENTS", elements)
+        generator = torch.Generator().manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(1000, generator=generator))
+        optimizer = AdamWithoutBiasCorrection([parameter], lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
+        for _ in range(3):
+            parameter.grad = torch.randn(1000, generator=generator)
+            optimizer.step()
+        updates.append([parameter.detach(), *optimizer.state[parameter].values()])
+    assert all(map(torch.equal, *updates))
 
 
 def test_a_parameter_without_a_gradient_is_left_alone():
