@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -28,42 +28,55 @@ class Groups(NamedTuple):
         return ModelParallelUnit(self) if is_needed else None
 
 
+FAMILIES: Sequence[Callable[[Grid], Grid]] = (
+    lambda place: place._replace(data_parallel_rank=0),
+    lambda place: place._replace(tensor_parallel_rank=0),
+    lambda place: place._replace(stage=0),
+)
+"""What the ranks of a data, a tensor and a pipeline group have in common: everything but one."""
+
+
 def build_groups(grid: Grid) -> Groups:
-    """Make the groups. Collective. megatron-core is imported only when layers are divided: it costs seconds."""
+    """Make the groups. Collective."""
     if grid.tensor_parallel_size == grid.num_stages == 1:
         return Groups(grid)
-    groups = Groups(
-        grid,
-        data_group=own_group(grid, lambda other: other._replace(data_parallel_rank=0)),
-        tensor_group=own_group(grid, lambda other: other._replace(tensor_parallel_rank=0)),
-        pipeline_group=own_group(grid, lambda other: other._replace(stage=0)),
-    )
-    if grid.tensor_parallel_size > 1:
-        feed_megatron(groups)
+    make = megatron_groups if grid.tensor_parallel_size > 1 else own_groups
+    groups = Groups(grid, *make(grid))
+    for group, family in zip(groups[1:], FAMILIES, strict=True):
+        assert dist.get_process_group_ranks(group) in families(grid, family)
     return groups
 
 
-def own_group(grid: Grid, family: Callable[[Grid], Grid]) -> ProcessGroup:
-    """The group of the ranks that `family` maps to one place. Every rank takes part in making every group."""
+def families(grid: Grid, family: Callable[[Grid], Grid]) -> list[list[int]]:
+    """The ranks of each group of a kind."""
     members: dict[Grid, list[int]] = {}
     for rank in range(dist.get_world_size()):
         place = Grid.of(rank, dist.get_world_size(), grid.tensor_parallel_size, grid.num_stages)
         members.setdefault(family(place), []).append(rank)
-    group, _ = dist.new_subgroups_by_enumeration(list(members.values()))
-    return group
+    return list(members.values())
 
 
-def feed_megatron(groups: Groups) -> None:
-    """Tell megatron-core the sizes; it makes the same groups once more."""
+def own_groups(grid: Grid) -> list[ProcessGroup]:
+    """This rank's data, tensor and pipeline group. Every rank takes part in making every group."""
+    return [dist.new_subgroups_by_enumeration(families(grid, family))[0] for family in FAMILIES]
+
+
+def megatron_groups(grid: Grid) -> list[ProcessGroup]:
+    """The same, made by megatron-core, some of whose functions know no others: a rank has one of each kind.
+
+    It is imported only when layers are divided, since that costs seconds.
+    """
     from megatron.core import parallel_state
 
-    grid = groups.grid
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=grid.tensor_parallel_size, pipeline_model_parallel_size=grid.num_stages
+            grid.tensor_parallel_size, grid.num_stages, create_gloo_process_groups=False
         )
-    theirs = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
-    assert theirs == dist.get_process_group_ranks(groups.tensor_group)
+    return [
+        parallel_state.get_data_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ]
 
 
 class ModelParallelUnit:
