@@ -26,19 +26,21 @@ if TYPE_CHECKING:
 INTERVAL_SECONDS = 1.0
 ALIVE_INTERVALS = 5
 """Intervals between two signs of life, and between two looks at whose folder it is."""
+FILES_PER_SECOND = 200
+"""What all ranks together write: of more of them each writes less often, since one server has all names of a folder."""
 TAKEN_OVER = 3
 """Exit status of a rank whose folder another start has."""
 
 
 class Heartbeat:
-    """Keeps `heartbeat/rank-00000.json` current; the file is written beside the work, at most once a second.
+    """Keeps `heartbeat/rank-00000.json` current; the file is written beside the work, at most once a second (`pace`).
 
     Ends the process when another start has taken the folder: a rank that waits for dead peers would do so for ever.
     """
 
-    def __init__(self, folder: Path, rank: int, ownership: Ownership):
+    def __init__(self, folder: Path, rank: int, ownership: Ownership, world_size: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = beat_file(folder, rank)
+        self.path, self.world_size = beat_file(folder, rank), world_size
         self.ownership = ownership
         self.beat = first_beat(rank)
         self.marked = time.monotonic()
@@ -78,9 +80,10 @@ class Heartbeat:
     def keep_writing(self) -> None:
         """Write the last mark whenever it changed, and a sign of life now and then, until closed."""
         written, intervals = self.beat, 0
-        while not self.stopped.wait(INTERVAL_SECONDS):
+        seconds, alive_intervals = pace(self.world_size)
+        while not self.stopped.wait(seconds):
             intervals += 1
-            is_sign_due = intervals % ALIVE_INTERVALS == 0
+            is_sign_due = intervals % alive_intervals == 0
             if is_sign_due:
                 self.leave_if_taken_over()
             if is_sign_due or self.beat is not written:
@@ -105,6 +108,12 @@ class Heartbeat:
         self.stopped.set()
         self.thread.join()
         self.write()
+
+
+def pace(world_size: int) -> tuple[float, int]:
+    """Seconds between two looks whether there is something to write, and how many looks a sign of life is due after."""
+    slower = min(ALIVE_INTERVALS, max(1, round(world_size / FILES_PER_SECOND)))
+    return INTERVAL_SECONDS * slower, ALIVE_INTERVALS // slower
 
 
 def beat_file(folder: Path, rank: int) -> Path:

@@ -45,14 +45,15 @@ def take_over(
     """
     before = read_owner(folder.owner)
     ownership = Ownership(folder.owner, on_rank_zero(lambda: claim_folder(folder, own_claim())))
-    heartbeat = Heartbeat(folder.heartbeat, rank_and_size()[0], ownership)
+    rank, size = rank_and_size()
+    heartbeat = Heartbeat(folder.heartbeat, rank, ownership, size)
     try:
         newest = find_checkpoint(folder, fingerprints, last_step)
         on_rank_zero(ownership.check)
     except BaseException:
         heartbeat.mark(0, "stopped")
         heartbeat.close()
-        if rank_and_size()[0] == 0:
+        if rank == 0:
             ownership.give_back(before)
         raise
     on_rank_zero(lambda: folder.prepare(config, tokenizer, facts))

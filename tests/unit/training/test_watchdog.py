@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deberta_xl import signs
 from deberta_xl.training import heartbeat as heartbeat_module
-from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.training.heartbeat import Heartbeat, pace
 from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.watchdog import Beat, blame, describe, read_beats, watch
 
@@ -71,6 +71,14 @@ def test_it_waits_as_long_as_something_moves(tmp_path):
     write(tmp_path, 0, marked=1.0, changed=time.time())
     assert "rank 0 on n1 (step 3, data)" in watch(tmp_path, since=0.0, limit_seconds=0.5)
     assert time.monotonic() - start >= 0.5
+
+
+def test_many_ranks_write_less_often_but_every_one_gives_its_sign_of_life():
+    assert pace(1) == pace(250) == (1.0, 5)
+    for world_size in range(1, 3000, 7):
+        seconds, looks = pace(world_size)
+        assert seconds * looks <= 5.0
+        assert world_size / seconds <= 310 or seconds == 5.0
 
 
 def test_work_that_is_slow_but_gets_on_is_left_alone_and_what_stands_still_is_not(tmp_path, monkeypatch):
