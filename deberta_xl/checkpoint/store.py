@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def save_checkpoint(
     *,
     extra_files: Mapping[str, bytes],
     tensor_parallel: tuple[int, int] = WHOLE,
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the checkpoint of step `state["step"]`; its folder. Collective, between two optimizer steps.
 
@@ -86,7 +87,7 @@ def save_checkpoint(
     process; a parameter that is a shard carries a `Shard`, all others are alike on the tensor-parallel ranks, of which
     the first writes them; of a parameter that two stages of a pipeline share the first stage writes its own. Everything
     is written to a hidden folder beside, forced to the disk and renamed, so there is never half a checkpoint under its
-    name.
+    name; what `before_publishing` raises on rank 0, when all is written, keeps it from that.
 
     Raises, on every rank, Diverged when a weight or a moment is not finite, and CheckpointError when any rank fails
     (RuntimeError when the cause is a bug); earlier checkpoints are then as they were.
@@ -100,7 +101,8 @@ def save_checkpoint(
         folder = on_rank_zero(lambda: make_partial_folder(checkpoints, state["step"]))
         written = gathered(lambda: _write_files(engine, folder, state, extra_files, tensor_parallel))
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
-        return on_rank_zero(lambda: _publish(folder, checkpoints / step_folder_name(state["step"]), files))
+        target = checkpoints / step_folder_name(state["step"])
+        return on_rank_zero(lambda: _publish(folder, target, files, before_publishing))
     except (CheckpointError, RuntimeError) as failure:
         if folder is not None and rank_and_size()[0] == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -228,9 +230,10 @@ def _engine_facts(engine: DeepSpeedEngine, *, tensor_parallel_size: int) -> dict
     }
 
 
-def _publish(folder: Path, target: Path, files: Mapping[str, FileFacts]) -> Path:
+def _publish(folder: Path, target: Path, files: Mapping[str, FileFacts], before_publishing: Callable[[], None]) -> Path:
     """Write the manifest and give the folder its name; a folder that had the name (a damaged one) is replaced."""
     write_manifest(folder, files)
+    before_publishing()
     replaced = target.with_name(f".{target.name}.replaced.partial")
     if target.exists():
         target.rename(replaced)

@@ -62,6 +62,7 @@ class Saver:
             {**asdict(self.state), "fingerprints": self.fingerprints},
             extra_files=self.files,
             tensor_parallel=self.tensor_parallel,
+            before_publishing=self.ownership.check,  # once more: minutes may have passed
         )
         on_rank_zero(lambda: self.folder.write_latest(folder))
         self.safeguard.saved(folder)

@@ -26,7 +26,7 @@ from deberta_xl.checkpoint.fragments import canonical_parameters, engine_fragmen
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
 from deberta_xl.checkpoint.weights import read_weights
-from deberta_xl.errors import Diverged
+from deberta_xl.errors import Diverged, UserError
 from deberta_xl.log import configure_logging
 
 TWO_RANKS = Layout(2, 2)
@@ -85,19 +85,25 @@ def test_a_rank_that_cannot_write_or_has_weights_that_are_not_finite_fails_the_s
     assert visible(tmp_path) == ["step-00000001", "step-00000003"]
 
 
-def save_with_a_full_disk_for_the_manifest(checkpoints: Path) -> str:
-    """Save step 1; let rank 0's disk be full for the manifest of step 2."""
+def save_with_a_full_disk_and_without_permission(checkpoints: Path) -> tuple[str, str]:
+    """Save step 1; let rank 0's disk be full for the manifest of step 2, and step 3 be forbidden when it is written."""
     engine = build_engine(TWO_RANKS)
     save_checkpoint(engine, checkpoints, {"step": 1}, extra_files={})
     full = OSError(28, "No space left on device")
     with mock.patch.object(store, "write_manifest", side_effect=full):
-        return reason(save_checkpoint, engine, checkpoints, {"step": 2}, extra_files={})
+        disk = reason(save_checkpoint, engine, checkpoints, {"step": 2}, extra_files={})
+
+    def forbid() -> None:
+        raise UserError("the folder is another start's by now")
+
+    return disk, reason(save_checkpoint, engine, checkpoints, {"step": 3}, extra_files={}, before_publishing=forbid)
 
 
-def test_a_full_disk_at_the_manifest_fails_the_save_on_all_ranks(tmp_path):
-    for told in run_ranks(save_with_a_full_disk_for_the_manifest, 2, tmp_path):
-        assert "step 2 was not saved: rank 0:" in told
-        assert "No space left on device" in told
+def test_a_full_disk_at_the_manifest_or_a_folder_lost_meanwhile_fails_the_save_on_all_ranks(tmp_path):
+    for disk, lost in run_ranks(save_with_a_full_disk_and_without_permission, 2, tmp_path):
+        assert "step 2 was not saved: rank 0:" in disk
+        assert "No space left on device" in disk
+        assert lost == "step 3 was not saved: rank 0: the folder is another start's by now"
     assert visible(tmp_path) == ["step-00000001"]
 
 
