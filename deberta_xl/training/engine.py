@@ -1,4 +1,9 @@
-"""The DeepSpeed engine: how it is started, built, stepped and asked. Its names and habits stay in this file."""
+"""The DeepSpeed engine: how it is started, built and asked.
+
+Its other ways are known to training/step.py (how it is stepped), parallel/pipeline.py and training/pipelined.py (its
+pipeline) and checkpoint/fragments.py (where it keeps the optimizer's state). To all others it is a type with a device,
+some counters and a call.
+"""
 
 from __future__ import annotations
 
