@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "deberta_xl"
-MAX_LINES = 400
+MAX_LINES = 300
 
 
 class Source(NamedTuple):
