@@ -70,6 +70,15 @@ def run_command(
         print_description(inputs)
     else:
         train_and_report(lambda: assemble(inputs, stop), conclude)
+        part_from_peers()
+
+
+def part_from_peers() -> None:
+    """Leave the process groups: left to the interpreter's end, their threads now and then abort a run that is done."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def look_ahead(inputs: Inputs) -> None:

@@ -30,6 +30,8 @@ from deberta_xl.errors import Diverged
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import rank_zero
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.part_costs import Load
+from deberta_xl.model.parts import forward_flops
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.objective import Evaluation, Evaluator, Guessing, Mean, Model, Objective, Ratio, Sums
 from deberta_xl.objectives.sift import build_sift
@@ -37,6 +39,7 @@ from deberta_xl.objectives.task_batches import TaskMicroBatch, task_step_batches
 from deberta_xl.objectives.task_evaluation import task_logits
 from deberta_xl.objectives.task_figures import metric_curves, task_figures
 from deberta_xl.objectives.task_loss import TaskLoss
+from deberta_xl.planning.workload import task_workload
 
 VALID = "valid"
 """The split that chooses the best weights."""
@@ -142,6 +145,13 @@ class TaskObjective(Objective):
             objective=objective,
         )
         return dict(zip(self.reports, found, strict=False))
+
+    def step_flops(self, counts: Mapping[str, float]) -> float:
+        """Of the tokens that are no padding, as if all texts were of their mean length."""
+        num_options = len(self.train_data.features[0].rows)
+        work = task_workload(self.architecture, self.head.head, self.config, num_options)
+        rows = self.config.train.global_batch_size * num_options
+        return work.forwards * forward_flops(work.parts, Load(rows, counts["tokens"] / rows))
 
     @property
     def guessing(self) -> Guessing | None:

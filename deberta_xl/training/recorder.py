@@ -85,7 +85,7 @@ class Recorder:
 
     def record(self, sums: Sums, counts: Mapping[str, int], rate: float) -> None:
         """Take in a finished step; collective on logged steps."""
-        assert sums.keys() == self.reports.keys(), f"losses gives {[*sums]}, reports has {[*self.reports]}"
+        assert sums.keys() == self.reports.keys(), f"reports has {[*self.reports]}, losses gives only {[*sums]}"
         self.sums += torch.stack([sums[name].double() for name in self.reports])
         self.num_steps += 1
         self.counts.update(counts)

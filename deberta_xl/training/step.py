@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import deepspeed
 import torch
 
+from deberta_xl.errors import ConfigError
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device
 from deberta_xl.objectives.objective import Losses, Mean, Ratio, Sums
@@ -39,7 +40,15 @@ def even_shares(counts: Mapping[str, int], num_micro_batches: int, data_parallel
 
 
 def over_micro_batches(found: Sequence[Sums], reports: Reports) -> Sums:
-    """This rank's figures of a step: the mean of losses, the sum of what is counted."""
+    """This rank's figures of a step: the mean of losses, the sum of what is counted.
+
+    Raises ConfigError where an objective gives a figure that it does not report, which may be a user's.
+    """
+    if unknown := [name for name in found[0] if name not in reports]:
+        raise ConfigError(
+            f"the objective's losses give {', '.join(unknown)}, but its reports have only {', '.join(reports)}: "
+            "say there what each is divided by (docs/pretraining.md)"
+        )
     columns = {name: torch.stack([of_batch[name] for of_batch in found]) for name in found[0]}
     return {
         name: column.mean() if isinstance(reports[name], Mean) else column.sum() for name, column in columns.items()

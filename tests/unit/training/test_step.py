@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deberta_xl.errors import ConfigError
 from deberta_xl.objectives.micro_batch import on_device, with_tensors
 from deberta_xl.objectives.objective import Mean, Ratio
 from deberta_xl.training.step import even_shares, over_micro_batches
@@ -46,6 +47,11 @@ def test_each_count_has_a_share_of_its_own_and_their_means_are_the_global_ones()
     assert float(ranks[0]["other"] + ranks[1]["other"]) / 2 == pytest.approx(25 / tokens)
     assert [int(rank["right"]) for rank in ranks] == [4, 4]
     assert even_shares({"labels": 0}, 2, 2) == {"labels": 0.25}, "a step without labels divides by something"
+
+
+def test_a_figure_that_is_not_reported_is_refused_by_its_name():
+    with pytest.raises(ConfigError, match=r"losses give accuracy, but its reports have only loss: say there what each"):
+        over_micro_batches([{"loss": torch.zeros(()), "accuracy": torch.zeros(())}], {"loss": Mean("labels")})
 
 
 def test_tensors_of_a_micro_batch_move_wherever_they_are_and_counts_stay():
