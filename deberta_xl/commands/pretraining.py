@@ -66,6 +66,8 @@ class PretrainingInputs(Inputs):
     def outlook(self) -> Outlook:
         """Of full rows."""
         work = masked_lm_workload(self.architecture, self.config)
+        if not is_built_in(self.config.train.objective):
+            work = work._replace(parts=self.objective().parts)
         num_saves = math.ceil(self.total_steps / self.config.checkpoint.interval)
         return Outlook(work, self.config, self.engine, self.grid, self.split, self.total_steps, num_saves)
 
@@ -74,10 +76,8 @@ class PretrainingInputs(Inputs):
         batch, length = self.config.train.global_batch_size, self.config.model.sequence_length
         samples, num_rows = self.total_steps * batch, self.data.num_rows
         rows, tokens = counted(num_rows, "row"), counted(self.data.tokens, "token")
-        name = self.config.train.objective
-        head = "" if is_built_in(name) else f", with the head of masked_lm: that of {name} is not known here"
         return Words(
-            f"vocabulary {self.architecture.vocab_size}{head}",
+            f"vocabulary {self.architecture.vocab_size}",
             f"{counted(batch, 'sequence')} x {length} tokens = {batch * length:,} tokens",
             f"{counted(samples, 'sequence')} = {samples / num_rows:.2f} epochs of {rows} ({tokens})",
         )

@@ -250,8 +250,8 @@ def refuse(name: str) -> NoReturn:
 def with_heads(parts: Sequence[Part], shapes: Mapping[str, Shape]) -> list[Part]:
     """The parts of a built model, and one for each head that they leave out: whole on every rank, its costs unknown.
 
-    `shapes` are those of the model's parameters. Raises ConfigError, with the name, for a parameter that is in no part,
-    although its module (embeddings, encoder, a head that has a part) is described.
+    `shapes` are those of the model's parameters. Without parts, every module is a head. Raises ConfigError, with the
+    name, for a parameter that is in no part, although its module (embeddings, encoder, a head that has a part) is.
     """
     known, modules = parameters_of(parts), {part.name.partition(".")[0] for part in parts}
     heads: dict[str, dict[str, Parameter]] = {}
@@ -262,5 +262,5 @@ def with_heads(parts: Sequence[Part], shapes: Mapping[str, Shape]) -> list[Part]
         if module in modules:
             refuse(name)
         heads.setdefault(module, {})[rest] = Parameter(shape)
-    last = max(part.units[-1] for part in parts)
+    last = max((part.units[-1] for part in parts), default=0)
     return [*parts, *(Part(name, parameters, (last,), 0, None, None) for name, parameters in heads.items())]

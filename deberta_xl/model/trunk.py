@@ -17,11 +17,16 @@ from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings
 from deberta_xl.model.encoder import Encoder, recompute
 from deberta_xl.model.initialization import initialize_weights
-from deberta_xl.model.parts import Part, trunk_parts, with_heads
+from deberta_xl.model.parts import Part, Shape, trunk_parts, with_heads
 from deberta_xl.model.scene import Scene, read_mask
 
 Perturb = Callable[[Tensor], Tensor]
 """Changes the summed embeddings [B, S, D] before they are normalised."""
+
+
+def shapes_of_model(model: nn.Module) -> dict[str, Shape]:
+    """Name -> shape of every parameter of what has been built."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 class Trunk(nn.Module):
@@ -62,7 +67,7 @@ class Trunk(nn.Module):
     @property
     def parts(self) -> list[Part]:
         """The anatomy of what has been built. Raises ConfigError for a parameter that has been forgotten there."""
-        return with_heads(self.describe(), {name: tuple(p.shape) for name, p in self.named_parameters()})
+        return with_heads(self.describe(), shapes_of_model(self))
 
     def draw_weights(self, seed: int) -> None:
         """Allocate and draw every parameter, as a function of (seed, name).

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from deberta_xl.architecture import DebertaConfig
@@ -19,6 +20,8 @@ from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.durable import below
 from deberta_xl.log import rank_zero
+from deberta_xl.model.parts import Part, with_heads
+from deberta_xl.model.trunk import Trunk, shapes_of_model
 from deberta_xl.objectives.masked_evaluation import evaluation_batches
 from deberta_xl.objectives.micro_batch import MicroBatch
 from deberta_xl.objectives.objective import Objective
@@ -52,6 +55,13 @@ class Pretraining(Objective):
         """Of the model, with the vocabulary's size."""
         self.tokenizer, self.data, self.valid = tokenizer, data, valid
         self.tokens_per_sample = config.model.sequence_length
+
+    @property
+    def parts(self) -> list[Part]:
+        """The anatomy of the model, which is built without weights for that; for what a run takes."""
+        with torch.device("meta"):
+            model = self.build()
+        return model.parts if isinstance(model, Trunk) else with_heads([], shapes_of_model(model))
 
     @property
     def seed(self) -> int:

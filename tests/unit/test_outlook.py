@@ -9,10 +9,10 @@ import pytest
 from small_dataset import SmallDataset
 
 from deberta_xl.commands import outlook
-from deberta_xl.commands.outlook import describe_disk, describe_fit, describe_work, disk_warning, slips
+from deberta_xl.commands.outlook import describe_disk, describe_fit, describe_work, disk_warning, print_memory, slips
 from deberta_xl.commands.pretraining import PretrainingInputs, parse_arguments, read_inputs
 from deberta_xl.errors import ConfigError
-from deberta_xl.model.parts import masked_lm_parts, num_parameters
+from deberta_xl.model.parts import forward_flops, masked_lm_parts, num_parameters, trunk_parts
 from deberta_xl.planning.memory import GIB
 from deberta_xl.planning.outlook import FITTING
 
@@ -77,6 +77,39 @@ def test_what_nobody_means_is_pointed_out_and_an_ordinary_run_is_not(small_datas
     monkeypatch.setattr(outlook, "free_bytes", lambda folder: 10**6)
     full = disk_warning(look(small_dataset, tmp_path, "train.steps=30").outlook)
     assert "do not fit the 0.0 GB that are free" in full
+
+
+OWN_OBJECTIVE = """
+from torch import nn
+from deberta_xl.model.trunk import Trunk
+from deberta_xl.objectives.pretraining import Pretraining
+
+class Tagger(Trunk):
+    def __init__(self, config):
+        super().__init__(config)
+        self.tagger = nn.Linear(config.hidden_size, 5)
+
+class Tagging(Pretraining):
+    def build(self):
+        return Tagger(self.architecture)
+
+    def losses(self, model, batch, shares, key): ...
+"""
+
+
+def test_of_an_objective_of_ones_own_the_head_is_counted_and_its_work_is_said_to_be_left_out(
+    small_dataset, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "taggers.py").write_text(OWN_OBJECTIVE)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = look(small_dataset, tmp_path, "train.objective=taggers:Tagging", "train.global_batch_size=64").outlook
+    trunk = trunk_parts(found.work.architecture)
+    head = 5 * (found.work.architecture.hidden_size + 1)
+    assert found.work.num_parameters == num_parameters(trunk) + head
+    assert found.flops == found.steps * 3 * forward_flops(trunk, found.work.example.times(64))
+    with caplog.at_level("INFO"):
+        print_memory(found)
+    assert "memory and work leave out what is not known of: tagger" in caplog.text
 
 
 def test_ranks_are_described_not_started(small_dataset, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,16 @@ class Other: ...
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch) -> Path:
+def folder(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     """The working directory, with modules of a user's."""
     (tmp_path / "mine.py").write_text(SOURCE)
     (tmp_path / "broken.py").write_text("import a_library_that_is_not_here")
     (tmp_path / "wrong.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "modules", {**sys.modules})
-    return tmp_path
+    yield tmp_path
+    for name in ("mine", "broken", "wrong"):
+        sys.modules.pop(name, None)
 
 
 def test_a_class_in_the_working_directory_is_found_and_hides_nothing(folder):
