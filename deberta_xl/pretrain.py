@@ -15,14 +15,8 @@ if not __package__:
 
     be_quick_while_importing()
 
-from deberta_xl.commands.pretraining import parse_arguments, read_config, read_inputs
+from deberta_xl.commands import pretraining
 from deberta_xl.commands.training_command import run_command
 
-
-def main() -> None:
-    """The command."""
-    run_command(parse_arguments(), read_config=read_config, read_inputs=read_inputs)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(pretraining)

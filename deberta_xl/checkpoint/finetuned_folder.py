@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts, read_head
+from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts
 from deberta_xl.checkpoint.manifest import step_folder_name
 from deberta_xl.checkpoint.named_folder import find_pretrained
 from deberta_xl.checkpoint.native_config import native_config, read_native_config
@@ -39,5 +39,6 @@ def replace_best(run_folder: Path, best_step: int) -> None:
     """Write the weights of a run's best checkpoint into its folder `best`, in place of older ones."""
     source = run_folder / "checkpoints" / step_folder_name(best_step)
     shutil.rmtree(run_folder / BEST_NAME, ignore_errors=True)
-    facts, config = read_head(source), read_native_config(source / CONFIG_NAME)
-    write_finetuned(run_folder / BEST_NAME, read_weights(source), config, facts, source / TOKENIZER_NAME)
+    head = {name: (source / name).read_bytes() for name in (HEAD_NAME,) if (source / name).is_file()}
+    config = native_config(read_native_config(source / CONFIG_NAME))
+    write_weights(run_folder / BEST_NAME, read_weights(source), config, source / TOKENIZER_NAME, head)

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from deberta_xl.commands.inputs import Inputs, print_description
 from deberta_xl.config import RunConfig
@@ -33,29 +33,35 @@ labels): another start would end there, too.
 Not 2, which Python gives when it cannot open a script; `slurm/lib/launch.sh` knows this number."""
 
 
-def run_command(
-    arguments: argparse.Namespace,
-    *,
-    read_config: Callable[[str, Sequence[str]], RunConfig | FinetuneConfig],
-    read_inputs: Callable[[argparse.Namespace], Inputs],
-    conclude: Callable[[Any], None] = lambda run: None,
-) -> None:
+class TrainingCommand(Protocol):
+    """What distinguishes a training command from another: the functions of a module (pretraining.py, finetuning.py)."""
+
+    def parse_arguments(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Its command line."""
+
+    def read_config(self, name: str, overrides: Sequence[str]) -> RunConfig | FinetuneConfig:
+        """The configuration of --config and the overrides. Raises UserError."""
+
+    def read_inputs(self, arguments: argparse.Namespace) -> Inputs:
+        """Everything that a run is assembled from. Raises UserError for what cannot be."""
+
+
+def run_command(command: TrainingCommand) -> None:
     """A training command from its arguments on.
 
-    `read_config` takes --config and the overrides. `read_inputs` raises UserError for what cannot be; with `--check`
-    the run is only described, after a look at its folder, which raises as well. `conclude` comes after its last step,
-    not after a stop.
+    With `--check` the run is only described, after a look at its folder, which may refuse it as well.
     """
+    arguments = command.parse_arguments()
     configure_logging()
     stop = None if arguments.print_config else StopRequest()
     try:
         if arguments.print_config:
-            text = to_toml(read_config(arguments.config, arguments.overrides))
+            text = to_toml(command.read_config(arguments.config, arguments.overrides))
             sys.stdout.write(text if read_launch().rank == 0 else "")
             return
         if arguments.ranks is None:
             meeting_point(read_launch())
-        inputs = read_inputs(arguments)
+        inputs = command.read_inputs(arguments)
         if arguments.check:
             look_ahead(inputs)
     except UserError as error:
@@ -69,7 +75,7 @@ def run_command(
     if arguments.check:
         print_description(inputs)
     else:
-        train_and_report(lambda: assemble(inputs, stop), conclude)
+        train_and_report(lambda: assemble(inputs, stop))
         part_from_peers()
 
 
@@ -95,7 +101,7 @@ def assemble(inputs: Inputs, stop: StopRequest) -> Training:
     return assemble_training(inputs, inputs.objective(), stop, describe=lambda: print_description(inputs))
 
 
-def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None]) -> None:
+def train_and_report(assemble: Callable[[], Any]) -> None:
     """Train. A failure is reported with rank, step and phase and ends the process."""
     run, rank = None, read_launch().rank
     try:
@@ -104,8 +110,6 @@ def train_and_report(assemble: Callable[[], Any], conclude: Callable[[Any], None
         if rank == 0:
             run.folder.write_state("running")
         ended = run.train()
-        if ended == "done":
-            conclude(run)
         rank_zero("%s at step %d; results in %s", ended, run.state.step, run.folder.path)
     except HopelessRunError as error:
         report_hopeless(run, rank, error)

@@ -83,13 +83,14 @@ class Pretraining(Objective):
 
     @property
     def fingerprints(self) -> Mapping[str, Any]:
-        """Objective, architecture, data and tokenizer."""
+        """Objective, architecture, data, tokenizer and seed."""
         return {
             "objective": self.config.train.objective,
             "architecture": computed_by(self.architecture),
             "sequence_length": self.config.model.sequence_length,
             "data": self.data.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "seed": self.seed,
         }
 
     @property

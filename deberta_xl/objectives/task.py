@@ -85,7 +85,7 @@ class TaskObjective(Objective):
 
     @property
     def fingerprints(self) -> Mapping[str, Any]:
-        """Architecture, task, data and tokenizer."""
+        """Architecture, task, data, tokenizer and seed."""
         return {
             "architecture": computed_by(self.architecture),
             "task": {
@@ -97,6 +97,7 @@ class TaskObjective(Objective):
             "sequence_length": self.config.model.sequence_length,
             "data": examples_fingerprint(self.train_data.examples),
             "tokenizer": self.tokenizer.fingerprint,
+            "seed": self.config.train.seed,
         }
 
     @property

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from deberta_xl import signs
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.initialization import initialize_weights
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.parts import parts_by_parameter, shapes_of
 from deberta_xl.parallel.groups import Groups
@@ -75,8 +74,7 @@ def build_stage(config: DebertaConfig, units: range, seed: int) -> MaskedLanguag
         if not any(unit in units for unit in part.units):
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent).register_parameter(child, None)
-    model.to_empty(device="cpu")
-    initialize_weights(model, config.initializer_range, seed)
+    model.draw_weights(seed)
     return model
 
 

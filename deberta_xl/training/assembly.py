@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import nn
+
 from deberta_xl.objectives.objective import Objective
 from deberta_xl.parallel.pipeline import PipelinedModel
 from deberta_xl.stop_request import StopRequest
@@ -29,9 +32,8 @@ def assemble_training(
     is_pipeline = split is not None and split.num_stages > 1
     wrap = (lambda divided: PipelinedModel(divided, split, start.groups)) if is_pipeline else None
     with start.undone_when_refused():
-        model = objective.build_stage(split.units(inputs.grid.stage)) if is_pipeline else objective.build()
-        if start.newest is None:
-            objective.load_initial(model)
+        units = split.units(inputs.grid.stage) if is_pipeline else None
+        model = build_model(objective, units, is_new=start.newest is None)
         engine, state = start_engine(inputs, start, model, wrap)
     return Training(
         config=config,
@@ -48,3 +50,23 @@ def assemble_training(
         safeguard=Safeguard(state, start.newest, start.folder.checkpoints, config.checkpoint.keep),
         stop=stop,
     )
+
+
+def build_model(objective: Objective, units: range | None, *, is_new: bool) -> nn.Module:
+    """The plain model, or the stage of it that has these units; drawn and initialised where the run is new. Collective.
+
+    Where weights are about to be read from a checkpoint, none are drawn.
+    """
+
+    def build() -> nn.Module:
+        return objective.build() if units is None else objective.build_stage(units)
+
+    if not is_new:
+        with torch.device("meta"):
+            model = build()
+        if next(model.buffers(), None) is None:  # a buffer is in no checkpoint
+            return model.to_empty(device="cpu")
+    model = build()
+    if is_new:
+        objective.load_initial(model)
+    return model

@@ -10,6 +10,7 @@ from functools import partial
 import deepspeed
 
 from deberta_xl.checkpoint.agreement import on_rank_zero
+from deberta_xl.checkpoint.finetuned_folder import replace_best
 from deberta_xl.checkpoint.manifest import step_folder_name
 from deberta_xl.checkpoint.store import load_checkpoint
 from deberta_xl.log import rank_zero
@@ -131,7 +132,10 @@ class Evaluations:
             save_curves(self.folder.metrics, self.folder.path / self.objective.curves_file, self.objective.curves)
 
     def conclude(self) -> None:
-        """What the objective makes of the best weights, into the run folder. Raises StopRequested. Collective."""
+        """The best weights, without the optimizer's state, and what the objective makes of them, into the run folder.
+
+        Raises StopRequested. Collective.
+        """
         best = self.folder.checkpoints / step_folder_name(self.state.best_step)
         if self.state.best_step != self.state.step:
             grid = self.groups.grid
@@ -140,6 +144,8 @@ class Evaluations:
         with self.measuring() as run:
             files = self.objective.conclude(run, best_step=self.state.best_step, steps=self.state.step)
         on_rank_zero(lambda: self.write_files(files))
+        self.heartbeat.mark(self.state.step, "best weights")
+        on_rank_zero(lambda: replace_best(self.folder.path, self.state.best_step))
 
     def write_files(self, files: Mapping[str, str]) -> None:
         """Texts by their paths in the run folder, in place of what their own folders have held."""

@@ -115,7 +115,8 @@ def start_engine(
             trunk.checkpoint_activations()
     divide(model, start.groups, sequence_parallel=config.parallel.sequence_parallel)
     is_new = start.newest is None
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()} if is_new else {}
+    # The engine gives every parameter other memory, and leaves what it was built of as it is: no copy is needed.
+    weights = {name: p.detach() for name, p in model.named_parameters()} if is_new else {}
     settings = inputs.engine.engine_dict(grid.data_parallel_size, config)
     engine = build_engine(wrap(model) if wrap else model, config.optimizer, settings, start.groups)
     if is_new:

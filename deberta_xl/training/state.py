@@ -72,8 +72,12 @@ SAID_NOTHING = {"objective": "masked_lm"}
 
 
 def check_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to continue on another objective, architecture, dataset or tokenizer than the checkpoint's."""
-    saved = SAID_NOTHING | saved
+    """Refuse to continue on another objective, architecture, dataset, tokenizer or seed than the checkpoint's.
+
+    How rows are masked may change between two starts, as rates and batch sizes may, which the start reports; the seed
+    may not: it is the order of the data, and two runs of a table that share a folder by mistake differ in nothing else.
+    """
+    saved = SAID_NOTHING | {"seed": current.get("seed")} | saved
     for what, value in current.items():
         if saved.get(what) != value:
             raise ConfigError(

@@ -77,9 +77,7 @@ def start(run: Run) -> Ending:
         mock.patch.object(Training, "update", spoiled),
     ):
         try:
-            train_and_report(
-                lambda: assemble(read_inputs(parse_arguments(run.arguments)), StopRequest()), lambda _: None
-            )
+            train_and_report(lambda: assemble(read_inputs(parse_arguments(run.arguments)), StopRequest()))
         except Left as left:
             status = left.args[0]
     logging.getLogger("deberta_xl").removeHandler(handler)

@@ -15,7 +15,6 @@ from small_task import finetune_arguments, write_encoder, write_questions, write
 from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
 from deberta_xl.commands.finetuning import parse_arguments, read_inputs
 from deberta_xl.commands.training_command import assemble
-from deberta_xl.finetune import keep_best_weights
 from deberta_xl.finetuned import DebertaForTask
 from deberta_xl.stop_request import StopRequest
 
@@ -31,10 +30,7 @@ def train(arguments: list[str], stop_after: int | None = None) -> str:
             run.stop.signal = signal.SIGUSR1
 
     run.state.advance = advance_and_stop
-    ended = run.train()
-    if ended == "done":
-        keep_best_weights(run)
-    return ended
+    return run.train()
 
 
 def finetune(arguments: list[str], num_ranks: int = 1, **options: object) -> None:

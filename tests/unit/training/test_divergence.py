@@ -169,7 +169,7 @@ def test_a_hopeless_run_says_so_and_ends_with_the_status_that_slurm_does_not_req
     )  # fmt: skip
     monkeypatch.setattr(training_command, "leave", leave)
     with pytest.raises(Left) as left:
-        training_command.train_and_report(lambda: run, lambda _: None)
+        training_command.train_and_report(lambda: run)
     assert left.value.args == (training_command.REFUSED,)
     assert folder.state_file.read_text() == f"{state}\n"
     assert beats == [(3, "stopped")]

@@ -215,6 +215,14 @@ def test_another_dataset_or_architecture_is_refused_with_the_difference():
         check_fingerprints(saved, saved | {"architecture": {"num_layers": 3, "hidden_size": 8}})
 
 
+def test_another_seed_is_refused_where_the_checkpoint_tells_its_own():
+    current = {"data": "abc", "seed": 2}
+    check_fingerprints({"data": "abc"}, current)  # older than that
+    check_fingerprints(current, current)
+    with pytest.raises(ConfigError, match=r"made with another seed: was 1, now 2; start another run\.folder"):
+        check_fingerprints({"data": "abc", "seed": 1}, current)
+
+
 def test_fewer_steps_than_the_checkpoint_has_are_refused():
     check_last_step(5, 5)
     with pytest.raises(ConfigError, match=r"train\.steps=2, .* step 5"):

@@ -1,0 +1,63 @@
+"""The model of a run is made once: drawn where the run is new, only allocated where a checkpoint has its weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deberta_xl.architecture import DebertaConfig
+from deberta_xl.model import trunk
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.training.assembly import build_model
+
+CONFIG = DebertaConfig(
+    vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, position_buckets=4,
+    max_position_embeddings=24,
+)  # fmt: skip
+
+
+class Small:
+    """As much of an objective as building asks for."""
+
+    def __init__(self, model: type[nn.Module] = MaskedLanguageModel):
+        self.model, self.loaded = model, []
+
+    def build(self) -> nn.Module:
+        """The model."""
+        return self.model(CONFIG, 3)
+
+    def load_initial(self, model: nn.Module) -> None:
+        """Notes what it was given."""
+        self.loaded.append(model)
+
+
+class WithBuffer(MaskedLanguageModel):
+    """A model that holds more than parameters."""
+
+    def __init__(self, config: DebertaConfig, seed: int):
+        super().__init__(config, seed)
+        self.register_buffer("scale", torch.full((1,), 7.0), persistent=False)
+
+
+def test_a_new_run_draws_its_weights_and_may_read_others():
+    objective = Small()
+    model = build_model(objective, None, is_new=True)
+    assert objective.loaded == [model]
+    for name, parameter in MaskedLanguageModel(CONFIG, 3).named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+
+
+def test_a_resumed_run_draws_and_reads_nothing(monkeypatch):
+    monkeypatch.setattr(trunk, "initialize_weights", lambda *_: pytest.fail("weights are drawn to be overwritten"))
+    objective = Small()
+    model = build_model(objective, None, is_new=False)
+    assert objective.loaded == []
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in MaskedLanguageModel(CONFIG).named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
+
+
+def test_what_no_checkpoint_holds_is_made_as_ever():
+    assert build_model(Small(WithBuffer), None, is_new=False).scale.item() == 7.0
