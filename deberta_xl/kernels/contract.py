@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from deberta_xl.kernels.dropout import DropoutRule
@@ -72,6 +73,18 @@ class Where:
             query_segments_BS = self.segments_BT.gather(1, self.position_BM)
         is_other_BST = query_segments_BS.unsqueeze(2) != self.segments_BT.unsqueeze(1)
         return is_other_BST | (self.segments_BT == 0).unsqueeze(1)
+
+    def pair_rows(self, first_head: int, num_heads: int) -> Tensor:
+        """Number of every query's row of pairs among those of all heads, for dropout, int64 [B, N, S].
+
+        It counts heads, sequences and positions of queries: chosen ones have the rows that they have among all.
+        """
+        num_sequences, length = self.segments_BT.shape
+        device = self.segments_BT.device
+        head_N1 = torch.arange(first_head, first_head + num_heads, device=device).unsqueeze(1)
+        sequence_NB = head_N1 * num_sequences + torch.arange(num_sequences, device=device)
+        position_BS = torch.arange(length, device=device) if self.position_BM is None else self.position_BM
+        return (sequence_NB.unsqueeze(-1) * length + position_BS).transpose(0, 1)
 
     def rows_of_queries(self, dense_BST: Tensor) -> Tensor:
         """Of a matrix of all pairs, the rows of the queries."""

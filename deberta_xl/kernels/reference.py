@@ -55,4 +55,8 @@ def attention(query_BNSH: Tensor, memory: Memory, relative: RelativeRows, where:
     query_BNSH, key_BNTH, position_key_NRH = (t.to(score_dtype) for t in (query_BNSH, key_BNTH, relative.key_NRH))
     position_query_NRH = None if relative.query_NRH is None else relative.query_NRH.to(score_dtype)
     scores_BNST = disentangled_scores(query_BNSH, key_BNTH, position_key_NRH, position_query_NRH, where.delta)
-    return drop(masked_softmax(scores_BNST, where.blocked_BST).to(dtype), dropout) @ value_BNTH
+    probabilities_BNST = masked_softmax(scores_BNST, where.blocked_BST).to(dtype)
+    if dropout.rate:
+        row_BNS = where.pair_rows(dropout.first_head, probabilities_BNST.shape[1])
+        probabilities_BNST = drop(probabilities_BNST, dropout, row_BNS)
+    return probabilities_BNST @ value_BNTH

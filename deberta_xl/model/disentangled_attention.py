@@ -21,6 +21,8 @@ class DisentangledAttention(nn.Module):
     def __init__(self, config: DebertaConfig):
         super().__init__()
         self.head_size = config.head_size
+        self.first_head = 0
+        """Number of the first head held here among all heads; where they are divided over ranks, the plan sets it."""
         self.entry = nn.Identity()
         """The states that the heads' projections read pass here, once; where heads are divided over ranks, the plan
         puts in its place what sums the ranks' gradients."""
@@ -69,5 +71,6 @@ class DisentangledAttention(nn.Module):
         relative_RD = self.relative_dropout(scene.relative_RD, fold_key(scene.key, "relative"))
         relative = self.project_positions(self.relative_entry(relative_RD))
         dropout = self.probability_dropout.rule(fold_key(scene.key, "probabilities"))
+        dropout = dropout._replace(first_head=self.first_head)
         context_BNSH = self.attend(query_BNSH, memory, relative, scene.where, dropout)
         return self.out_proj(context_BNSH.transpose(1, 2).flatten(-2))

@@ -1,7 +1,8 @@
 """Dropout whose masks are a function of a key, so that nothing random is state.
 
-A resumed run, a recomputed layer and another pipeline split draw the same masks, because a mask depends only on its
-key: (seed, step, micro-batch of the global batch) folded with the name of the place where it is drawn.
+A resumed run, a recomputed layer, another pipeline split and another number of tensor-parallel ranks draw the same
+masks, because a mask depends only on its key, (seed, step, micro-batch of the global batch) folded with the name of the
+place where it is drawn, and on the place of each element (`kernels/dropout.py`).
 """
 
 from __future__ import annotations

@@ -23,8 +23,6 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from deberta_xl.kernels.dropout import DropoutRule
-from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.sequence import sum_to_slice
 from deberta_xl.parallel.shard import Shard
@@ -124,18 +122,6 @@ class CopyToRanks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x`."""
         return copy_to_tensor_model_parallel_region(x, group=self.group)
-
-
-class RankDropout(Dropout):
-    """Dropout of something that each rank holds a part of: every rank draws its own mask."""
-
-    def __init__(self, plain: Dropout, groups: Groups):
-        super().__init__(plain.probability)
-        self.rank = groups.grid.tensor_parallel_rank
-
-    def rule(self, key: DropoutKey | None = None) -> DropoutRule:
-        """This rank's mask of `key`."""
-        return super().rule(fold_key(key, "tensor-parallel rank", self.rank))
 
 
 class VocabularyLoss:

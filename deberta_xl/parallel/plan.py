@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # the tables are read before torch is imported
 PLAN = {
     "attention.entry": "copy",
     "attention.relative_entry": "copy",
-    "attention.probability_dropout": "dropout",
     "feed_forward.entry": "copy",
     "head.entry": "copy",
 }
@@ -42,7 +41,7 @@ SLICED_LAYER_PLAN = {
     "feed_forward.entry": "join_apart",
     "feed_forward.down": "row_to_slice",
     "feed_forward_norm": "norm_of_slice",
-    "dropout": "dropout",
+    "dropout": "dropout_of_slice",
 }
 
 #: … and around them.
@@ -77,23 +76,24 @@ def divide(model: Trunk, groups: Groups, *, sequence_parallel: bool = False) -> 
     With `sequence_parallel` the states between embeddings and prediction are this rank's slice [B, S/T, D]; everything
     else that travels (the scene, labels) stays whole.
     """
-    if groups.grid.tensor_parallel_size == 1:
+    size = groups.grid.tensor_parallel_size
+    if size == 1:
         return
     from deberta_xl.model.masked_lm import MaskedLanguageModel
     from deberta_xl.parallel import layers, sequence  # imports megatron-core, which costs seconds
 
-    check_divisible(model.config, groups.grid.tensor_parallel_size)
+    check_divisible(model.config, size)
     builders: dict[str, Callable[[nn.Module], nn.Module]] = {
         "copy": lambda _: layers.CopyToRanks(groups),
         "column": lambda plain: layers.ColumnLinear(plain, groups),
         "row": lambda plain: layers.RowLinear(plain, groups),
         "row_to_slice": lambda plain: layers.RowLinearToSlice(plain, groups),
-        "dropout": lambda plain: layers.RankDropout(plain, groups),
         "vocabulary": lambda plain: layers.VocabularyEmbedding(plain, groups),
         "join_apart": lambda _: sequence.JoinSequence(groups, apart=True),
         "join_alike": lambda _: sequence.JoinSequence(groups, apart=False),
         "slice": lambda _: sequence.TakeSlice(groups),
         "norm_of_slice": lambda plain: sequence.SliceNorm(plain, groups),
+        "dropout_of_slice": lambda plain: sequence.SliceDropout(plain, groups),
     }
     for name, style in plan_of(model, sequence_parallel=sequence_parallel).items():
         plain = model.get_submodule(name)
@@ -101,6 +101,8 @@ def divide(model: Trunk, groups: Groups, *, sequence_parallel: bool = False) -> 
             continue  # another stage's layers have no parameters
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, builders[style](plain).train(plain.training))
+    for layer in model.encoder.layers:
+        layer.attention.first_head = groups.grid.tensor_parallel_rank * (model.config.num_heads // size)
     if isinstance(model, MaskedLanguageModel):
         divide_vocabulary(model, groups)
 

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deberta_xl.kernels.dropout import drop
+from deberta_xl.model.dropout import Dropout, DropoutKey
 from deberta_xl.parallel.groups import Groups
 
 
@@ -164,3 +166,17 @@ class SliceNorm(nn.LayerNorm):
         """[B, P, D] -> [B, P, D]."""
         weight, bias = _SumGradients.apply(self.groups, self.weight, self.bias)
         return nn.functional.layer_norm(x_BPD, self.normalized_shape, weight, bias, self.eps)
+
+
+class SliceDropout(Dropout):
+    """Dropout of slices, with the mask that the whole sequence has there."""
+
+    def __init__(self, plain: Dropout, groups: Groups):
+        super().__init__(plain.probability)
+        self.groups = groups
+
+    def forward(self, x_BPD: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """[B, P, D] -> [B, P, D]."""
+        num_sequences, length = x_BPD.shape[0], x_BPD.shape[1] * self.groups.grid.tensor_parallel_size
+        row_BS = torch.arange(num_sequences * length, device=x_BPD.device).view(num_sequences, length)
+        return drop(x_BPD, self.rule(key), own_slice(row_BS, self.groups))

@@ -1,6 +1,7 @@
 """Sequence parallelism beside tensor parallelism: the plain run, few collectives, less kept for the backward pass.
 
-Loss, guesses and every gradient of one batch, for four kinds of model, are compared in test_tensor_parallel.py.
+Loss, guesses and every gradient of one batch, for four kinds of model, with dropout and without, are compared in
+test_tensor_parallel.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from test_tensor_parallel import (
     batch,
     divided_outcome,
     join,
-    join_slices,
     layer_collectives,
     outcome,
 )
@@ -183,54 +183,6 @@ def test_what_every_rank_holds_gets_the_very_same_gradient_on_each():
 
 
 DROPPED = {"hidden_dropout": 0.3, "attention_dropout": 0.3}
-
-
-def dropout_masks() -> dict[str, torch.Tensor]:
-    """What some dropouts zero on this rank."""
-    model = sliced_model(small_config(conv_kernel_size=3, **DROPPED)).train()
-    layer, emd_layer = model.encoder.layers[0], model.encoder.layers[-1]
-    places = {
-        "embeddings": model.embeddings.dropout,
-        "table": layer.attention.relative_dropout,
-        "slice": layer.dropout,
-        "convolution": model.encoder.convolution.dropout,
-        "decoder": emd_layer.dropout,
-    }
-    seen: dict[str, torch.Tensor] = {}
-
-    def remember(name: str, output: torch.Tensor) -> None:
-        seen.setdefault(name, output == 0)
-
-    for name, module in places.items():
-        module.register_forward_hook(lambda _m, _a, output, name=name: remember(name, output))
-    outcome(model, DropoutKey(1))
-    return seen
-
-
-def test_dropout_differs_on_slices_and_agrees_on_what_is_whole():
-    one, other = run_ranks(dropout_masks, 2)
-    assert one["slice"].shape == (2, 12, 32)
-    assert not torch.equal(one["slice"], other["slice"])
-    for name in ("embeddings", "table", "convolution", "decoder"):
-        assert torch.equal(one[name], other[name]), name
-
-
-def dropped_outcomes() -> list[Outcome]:
-    """With dropout: kept and recomputed."""
-    results = []
-    for is_recomputed in (False, True):
-        model = sliced_model(small_config(conv_kernel_size=3, **DROPPED)).train()
-        if is_recomputed:
-            model.checkpoint_activations()
-        result = outcome(model, DropoutKey(1))
-        groups = join(2)
-        results.append(result._replace(gradients={n: join_slices(model, n, groups) for n in result.gradients}))
-    return results
-
-
-def test_recomputation_draws_the_same_masks_on_slices():
-    for kept, recomputed in run_ranks(dropped_outcomes, 2):
-        assert_equal_outcome(recomputed, kept)
 
 
 def kept_bytes(*, sequence_parallel: bool, activation_checkpointing: bool) -> int:
