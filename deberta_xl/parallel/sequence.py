@@ -12,6 +12,7 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from deberta_xl.kernels.dropout import drop
 from deberta_xl.model.dropout import Dropout, DropoutKey
 from deberta_xl.parallel.groups import Groups
+
+Exchange = Callable[[Tensor, Groups], Tensor]
+"""What a rank has of its own, or of what all have, from what it had."""
 
 
 def join_slices(x_BPD: Tensor, groups: Groups) -> Tensor:
@@ -47,43 +51,17 @@ def own_slice(x_BSD: Tensor, groups: Groups) -> Tensor:
     return x_BSD.narrow(1, rank * length, length).clone(memory_format=torch.contiguous_format)
 
 
-class _JoinApart(torch.autograd.Function):
-    """Join slices; the ranks then compute different things, so their gradients are summed on the way back."""
+class _Exchange(torch.autograd.Function):
+    """One of the functions above, and on the way back another."""
 
     @staticmethod
-    def forward(ctx: Any, x_BPD: Tensor, groups: Groups) -> Tensor:
-        ctx.groups = groups
-        return join_slices(x_BPD, groups)
+    def forward(ctx: Any, x: Tensor, groups: Groups, there: Exchange, back: Exchange) -> Tensor:
+        ctx.groups, ctx.back = groups, back
+        return there(x, groups)
 
     @staticmethod
-    def backward(ctx: Any, gradient_BSD: Tensor) -> tuple[Tensor, None]:
-        return sum_slices(gradient_BSD, ctx.groups), None
-
-
-class _JoinAlike(torch.autograd.Function):
-    """Join slices; the ranks then compute the same, so each already has the whole gradient of its slice."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BPD: Tensor, groups: Groups) -> Tensor:
-        ctx.groups = groups
-        return join_slices(x_BPD, groups)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_BSD: Tensor) -> tuple[Tensor, None]:
-        return own_slice(gradient_BSD, ctx.groups), None
-
-
-class _TakeSlice(torch.autograd.Function):
-    """Of what every rank has, keep the slice; on the way back every rank gets the whole gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, groups: Groups) -> Tensor:
-        ctx.groups = groups
-        return own_slice(x_BSD, groups)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_BPD: Tensor) -> tuple[Tensor, None]:
-        return join_slices(gradient_BPD, ctx.groups), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(gradient, ctx.groups), None, None, None
 
 
 class _SumToSlice(torch.autograd.Function):
@@ -126,20 +104,24 @@ def sum_to_slice(x_BSD: Tensor, bias_D: Tensor, groups: Groups) -> Tensor:
 
 
 class JoinSequence(nn.Module):
-    """Slices -> the whole sequence. `apart`: whether the ranks then compute different things of it."""
+    """Slices -> the whole sequence.
+
+    `apart`: whether the ranks then compute different things of it, so that their gradients are summed on the way back;
+    where they compute the same, each already has the whole gradient of its slice.
+    """
 
     def __init__(self, groups: Groups, *, apart: bool):
         super().__init__()
         self.groups = groups
-        self.join = _JoinApart if apart else _JoinAlike
+        self.back = sum_slices if apart else own_slice
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         """[B, P, D] -> [B, S, D]."""
-        return self.join.apply(x_BPD, self.groups)
+        return _Exchange.apply(x_BPD, self.groups, join_slices, self.back)
 
 
 class TakeSlice(nn.Module):
-    """The whole sequence, which every rank has -> this rank's slice."""
+    """The whole sequence, which every rank has -> this rank's slice; on the way back all get the whole gradient."""
 
     def __init__(self, groups: Groups):
         super().__init__()
@@ -147,7 +129,7 @@ class TakeSlice(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, P, D], contiguous."""
-        return _TakeSlice.apply(x_BSD, self.groups)
+        return _Exchange.apply(x_BSD, self.groups, own_slice, join_slices)
 
 
 class SliceNorm(nn.LayerNorm):
