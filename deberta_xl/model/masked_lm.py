@@ -148,7 +148,7 @@ class MaskedLanguageModel(Trunk):
         decoded = self.decode(hidden_BSD, scene, None if labelled is None else labelled.position_BM)
         if labelled is None:
             return MaskedLMOutput(None, self.head(decoded, self.embeddings.word))
-        logits_LV = self.head(decoded.flatten(0, 1)[labelled.slot_L], self.embeddings.word)
+        logits_LV = self.head(decoded.flatten(0, 1).index_select(0, labelled.slot_L), self.embeddings.word)
         loss_sum, guess_L = self.loss(logits_LV, labelled.label_L)
         divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
         return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L)
