@@ -69,8 +69,8 @@ def reference_kept_bytes(sizes: AttentionSizes) -> float:
     inner = sizes.heads * sizes.head_size
     query = queries * inner * 2 * FLOAT32  # once for each product
     memory = keys * inner * (terms * FLOAT32 + e)
-    # Softmax, the probabilities that dropout leaves, its mask; and the two masks all heads share.
-    pairs = queries * sizes.keys * (sizes.heads * (FLOAT32 + e + 1) + 2)
+    # Softmax, the probabilities that dropout leaves, its mask; the mask that all heads share, all layers share, too.
+    pairs = queries * sizes.keys * sizes.heads * (FLOAT32 + e + 1)
     # Products with the relative rows, before their gather; the rows themselves, for each sequence.
     products = sizes.heads * sizes.relative_rows * FLOAT32 * (queries + (terms - 1) * keys)
     relative = sizes.rows * sizes.relative_rows * inner * terms * FLOAT32

@@ -231,7 +231,7 @@ def test_a_layer_keeps_its_norms_inputs_and_dropout_masks_as_slices():
     outside = 2 * (4 * STATES + 2 * 4 * 2 * 24) + 2 * STATES
     for sliced, whole in run_ranks(kept_with_and_without_slices, 2, False):
         assert whole - sliced == outside / 2
-        # The estimate printed at the start leaves out means and deviations, and counts the mask of pairs once a layer.
+        # The estimate printed at the start leaves out means and deviations.
         for kept, slices in ((sliced, 2), (whole, 1)):
             expected = layer_bytes(small_config(), Load(2, 24), 24, Division(4, 2, slices))
             assert expected == pytest.approx(kept, rel=0.02)
