@@ -89,6 +89,16 @@ def test_a_run_leaves_everything_in_its_folder(uninterrupted):
     assert len(submitted) == 1 + 8
 
 
+def test_a_run_that_is_shortened_to_where_it_stands_is_evaluated_there_and_ends(encoder, sentences, tmp_path):
+    words = [*finetune_arguments(encoder, sentences, tmp_path), "evaluation.interval=8"]
+    finetune([*words, "train.profile=1:2"], stop_after=2)
+    assert len(list((tmp_path / "profile").iterdir())) == 1
+    assert metrics(tmp_path, "valid_accuracy") == {}
+    finetune([*words, "train.steps=2"])
+    assert json.loads((tmp_path / "results.json").read_text())["best_step"] == 2
+    assert min(metrics(tmp_path, "model_flops_per_second").values()) > 0
+
+
 def test_tensorboard_holds_curves_and_figures(uninterrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
