@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from deberta_xl.checkpoint.named_folder import first_that_opens
 from deberta_xl.checkpoint.native_config import native_config
 from deberta_xl.checkpoint.pretrained_folder import Pretrained, describe_fresh
 from deberta_xl.checkpoint.weights import fill_model, open_native
+from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import rank_zero
 from deberta_xl.model.trunk import Trunk
@@ -86,6 +88,15 @@ def check_same_architecture(here: DebertaConfig, there: DebertaConfig, folder: P
         raise ConfigError(
             f"train.init={folder}: another architecture: {pairs}. --config {folder} takes all of that one"
         )
+
+
+def encoder_fingerprints(config: DebertaConfig, sequence_length: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a run must have in common with the checkpoint it goes on from, whatever it learns."""
+    return {
+        "architecture": computed_by(config),
+        "sequence_length": sequence_length,
+        "tokenizer": tokenizer.fingerprint,
+    }
 
 
 def computed_by(config: DebertaConfig) -> dict[str, object]:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.destination import whole_or_nothing
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, verify_checkpoint
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, check_finite, in_memory, read_all
@@ -27,17 +28,23 @@ from deberta_xl.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from deberta_xl.checkpoint.native_config import read_native_config
+from deberta_xl.checkpoint.native_config import native_config, read_native_config
 from deberta_xl.checkpoint.pretrained_folder import ORIGIN_NAME, Origin, Pretrained, complete
 from deberta_xl.checkpoint.rank_file import Piece, StoredIndex, fill, is_rank_file, logical_shapes, read_indices
 from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, WEIGHTS_NAME, open_tensors
 from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no_progress, total_bytes, write_shards
 from deberta_xl.data.progress import progress
-from deberta_xl.data.tokenizer import tokenizer_contents
+from deberta_xl.data.tokenizer import Tokenizer, tokenizer_contents
 from deberta_xl.durable import below, write_files
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer"
+
+
+def files_beside_weights(config: DebertaConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """`config.json` and `tokenizer/`, which a checkpoint holds as well: name -> content."""
+    content = json.dumps(native_config(config), indent=2).encode()
+    return {CONFIG_NAME: content, **below(TOKENIZER_NAME, tokenizer.files())}
 
 
 def find_weights_folder(folder: Path) -> Path:

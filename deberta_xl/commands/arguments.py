@@ -12,12 +12,24 @@ from deberta_xl.launch import Launch, read_launch
 from deberta_xl.log import take_any_character
 from deberta_xl.settings_reference import Help
 
+EPILOG = """\
+example:
+  {}
+
+The same command in the same run folder resumes from its newest whole checkpoint.
+Every key of the configuration can be overridden: --help SECTION shows them, and docs/settings.md."""
+
 
 def training_parser(description: str, example: str, root: type[Config]) -> argparse.ArgumentParser:
-    """The options that every training command has; `root` is its configuration's class. Use `parse` with it."""
+    """The options that every training command has; `root` is its configuration's class. Use `parse` with it.
+
+    `example` is a whole command.
+    """
     take_any_character()  # --help is shown before anything else
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=example, formatter_class=formatter, add_help=False)
+    parser = argparse.ArgumentParser(
+        description=description, epilog=EPILOG.format(example), add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     sections = ", ".join(section_types(root))
     parser.add_argument(
         "-h", "--help", action=Help, root=root, metavar="SECTION",

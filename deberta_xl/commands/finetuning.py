@@ -15,7 +15,7 @@ import numpy as np
 from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
-from deberta_xl.commands.inputs import Inputs, Words, read_layout
+from deberta_xl.commands.inputs import Inputs, Words, check_model, read_layout
 from deberta_xl.commands.task_data import TRAIN, read_examples, tokenize_all
 from deberta_xl.config_file import load_config, model_folder
 from deberta_xl.data.task_features import TaskData
@@ -24,9 +24,7 @@ from deberta_xl.data.tasks import Task, load_task, task_names
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError, counted
 from deberta_xl.finetune_config import FinetuneConfig, SiftSection
-from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.log import rank_zero
-from deberta_xl.parallel.grid import check_divisible
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import task_workload
 
@@ -39,14 +37,11 @@ DEFAULT_PRESET = "finetune"
 SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
 """Options of the command line that stand for keys of the configuration."""
 EXAMPLE = """\
-example:
-  deepspeed --quiet --num_accelerators 2 deberta_xl/finetune.py --config finetune \\
+deepspeed --quiet --num_accelerators 2 deberta_xl/finetune.py --config finetune \\
       --deepspeed_config deepspeed_configs/cpu_debug.json --task sst2 --data glue/SST-2 --init runs/first \\
       run.folder=runs/sst2 train.epochs=3
 
-The same command in the same run folder resumes from its newest whole checkpoint.
-Every key of the configuration can be overridden: --help SECTION shows them, and docs/settings.md. docs/finetuning.md
-has the rest."""
+docs/finetuning.md has tasks, SiFT, seeds."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -134,8 +129,7 @@ def read_inputs(arguments: argparse.Namespace) -> FinetuningInputs:
         raise ConfigError(f"train.class_weights=balanced: a {task.head} has no classes to weigh; leave it at none")
     examples = read_examples(task, config)
     architecture, pooling, tokenizer_folder = describe_init(config)
-    check_divisible(architecture, layout.grid.tensor_parallel_size)
-    choose_kernel(config.model.kernel, Demand(architecture))
+    check_model(architecture, layout.grid, config)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(f"{tokenizer_folder} has {tokenizer.vocab_size} ids, the model {architecture.vocab_size}")

@@ -16,9 +16,10 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.errors import counted
 from deberta_xl.finetune_config import FinetuneConfig
+from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.launch import Launch
 from deberta_xl.log import rank_zero
-from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.grid import Grid, check_divisible
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.hardware import device_gibibytes
 from deberta_xl.planning.outlook import Outlook
@@ -43,6 +44,12 @@ def read_layout(arguments: argparse.Namespace, config: RunConfig | FinetuneConfi
     engine.agree(grid.data_parallel_size, config)
     device_gibibytes()  # refused here where it is none, not when it is told
     return Layout(engine, launch, grid)
+
+
+def check_model(architecture: DebertaConfig, grid: Grid, config: RunConfig | FinetuneConfig) -> None:
+    """Refuse a model that does not divide over the ranks, or that the kernel cannot compute. Raises ConfigError."""
+    check_divisible(architecture, grid.tensor_parallel_size)
+    choose_kernel(config.model.kernel, Demand(architecture))
 
 
 class Words(NamedTuple):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
-from deberta_xl.commands.inputs import Inputs, Words, read_layout
+from deberta_xl.commands.inputs import Inputs, Words, check_model, read_layout
 from deberta_xl.commands.outlook import slips
 from deberta_xl.config import ModelSection, RunConfig
 from deberta_xl.config_file import complete_config, load_run_config, model_folder
@@ -22,10 +22,9 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError, counted
-from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.log import rank_zero
 from deberta_xl.objectives.choice import check_objective, is_built_in, objective_type
-from deberta_xl.parallel.grid import check_divisible, check_stages
+from deberta_xl.parallel.grid import check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import masked_lm_workload
@@ -34,12 +33,8 @@ if TYPE_CHECKING:
     from deberta_xl.objectives.objective import Objective
 
 EXAMPLE = """\
-example:
-  deepspeed --quiet --num_accelerators 2 deberta_xl/pretrain.py --config debug \\
-      --deepspeed_config deepspeed_configs/cpu_debug.json data.train=data/wiki run.folder=runs/first train.steps=500
-
-The same command in the same run folder resumes from its newest whole checkpoint.
-Every key of the configuration can be overridden: --help SECTION shows them, and docs/settings.md."""
+deepspeed --quiet --num_accelerators 2 deberta_xl/pretrain.py --config debug \\
+      --deepspeed_config deepspeed_configs/cpu_debug.json data.train=data/wiki run.folder=runs/first train.steps=500"""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -101,9 +96,8 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     store = TokenStore(config.data.train)
     tokenizer, tokenizer_folder = store.tokenizer(), store.paths.tokenizer
     architecture = config.model.architecture(tokenizer.vocab_size)
-    check_divisible(architecture, layout.grid.tensor_parallel_size)
+    check_model(architecture, layout.grid, config)
     check_stages(architecture, layout.grid.num_stages)
-    choose_kernel(config.model.kernel, Demand(architecture))
     if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
         check_init(config.train.init, architecture, tokenizer, tokenizer_folder)
     options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,23 +27,29 @@ def loss_curves(lines: Sequence[Mapping[str, float]], label: str = "loss") -> Fi
     """Training and validation loss over steps, from the lines of metrics.jsonl."""
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    for name, style in (
-        ("loss", {"label": "training", "linewidth": 1}),
-        ("valid_loss", {"label": "validation", "marker": "o"}),
-    ):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), **style)
+    styles = {
+        "loss": {"label": "training", "linewidth": 1},
+        "valid_loss": {"label": "validation", "marker": "o"},
+    }
+    draw_over_steps(axes, lines, styles)
     entropies = [line["valid_unigram_entropy"] for line in lines if "valid_unigram_entropy" in line]
     if entropies:
         axes.axhline(
             entropies[-1], color="grey", linestyle="--", linewidth=1, label="training unigram (reads no context)"
         )
-    axes.set_xlabel("step")
     axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def draw_over_steps(axes: Axes, lines: Sequence[Mapping[str, float]], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """A curve for each key of `styles` that lines of metrics.jsonl have."""
+    for name, style in styles.items():
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
 
 
 def confusion_figure(label_L: Tensor, guess_L: Tensor, piece_of: Callable[[int], str]) -> Picture:

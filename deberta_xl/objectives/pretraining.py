@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,14 +10,12 @@ from torch import nn
 
 from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.agreement import on_rank_zero
-from deberta_xl.checkpoint.initial_weights import computed_by, load_initial_weights
+from deberta_xl.checkpoint.initial_weights import encoder_fingerprints, load_initial_weights
 from deberta_xl.checkpoint.named_folder import find_pretrained
-from deberta_xl.checkpoint.native_config import native_config
-from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME
+from deberta_xl.checkpoint.weights import files_beside_weights
 from deberta_xl.config import RunConfig
 from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.durable import below
 from deberta_xl.log import rank_zero
 from deberta_xl.model.parts import Part, with_heads
 from deberta_xl.model.trunk import Trunk, shapes_of_model
@@ -86,20 +83,15 @@ class Pretraining(Objective):
         """Objective, architecture, data, tokenizer and seed."""
         return {
             "objective": self.config.train.objective,
-            "architecture": computed_by(self.architecture),
-            "sequence_length": self.config.model.sequence_length,
+            **encoder_fingerprints(self.architecture, self.tokens_per_sample, self.tokenizer),
             "data": self.data.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
             "seed": self.seed,
         }
 
     @property
     def checkpoint_files(self) -> Mapping[str, bytes]:
         """The architecture and the tokenizer: from a checkpoint the encoder can be fine-tuned."""
-        return {
-            CONFIG_NAME: json.dumps(native_config(self.architecture), indent=2).encode(),
-            **below(TOKENIZER_NAME, self.tokenizer.files()),
-        }
+        return files_beside_weights(self.architecture, self.tokenizer)
 
     @property
     def num_samples(self) -> int:

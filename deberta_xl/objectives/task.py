@@ -16,16 +16,14 @@ from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.agreement import on_rank_zero
 from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts
 from deberta_xl.checkpoint.initial_encoder import find_init, load_encoder
-from deberta_xl.checkpoint.initial_weights import computed_by
-from deberta_xl.checkpoint.native_config import native_config
-from deberta_xl.checkpoint.weights import CONFIG_NAME, TOKENIZER_NAME
+from deberta_xl.checkpoint.initial_weights import encoder_fingerprints
+from deberta_xl.checkpoint.weights import files_beside_weights
 from deberta_xl.data.task_features import TaskData
 from deberta_xl.data.task_metrics import evaluate_metrics, is_better
 from deberta_xl.data.task_predictions import Prediction, PredictionError, predictions_of
 from deberta_xl.data.task_submission import jsonl, submission
 from deberta_xl.data.tasks import examples_fingerprint
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.durable import below
 from deberta_xl.errors import Diverged
 from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.log import rank_zero
@@ -86,28 +84,23 @@ class TaskObjective(Objective):
     @property
     def fingerprints(self) -> Mapping[str, Any]:
         """Architecture, task, data, tokenizer and seed."""
+        length = self.config.model.sequence_length
         return {
-            "architecture": computed_by(self.architecture),
+            **encoder_fingerprints(self.architecture, length, self.tokenizer),
             "task": {
                 "kind": self.head.head.kind,
                 "labels": self.head.labels,
                 "document_stride": self.head.document_stride if self.head.head.kind == "span" else None,
                 "normalized_twice": self.head.normalized_twice,
             },
-            "sequence_length": self.config.model.sequence_length,
             "data": examples_fingerprint(self.train_data.examples),
-            "tokenizer": self.tokenizer.fingerprint,
             "seed": self.config.train.seed,
         }
 
     @property
     def checkpoint_files(self) -> Mapping[str, bytes]:
         """The architecture, the head and the tokenizer."""
-        return {
-            CONFIG_NAME: json.dumps(native_config(self.architecture), indent=2).encode(),
-            HEAD_NAME: self.head.to_json(),
-            **below(TOKENIZER_NAME, self.tokenizer.files()),
-        }
+        return files_beside_weights(self.architecture, self.tokenizer) | {HEAD_NAME: self.head.to_json()}
 
     @property
     def num_samples(self) -> int:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from deberta_xl.data.task_predictions import Prediction
 from deberta_xl.data.tasks import Example, Task
 from deberta_xl.objectives.figure_text import Picture, names_for
-from deberta_xl.objectives.figures import name_both_axes, new_figure
+from deberta_xl.objectives.figures import draw_over_steps, name_both_axes, new_figure
 
 CALIBRATION_BINS = 10
 SHOWN_CLASSES = 40
@@ -112,13 +112,10 @@ def metric_curves(lines: Sequence[Mapping[str, float]], names: Sequence[str]) ->
     """The training losses, and the held-out metrics of these names, over steps, from the lines of metrics.jsonl."""
     figure = new_figure(9, 4)
     loss_axes, metric_axes = figure.subplots(1, 2)
-    for axes, keys in ((loss_axes, ["task_loss", "adversarial_loss"]), (metric_axes, [f"valid_{n}" for n in names])):
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key, marker="o" if axes is metric_axes else None)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
+    draw_over_steps(loss_axes, lines, {name: {"label": name} for name in ("task_loss", "adversarial_loss")})
+    keys = [f"valid_{name}" for name in names]
+    draw_over_steps(metric_axes, lines, {key: {"label": key, "marker": "o"} for key in keys})
+    for axes in figure.axes:
         if axes.lines:
             axes.legend()
     return figure
