@@ -7,6 +7,7 @@ to do). One test applies it to the repository, another to a small offender that 
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -102,10 +103,15 @@ def parse(path: str, text: str) -> Source:
     return Source(path, text, ast.parse(text, filename=path))
 
 
+@functools.cache
+def read_source(path: Path) -> Source:
+    """A file of the repository, parsed once for all rules."""
+    return parse(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+
+
 def read_sources(*folders: str) -> list[Source]:
     """All Python files below these folders of the repository."""
-    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    return [parse(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+    return [read_source(path) for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
 
 
 def floor_of(module: str) -> Floor | None:
