@@ -12,7 +12,8 @@ import pytest
 from small_checkpoint import write_checkpoint
 
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, prune_checkpoints, verify_checkpoint
-from deberta_xl.checkpoint.manifest import CheckpointError, step_folder_name
+from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
+from deberta_xl.durable import write_files
 
 FILES = [
     "config.json",
@@ -70,7 +71,10 @@ def test_damage_to_any_file_is_noticed_and_the_checkpoint_before_is_used(tmp_pat
 
 
 def test_every_single_changed_bit_of_a_manifest_is_noticed(tmp_path):
-    folder, _ = write_checkpoint(tmp_path, 1)
+    folder = tmp_path / "step-00000001"
+    names = write_files(folder, {"state.json": b"{}", "tokenizer/spm.model": b"pieces"})
+    write_manifest(folder, {name: file_facts(folder / name) for name in names})
+    verify_checkpoint(folder, collective=False)
     content = (folder / "manifest.json").read_bytes()
     for position in range(len(content)):
         for bit in range(8):
