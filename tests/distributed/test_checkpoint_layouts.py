@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from full_state import FullState, assert_bitwise_equal, full_state, reported_state
 from ranks import run_ranks
 from tiny_engine import GLOBAL_BATCH, Layout, build_engine, train
-from torch import Tensor
 
-from deberta_xl.checkpoint.rank_file import KINDS, Piece, fill, logical_shapes, read_indices
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
 from deberta_xl.checkpoint.weights import read_weights
 
@@ -34,9 +32,6 @@ LOW_PRECISION = [
 ]
 LAYOUTS = FP32 + LOW_PRECISION
 SAVED_STEP, LAST_STEP = 3, 6
-
-FullState = dict[str, dict[str, Tensor]]
-"""Kind → name → whole tensor."""
 
 
 class Original(NamedTuple):
@@ -65,18 +60,6 @@ def folder_of(root: Path, saved_in: Layout, resumed_in: Layout | None, step: int
 def checkpoints_of(root: Path, saved_in: Layout, resumed_in: Layout | None) -> Path:
     """The checkpoints folder of an original run, or of a resumed one."""
     return root / saved_in.label / (resumed_in.label if resumed_in else "original")
-
-
-def reported_state(engine) -> FullState:
-    """The optimizer's state through DeepSpeed's public accessors, an implementation that is not ours."""
-    state = {kind: {} for kind in KINDS}
-    for name, parameter in engine.module.named_parameters():
-        for kind in KINDS:
-            full = safe_get_full_fp32_param(parameter)
-            if kind != "master":
-                full = safe_get_full_optimizer_state(parameter, kind)
-            state[kind][name] = full.detach().clone().view(getattr(parameter, "ds_shape", parameter.shape))
-    return state
 
 
 def run_originals(layouts: list[Layout], root: Path) -> dict[Layout, Original]:
@@ -113,25 +96,6 @@ def resume_all(layouts: list[Layout], root: Path) -> dict[tuple[Layout, Layout],
             if source == layout:
                 save_checkpoint(engine, checkpoints_of(root, source, layout), {"step": LAST_STEP}, extra_files={})
     return losses
-
-
-def full_state(folder: Path) -> FullState:
-    """Everything in a checkpoint, put together."""
-    stored = read_indices(sorted(folder.glob("rank-*.safetensors")))
-    state = {}
-    for kind in KINDS:
-        state[kind] = {name: torch.full(shape, torch.nan) for name, shape in logical_shapes(stored).items()}
-        whole = [(Piece(name, tuple(t.shape), 0, t.numel()), t.view(-1)) for name, t in state[kind].items()]
-        fill(whole, stored, kind)
-    return state
-
-
-def assert_bitwise_equal(actual: FullState, expected: FullState) -> None:
-    """Every tensor of every kind is the same, bit for bit."""
-    for kind in KINDS:
-        assert actual[kind].keys() == expected[kind].keys()
-        for name, tensor in expected[kind].items():
-            assert torch.equal(actual[kind][name], tensor), f"{kind} of {name}"
 
 
 def by_world_size(layouts: Iterable[Layout]) -> dict[int, list[Layout]]:

@@ -11,8 +11,8 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as distributed
+from full_state import FullState, assert_bitwise_equal, full_state, reported_state
 from ranks import run_ranks
-from test_checkpoint_layouts import FullState, assert_bitwise_equal, full_state, reported_state
 from tiny_engine import GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, Layout, engine_config
 from torch import Tensor
 

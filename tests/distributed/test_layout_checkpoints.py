@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from layouts import Case, Curve, Layout, Run, architecture, assert_equal_curves
+from full_state import assert_bitwise_equal, full_state
+from layouts import Case, Layout, Run
+from plain_run import Curve, architecture, assert_equal_curves
 from ranks import run_ranks
 from small_dataset import SmallDataset
-from test_checkpoint_layouts import assert_bitwise_equal, full_state
 
 SAVED_STEP, LAST_STEP = 2, 4
 
@@ -56,34 +58,41 @@ SOURCES = {
 SLICE = ("DP2-ZeRO3", "TP2xPP2")
 
 
-def start(dataset: SmallDataset, folder: Path, way: Way, seed: int) -> Run:
-    """A run with fresh weights, of `seed`."""
-    config = architecture(dataset.tokenizer.vocab_size)
-    return Run(dataset, folder, way.layout.join(), Case(way.stage, accumulation=2, sliced=way.sliced), config, seed)
+def start(dataset: SmallDataset, folder: Path, way: Way) -> Run:
+    """A start of the run in `folder`."""
+    config, case = architecture(dataset.tokenizer.vocab_size), Case(way.stage, accumulation=2, sliced=way.sliced)
+    words = (f"checkpoint.interval={SAVED_STEP}", "checkpoint.keep=0")
+    return Run(dataset, folder, way.layout, case, config, LAST_STEP, words)
 
 
 def run_original(dataset: SmallDataset, root: Path, name: str) -> Curve:
     """Save in the middle, train on; the curve after the save."""
-    run = start(dataset, root, WAYS[name], seed=3)
-    run.train(1, SAVED_STEP)
-    run.save(root / name, SAVED_STEP)
-    return run.train(SAVED_STEP + 1, LAST_STEP)
+    return start(dataset, root / name, WAYS[name]).train().after(SAVED_STEP)
 
 
 def continue_from(dataset: SmallDataset, root: Path, target: str, sources: list[str]) -> list[Curve]:
-    """Load each source into an engine (of other weights at first, then one that has run), save, train on."""
-    run = start(dataset, root, WAYS[target], seed=9)
+    """Go on from each source's checkpoint: save it again before and after training on."""
     curves = []
     for source in sources:
-        assert run.load(step_folder(root / source)) == {"step": SAVED_STEP}
-        run.save(root / f"{source}-in-{target}", SAVED_STEP)
-        curves.append(run.train(SAVED_STEP + 1, LAST_STEP))
+        folder = folder_of(root, source, target)
+        run = start(dataset, folder, WAYS[target])
+        assert run.training.state.step == SAVED_STEP
+        run.save(folder / "fresh", SAVED_STEP)
+        curves.append(run.train())
+        # The engine has other weights and moments by now: loading leaves nothing of them.
+        run.load(step_folder(folder))
+        run.save(folder / "used", SAVED_STEP)
     return curves
 
 
-def step_folder(checkpoints: Path) -> Path:
-    """The saved step's folder."""
-    return checkpoints / f"step-{SAVED_STEP:08d}"
+def folder_of(root: Path, source: str, target: str) -> Path:
+    """The run folder in which a run of `source` goes on as `target`."""
+    return root / f"{source}-in-{target}"
+
+
+def step_folder(run: Path, checkpoints: str = "checkpoints") -> Path:
+    """The saved step in a run's folder."""
+    return run / checkpoints / f"step-{SAVED_STEP:08d}"
 
 
 class Originals:
@@ -115,9 +124,12 @@ def test_what_other_layouts_saved_continues(small_dataset, originals, target):
     assert sources[0] == target
     expected = [originals.curve(source) for source in sources]
     root, world_size = originals.root, WAYS[target].layout.world_size
+    for source in sources:
+        shutil.copytree(step_folder(root / source), step_folder(folder_of(root, source, target)))
     curves = run_ranks(continue_from, world_size, small_dataset, root, target, sources, timeout=300)[0]
     assert curves[0] == expected[0], "the same layout continues bit for bit"
     for source, curve, reference in zip(sources, curves, expected, strict=True):
         assert_equal_curves(curve, reference, f"{source} in {target}")
-        saved, again = step_folder(root / source), step_folder(root / f"{source}-in-{target}")
-        assert_bitwise_equal(full_state(again), full_state(saved))
+        saved = full_state(step_folder(root / source))
+        for engine in ("fresh", "used"):
+            assert_bitwise_equal(full_state(step_folder(folder_of(root, source, target), engine)), saved)

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from layouts import LENGTH, Case, Layout, Run, architecture, assert_equal_curves, run_cases
+from full_state import full_state
+from layouts import Case, Layout, Run, evaluate_untrained, run_cases
+from plain_run import LENGTH, architecture, assert_equal_curves
 from ranks import run_ranks
 from small_dataset import SmallDataset
-from test_checkpoint_layouts import full_state
 from vectors import Vector, vector_folders
 
 from deberta_xl.checkpoint.store import save_checkpoint
-from deberta_xl.config import DataSection, OptimizerSection
-from deberta_xl.data.loader import PretrainingData
-from deberta_xl.data.token_store import TokenStore
+from deberta_xl.config import OptimizerSection
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import masked_lm_parts
-from deberta_xl.objectives.masked_evaluation import evaluate_masked_lm
-from deberta_xl.objectives.objective import Evaluator
 from deberta_xl.parallel.pipeline import PipelinedModel, StageInput, build_stage
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import split_model
 from deberta_xl.training.engine import build_engine
-from deberta_xl.training.pipelined import judge_in_pipeline, nothing_to_load
+from deberta_xl.training.pipelined import nothing_to_load
 
 
 def run_vector(folder: Path, root: Path, layout: Layout) -> float:
@@ -75,21 +71,9 @@ def test_a_pipeline_reproduces_the_original(folder, tmp_path, layout):
 
 def evaluation_of(dataset: SmallDataset, folder: Path, layout: Layout) -> tuple[float, ...]:
     """Held-out loss, accuracy, number of labels, and what rank 0 would draw, of an untrained model."""
-    groups = layout.join()
-    run = Run(dataset, folder, groups, Case(accumulation=2), architecture(dataset.tokenizer.vocab_size))
-    run.engine.eval()
-    is_pipeline = layout.pipeline > 1
-    through_stages = partial(judge_in_pipeline, run.engine, run.objective, groups)
-    valid = PretrainingData(TokenStore(dataset.valid), dataset.tokenizer, DataSection(), LENGTH, seed=5)
-    evaluator = Evaluator(
-        model=run.engine, device=run.engine.device, rank=groups.grid.data_parallel_rank,
-        size=groups.grid.data_parallel_size, group=groups.data_group,
-        through_stages=through_stages if is_pipeline else None,
-    )  # fmt: skip
-    vocab_size = dataset.tokenizer.vocab_size
-    result = evaluate_masked_lm(evaluator, valid, vocab_size=vocab_size, max_samples=43, micro_batch_size=2)
-    run.train(1, 2)  # evaluation leaves the engine able to train
-    return (*result[:3], int(result.guess_L.sum()) if layout.data == 1 else 0)
+    case, config = Case(accumulation=4 // layout.data), architecture(dataset.tokenizer.vocab_size)
+    found = evaluate_untrained(dataset, folder / layout.label, layout, case, config, max_samples=43)
+    return (*found[:3], int(found.guess_L.sum()) if layout.data == 1 else 0)
 
 
 def test_evaluation_through_the_pipeline_is_the_plain_ones_on_every_rank(small_dataset, tmp_path):
@@ -122,8 +106,9 @@ def test_dropout_does_not_depend_on_the_number_of_replicas(small_dataset, tmp_pa
 
 def word_table_after_training(dataset: SmallDataset, folder: Path, case: Case) -> torch.Tensor | None:
     """This stage's copy of the word table after some steps; None where there is none."""
-    run = Run(dataset, folder, Layout(pipeline=3).join(), case, architecture(dataset.tokenizer.vocab_size))
-    run.train(1, 4)
+    config = architecture(dataset.tokenizer.vocab_size)
+    run = Run(dataset, folder / "run", Layout(pipeline=3), case, config, steps=4)
+    run.train()
     table = run.engine.module.stage_model.embeddings.word.weight
     return None if table is None else table.detach().float()
 

@@ -1,17 +1,18 @@
-"""Sequence parallelism beside tensor parallelism: the plain run, few collectives, less kept for the backward pass.
+"""Sequence parallelism beside tensor parallelism: few collectives, less kept for the backward pass, the plain run.
 
-Loss, guesses and every gradient of one batch, for four kinds of model, with dropout and without, are compared in
-test_tensor_parallel.py.
+Most comparisons with the plain run are cases of test_layout_matrix.py; loss, guesses and every gradient of one batch,
+for four kinds of model, with dropout and without, are compared in test_tensor_parallel.py.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from layouts import Case, Curve, architecture, assert_equal_curves, run_cases, train_plainly
+from full_state import FullState
+from layouts import Case, run_cases
+from plain_run import Curve, architecture, assert_equal_curves, train_plainly
 from ranks import run_ranks
 from small_dataset import SmallDataset
-from test_checkpoint_layouts import FullState
 from test_layout_matrix import LAYOUTS, LOW_PRECISION, VARIANTS, compare
 from test_tensor_parallel import (
     SIZES,
@@ -47,15 +48,6 @@ def sliced_model(config: DebertaConfig) -> MaskedLanguageModel:
     return model
 
 
-SLICED_CASES = {
-    "TP2": [Case(1, 4), Case(3, 1, recompute=True)],
-    "TP4": [Case(2, 1)],
-    "TP2xDP2": [Case(1, 1, recompute=True), Case(2, 4), Case(3, 1)],
-    "TP2xPP2": [Case(1, 4)],
-}
-"""Every stage, accumulation and kind of checkpointing somewhere; test_layout_matrix.py has all of them everywhere."""
-
-
 @pytest.fixture(scope="module")
 def plain(small_dataset: SmallDataset) -> tuple[Curve, FullState]:
     """The reference run: one process, nothing divided."""
@@ -65,13 +57,6 @@ def plain(small_dataset: SmallDataset) -> tuple[Curve, FullState]:
 def sliced(cases: list[Case]) -> list[Case]:
     """The same cases with sequence parallelism."""
     return [case._replace(sliced=True) for case in cases]
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full) if name == "TP2xDP2" else name for name in SLICED_CASES]
-)
-def test_a_divided_sequence_gives_the_plain_run(small_dataset, plain, tmp_path, name):
-    compare(small_dataset, tmp_path, LAYOUTS[name], sliced(SLICED_CASES[name]), plain)
 
 
 @pytest.mark.full

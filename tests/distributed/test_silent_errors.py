@@ -7,18 +7,22 @@ under ZeRO 2 and 3 (test_layout_matrix.py); gradients of the shared word table (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import layouts
 import pytest
 import torch
-from layouts import Case, Curve, Layout, Run, architecture, train_plainly
-from ranks import run_ranks
+from layouts import Case, Layout, Run
+from plain_run import LENGTH, ROWS, Curve, architecture, train_plainly
+from ranks import RankError, run_ranks
 from small_dataset import SmallDataset
 
+from deberta_xl.deepspeed_config import DeepSpeedConfig
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.shard import shard_of
+from deberta_xl.training import start
 
 STEPS = 4
 NOTICED = 1e-3
@@ -32,17 +36,29 @@ def plain(small_dataset: SmallDataset) -> Curve:
 
 
 def train(dataset: SmallDataset, folder: Path, sabotage: str) -> Curve:
-    """A run over two tensor-parallel ranks that keeps something from DeepSpeed."""
-    if sabotage == "groups":
+    """A run over two ranks that share the model, which keeps something from DeepSpeed."""
+    if "groups" in sabotage:
         Groups.model_parallel_unit = lambda self: None
+    if sabotage == "groups and batch":
+        DeepSpeedConfig.engine_dict = without_batch(DeepSpeedConfig.engine_dict)
     if sabotage == "marks":
-        layouts.divide = divide_without_marks
-    layout = Layout(pipeline=2) if sabotage == "copies" else Layout(tensor=2)
-    run = Run(dataset, folder, layout.join(), Case(), architecture(dataset.tokenizer.vocab_size))
+        start.divide = divide_without_marks
+    run = start_run(dataset, folder, Layout(pipeline=2) if sabotage == "copies" else Layout(tensor=2))
     if sabotage == "copies":
         for parameter in run.engine.module.parameters():
             parameter.ds_pipe_replicated = False
-    return run.train(1, STEPS)
+    return run.train()
+
+
+def without_batch(engine_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`engine_dict`, but DeepSpeed cannot check the batch's arithmetic."""
+    return lambda *given: {key: value for key, value in engine_dict(*given).items() if key != "train_batch_size"}
+
+
+def start_run(dataset: SmallDataset, folder: Path, layout: Layout) -> Run:
+    """A run over the ranks of a layout, before its first step."""
+    config = architecture(dataset.tokenizer.vocab_size)
+    return Run(dataset, folder / "run", layout, Case(), config, STEPS)
 
 
 def divide_without_marks(model: torch.nn.Module, groups: Groups, **options: object) -> None:
@@ -57,8 +73,13 @@ def largest_difference(actual: list[float], expected: list[float]) -> float:
     return max(abs(a - e) / e for a, e in zip(actual, expected, strict=True))
 
 
-def test_an_engine_that_does_not_know_the_groups_trains_something_else(small_dataset, plain, tmp_path):
-    for curve in run_ranks(train, 2, small_dataset, tmp_path, "groups"):
+def test_an_engine_that_does_not_know_the_groups_is_refused_for_its_batch(small_dataset, tmp_path):
+    with pytest.raises(RankError, match=r"train_batch_size is not equal .* 8 != 8 \* 1 \* 2"):
+        run_ranks(train, 2, small_dataset, tmp_path, "groups")
+
+
+def test_an_engine_that_knows_neither_groups_nor_batch_trains_something_else(small_dataset, plain, tmp_path):
+    for curve in run_ranks(train, 2, small_dataset, tmp_path, "groups and batch"):
         # It takes the slices for copies of one weight: all ranks begin with the first one's.
         assert largest_difference(curve.losses, plain.losses) > NOTICED
         assert largest_difference(curve.norms, plain.norms) > NOTICED
@@ -72,7 +93,7 @@ def test_slices_that_are_not_marked_give_another_gradient_norm(small_dataset, pl
 
 def what_deepspeed_knows(dataset: SmallDataset, folder: Path) -> tuple[int, int, set[str], set[str]]:
     """Replicas and model-parallel ranks as the engine has them; slices by our mark, and by the one it reads."""
-    run = Run(dataset, folder, Layout(tensor=2, data=2).join(), Case(), architecture(dataset.tokenizer.vocab_size))
+    run = start_run(dataset, folder, Layout(tensor=2, data=2))
     named = list(run.engine.module.named_parameters())
     ours = {name for name, p in named if shard_of(p) is not None}
     theirs = {name for name, p in named if getattr(p, "tensor_model_parallel", False)}
@@ -96,15 +117,15 @@ def test_a_word_table_counted_on_both_of_its_stages_gives_another_gradient_norm(
 
 def what_a_stage_sends(dataset: SmallDataset, folder: Path) -> tuple[torch.Size, bool, bool] | None:
     """Shape of what the first stage of three hands over, and whether it is one float tensor with a gradient."""
-    run = Run(dataset, folder, Layout(pipeline=3).join(), Case(), architecture(dataset.tokenizer.vocab_size))
+    run = start_run(dataset, folder, Layout(pipeline=3))
     sent = []
     run.engine.module.register_forward_hook(lambda _module, _inputs, output: sent.append(output))
-    run.train(1, 1)
+    run.train()
     return None if run.grid.is_last_stage else (sent[0].shape, sent[0].is_floating_point(), sent[0].requires_grad)
 
 
 def test_stages_exchange_one_float_tensor(small_dataset, tmp_path):
     # From three stages on DeepSpeed reuses receive buffers whatever their dtype: integers beside floats become garbage.
     first, second, last = run_ranks(what_a_stage_sends, 3, small_dataset, tmp_path)
-    assert first == second == ((layouts.ROWS * layouts.LENGTH + 16, 32), True, True)
+    assert first == second == ((ROWS * LENGTH + 16, 32), True, True)
     assert last is None

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_run import architecture
 from ranks import run_ranks
-from test_training_equality import architecture
 from vectors import Vector, folders
 
 from deberta_xl.architecture import DebertaConfig
