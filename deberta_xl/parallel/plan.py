@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from deberta_xl.errors import ConfigError
 from deberta_xl.model.parts import parameters_of
 from deberta_xl.parallel.grid import check_divisible
 
@@ -55,12 +56,14 @@ SLICED_MODEL_PLAN = {
 
 
 def plan_of(model: Trunk, *, sequence_parallel: bool) -> dict[str, str]:
-    """Name of each module of `model` that is replaced -> what takes its place."""
+    """Name of each module of `model` that is replaced -> what takes its place. Raises ConfigError for one it lacks."""
     names = [name for name, _ in model.named_modules()]
     plan = {name: style for name in names for end, style in PLAN.items() if name.endswith(end)}
     for name, parameter in parameters_of(model.parts).items():
         module, _, kind = name.rpartition(".")
         if parameter.cut is not None and kind == "weight":
+            if module not in names:
+                raise ConfigError(f"a part tells of {name!r}, but the model has no module {module!r}; mend `describe`")
             plan[module] = parameter.cut
     if sequence_parallel:
         sliced = dict(SLICED_MODEL_PLAN)

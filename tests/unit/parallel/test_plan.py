@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deberta_xl.architecture import DebertaConfig
+from deberta_xl.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.parallel.plan import PLAN, SLICED_LAYER_PLAN, SLICED_MODEL_PLAN, plan_of
 
@@ -38,3 +39,10 @@ def test_the_relative_table_takes_the_plain_path():
     plan = plan_of(model(), sequence_parallel=True)
     assert {style for name, style in plan.items() if name.endswith("relative_entry")} == {"copy"}
     assert not any("relative_position" in name or "relative_dropout" in name for name in plan)
+
+
+def test_a_part_of_which_the_model_has_no_module_is_named():
+    whole = model()
+    del whole.encoder.layers[2]
+    with pytest.raises(ConfigError, match=r"tells of 'encoder.layers.2.*weight', but the model has no module"):
+        plan_of(whole, sequence_parallel=False)
