@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import shutil
@@ -117,6 +118,18 @@ def test_only_the_first_examples_are_used_where_that_is_asked_for(encoder, sente
     few = ("task.max_train_examples=10", "task.max_eval_examples=4")
     inputs = read_inputs(parse_arguments(finetune_arguments(encoder, sentences, tmp_path / "run", *few)))
     assert (len(inputs.train_data), len(inputs.held_out["valid"]), len(inputs.held_out["test"])) == (10, 4, 4)
+
+
+def test_examples_of_a_batch_are_of_similar_length_unless_they_are_to_be_random(encoder, sentences, tmp_path):
+    padding = {}
+    for bucketing in ("true", "false"):
+        key = f"train.length_bucketing={bucketing}"
+        inputs = read_inputs(parse_arguments(finetune_arguments(encoder, sentences, tmp_path / "run", key)))
+        epoch = itertools.islice(inputs.objective().batches(1, 0, rank=0, size=1), 6)  # 48 examples in batches of 8
+        batches = [batch for of_step in epoch for batch in of_step]
+        assert sum(len(batch.segments_BS) for batch in batches) == 48
+        padding[bucketing] = sum(int((batch.segments_BS == 0).sum()) for batch in batches)
+    assert padding["true"] < padding["false"]
 
 
 def test_a_held_out_set_of_one_class_is_refused_where_the_metric_needs_two(encoder, tmp_path):
