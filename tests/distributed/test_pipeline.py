@@ -84,14 +84,19 @@ def test_evaluation_through_the_pipeline_is_the_plain_ones_on_every_rank(small_d
             assert result == pytest.approx(expected, rel=1e-6)
 
 
-def test_dropout_does_not_depend_on_the_split_into_stages_nor_on_recomputation(small_dataset, tmp_path):
-    cases = [Case(accumulation=2, dropout=0.2), Case(accumulation=2, dropout=0.2, recompute=True)]
-    (expected,) = run_ranks(run_cases, 1, small_dataset, tmp_path, Layout(), cases[:1], {})
+def test_dropout_does_not_depend_on_stages_nor_on_divided_layers_nor_on_slices_nor_on_recomputation(
+    small_dataset, tmp_path
+):
+    kept = Case(accumulation=2, dropout=0.2)
+    recomputed = kept._replace(recompute=True)
+    (expected,) = run_ranks(run_cases, 1, small_dataset, tmp_path, Layout(), [kept], {})
     (quiet,) = run_ranks(run_cases, 1, small_dataset, tmp_path, Layout(), [Case(accumulation=2)], {})
     assert abs(expected[0].losses[0] - quiet[0].losses[0]) > 1e-4  # else nothing was dropped
-    for stages in (2, 4):
-        layout = Layout(pipeline=stages)
-        for curves in run_ranks(run_cases, stages, small_dataset, tmp_path, layout, cases, {}):
+    for layout, cases in (
+        (Layout(pipeline=4), [kept, recomputed]),
+        (Layout(tensor=2, pipeline=2), [recomputed, kept._replace(sliced=True)]),
+    ):
+        for curves in run_ranks(run_cases, 4, small_dataset, tmp_path, layout, cases, {}):
             for case, curve in zip(cases, curves, strict=True):
                 assert_equal_curves(curve, expected[0], case)
 
