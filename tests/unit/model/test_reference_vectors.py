@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from vectors import Vector, vector_folders
 
+from deberta_xl.kernels import reference
+from deberta_xl.kernels.contract import Memory
 from deberta_xl.kernels.relative_index import log_bucket
 from deberta_xl.model.embeddings import position_ids
 
@@ -34,12 +38,16 @@ def assert_gradients(vector: Vector, tolerance: float) -> None:
 def capture_first_layer(vector: Vector) -> dict[str, torch.Tensor]:
     """Fills in, during the next forward, the first layer's attention probabilities and its context."""
     seen: dict[str, torch.Tensor] = {}
+    attention = vector.model.encoder.layers[0].attention
+    attention.out_proj.register_forward_hook(lambda _module, inputs, _output: seen.update(context=inputs[0]))
 
-    def keep(name: str, module: torch.nn.Module) -> None:
-        module.register_forward_hook(lambda _module, inputs, _output: seen.update({name: inputs[0]}))
+    def attend(query: torch.Tensor, memory: Memory, *others: Any) -> torch.Tensor:
+        # The context of values that are the unit vectors is the probabilities.
+        unit = torch.eye(memory.key_BNTH.shape[2], dtype=query.dtype).expand(*memory.key_BNTH.shape[:2], -1, -1)
+        seen["attention_probs"] = reference.attention(query, memory._replace(value_BNTH=unit), *others)
+        return reference.attention(query, memory, *others)
 
-    keep("attention_probs", vector.model.encoder.layers[0].attention.probability_dropout)
-    keep("context", vector.model.encoder.layers[0].attention.out_proj)
+    attention.attend = attend
     return seen
 
 
