@@ -15,22 +15,25 @@ from deberta_xl.checkpoint.lazy import read_all
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.named_folder import first_that_opens
 from deberta_xl.checkpoint.native_config import native_config
-from deberta_xl.checkpoint.pretrained_folder import Pretrained, describe_fresh
+from deberta_xl.checkpoint.pretrained_folder import TRUNK, Pretrained, describe_fresh
 from deberta_xl.checkpoint.weights import fill_model, open_native
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.errors import ConfigError
 from deberta_xl.log import rank_zero
 from deberta_xl.model.trunk import Trunk
 
-TRUNK = ("embeddings.", "encoder.")
-"""How the names of the parameters begin that every model has."""
 IDLE_TOGETHER = {"conv_act", "conv_groups"}
 """Of no effect where conv_kernel_size is 0."""
 
 
 def open_pretrained(folder: Path, *, may_be_fresh: bool = False) -> Pretrained:
-    """The model in a folder given by `find_pretrained`, to be read tensor by tensor."""
-    return (open_foreign if is_foreign_folder(folder) else open_native)(folder, may_be_fresh=may_be_fresh)
+    """The model in a folder given by `find_pretrained`, to be read tensor by tensor.
+
+    With `may_be_fresh` as much of it as a run can start from, whatever the model was trained for.
+    """
+    if is_foreign_folder(folder):
+        return open_foreign(folder, may_be_fresh=may_be_fresh)
+    return open_native(folder, may_be_fresh=may_be_fresh, takes_any_head=may_be_fresh)
 
 
 def read_pretrained(folder: Path, *, may_be_fresh: bool = False) -> tuple[DebertaConfig, dict[str, Tensor]]:

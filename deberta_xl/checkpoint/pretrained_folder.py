@@ -23,6 +23,8 @@ from deberta_xl.small_file import read_json
 
 Kind = Literal["native", "huggingface", "microsoft"]
 ORIGIN_NAME = "conversion.json"
+TRUNK = ("embeddings.", "encoder.")
+"""How the names of the parameters begin that every model has."""
 REPLACEABLE = ("embeddings.position.", "head.")
 """Groups of parameters that a release may lack as a whole: transformers drops absolute positions where only EMD reads
 them, and a task's model has no masked-LM head."""
@@ -81,11 +83,12 @@ class Pretrained:
 
 
 def complete(
-    tensors: LazyTensors, config: DebertaConfig, path: Path, *, may_be_fresh: bool
+    tensors: LazyTensors, config: DebertaConfig, path: Path, *, may_be_fresh: bool, takes_any_head: bool = False
 ) -> tuple[LazyTensors, tuple[str, ...]]:
     """The tensors in the model's order, checked against its parameters; and the names of those made fresh.
 
-    With `may_be_fresh`, absent absolute positions become zeros and an absent head is initialised.
+    With `may_be_fresh`, absent absolute positions become zeros and an absent head is initialised;
+    with `takes_any_head`, what is not the trunk's may be another objective's.
     Raises CheckpointError naming tensors that are missing, too many, or of another shape.
     """
     check_num_layers(config, tensors, path)
@@ -107,7 +110,10 @@ def complete(
         if not tensor.dtype.is_floating_point:
             raise CheckpointError(f"{path}: {name} has type {tensor.dtype}, which is no weight ({tensor.place})")
     others = {name: tensor for name, tensor in tensors.items() if name not in expected}
-    if unknown := [name for name in others if not is_beside_the_model(name)]:
+    unknown = [name for name in others if not is_beside_the_model(name)]
+    if takes_any_head:
+        unknown = [name for name in unknown if name.startswith(TRUNK)]
+    if unknown:
         raise complain_about_names(path, unknown, "holds tensors that its configuration has no place for")
     return known | others, tuple(fresh)
 

@@ -110,13 +110,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return read_all(open_weights(folder))
 
 
-def open_native(folder: Path, *, may_be_fresh: bool = False) -> Pretrained:
+def open_native(folder: Path, *, may_be_fresh: bool = False, takes_any_head: bool = False) -> Pretrained:
     """The model in a folder given by `find_weights_folder`, to be read tensor by tensor.
 
-    `may_be_fresh` lets absolute positions and the masked-LM head be absent, as they are in a model for a task.
+    `may_be_fresh` lets absolute positions and the masked-LM head be absent, as they are in a model for a task;
+    `takes_any_head` lets there be one of an objective of a user's own.
     """
     config = read_native_config(folder / CONFIG_NAME)
-    tensors, fresh = complete(open_weights(folder), config, folder, may_be_fresh=may_be_fresh)
+    tensors, fresh = complete(
+        open_weights(folder), config, folder, may_be_fresh=may_be_fresh, takes_any_head=takes_any_head
+    )
     tokenizer, origin = folder / TOKENIZER_NAME, Origin.read(folder / ORIGIN_NAME)
     return Pretrained(
         folder=folder,

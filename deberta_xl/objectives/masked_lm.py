@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -61,6 +62,10 @@ class MaskedLM(Pretraining):
         from deberta_xl.parallel.pipeline import StageInput
 
         return StageInput(*batch, shares["labels"], key)
+
+    def stage_guesses(self, batch: MaskedRows) -> Tensor:
+        """One for each label."""
+        return torch.empty_like(batch.labelled.label_L)
 
     def stage_sums(self, batch: MaskedRows, guesses: Tensor) -> Sums:
         """Right guesses."""

@@ -123,7 +123,8 @@ class Objective(ABC):
     counts: ClassVar[tuple[str, ...]]
     """Names of what a step counts over the global batch, such as labelled tokens: the denominators of its losses."""
     has_stages: ClassVar[bool] = False
-    """Whether the model can be a pipeline: then there are `build_stage`, `stage_input` and `stage_sums`."""
+    """Whether the model can be a pipeline: then there are `build_stage` and what begins with
+    `stage_`."""
     keeps_best: ClassVar[bool] = False
     """Whether the best weights are kept, as `is_better` finds them. An evaluation then comes before the checkpoint,
     which remembers its outcome; otherwise after it, since it may take long."""
@@ -215,6 +216,10 @@ class Objective(ABC):
 
     def stage_input(self, batch: Any, shares: Mapping[str, float], key: DropoutKey | None) -> StageInput:
         """What a stage needs of a micro-batch besides the states that it receives."""
+        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
+
+    def stage_guesses(self, batch: Any) -> Tensor:
+        """Where a stage that has none receives the last stage's guesses for a micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} has no pipeline")
 
     def stage_sums(self, batch: Any, guesses: Tensor) -> Sums:

@@ -77,10 +77,9 @@ def judge_in_pipeline(
             num_micro_batches=len(chunk),
         )
         for number, (host_batch, batch) in enumerate(zip(chunk, batches, strict=True)):
-            label_L = batch.labelled.label_L
             loss = losses[number] if engine.is_last_stage() else torch.zeros((), device=engine.device)
-            guess_L = engine.module.guesses[number] if engine.is_last_stage() else torch.zeros_like(label_L)
-            for tensor in (loss, guess_L):
+            guesses = engine.module.guesses[number] if engine.is_last_stage() else objective.stage_guesses(batch)
+            for tensor in (loss, guesses):
                 dist.broadcast(tensor, group=groups.pipeline_group, group_src=engine.num_stages - 1)
-            yield Judged(host_batch, {"loss": loss, **objective.stage_sums(batch, guess_L)}, guess_L)
+            yield Judged(host_batch, {"loss": loss, **objective.stage_sums(batch, guesses)}, guesses)
     engine.reset_activation_shape()
