@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -145,8 +145,8 @@ def test_a_full_disk_ends_the_job_and_the_checkpoint_before_is_whole(
     with Lab(tmp_path / "lab", num_nodes=2, cpus=16, memory_mib=16000, gpus=8, is_isolated=False) as lab:
         there = cluster._replace(lab=lab)
         job = there.submit(small_disk / "run", options=[f"--output={tmp_path}/log"])._replace(log=tmp_path / "log")
-        job.wait_for_step(7)
-        fill(small_disk / "filler")
+        job.wait_for_step(1)
+        fill(small_disk / "filler", room=bytes_in(step_folders(uninterrupted.folder / "checkpoints")[0]) * 3 // 2)
         assert job.wait_for_end() == "FAILED", job.output
         assert "No space left on device" in job.output
         assert "resumed from" not in job.output
@@ -159,12 +159,15 @@ def test_a_full_disk_ends_the_job_and_the_checkpoint_before_is_whole(
         assert_same_weights(job, uninterrupted)
 
 
-def fill(file: Path) -> None:
-    """Write until the disk is full."""
-    with contextlib.suppress(OSError), file.open("wb") as stream:
-        while True:
-            stream.write(bytes(2**20))
-            stream.flush()
+def bytes_in(folder: Path) -> int:
+    """What its files take."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def fill(file: Path, room: int) -> None:
+    """Take all of the disk but `room` bytes: at once, so that the job cannot end before."""
+    with file.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(file.parent).free - room)
 
 
 def test_a_checkpoint_is_converted_by_a_job(cluster: Cluster, uninterrupted: Job, tmp_path: Path):
