@@ -19,7 +19,7 @@ from deberta_xl.objectives.objective import Losses, Objective, Sums
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.empty_steps import EmptySteps
-from deberta_xl.training.engine import set_learning_rate, update_is_finite
+from deberta_xl.training.engine import scaler_in_words, set_learning_rate, update_is_finite
 from deberta_xl.training.evaluating import Evaluations
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.metrics import MetricsWriter
@@ -156,7 +156,8 @@ class Training:
         set_learning_rate(self.engine, self.learning_rate(step))
         shares = even_shares(counts, len(micro_batches), grid.data_parallel_size)
         keys = micro_batch_keys(self.config.train.seed, step, len(micro_batches), grid)
-        return self.objective.step(self.update, micro_batches, shares, keys)
+        with scaler_in_words():
+            return self.objective.step(self.update, micro_batches, shares, keys)
 
     def update(
         self,

@@ -14,7 +14,6 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device
 from deberta_xl.objectives.objective import Judged, Objective, Sums
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.training.engine import scaler_in_words
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.step import over_micro_batches
 from deberta_xl.training.timing import StepTimer
@@ -23,7 +22,6 @@ BATCHES_PER_STAGE = 4
 """Held-out batches that go through the pipeline at once, for each stage: a fifth of the time is idle at most."""
 
 
-@scaler_in_words()
 def run_pipeline_step(
     engine: deepspeed.PipelineEngine,
     objective: Objective,

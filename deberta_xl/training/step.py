@@ -12,7 +12,6 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device
 from deberta_xl.objectives.objective import Losses, Mean, Ratio, Sums
 from deberta_xl.parallel.grid import Grid
-from deberta_xl.training.engine import scaler_in_words
 from deberta_xl.training.heartbeat import Heartbeat
 from deberta_xl.training.timing import StepTimer
 
@@ -55,7 +54,6 @@ def over_micro_batches(found: Sequence[Sums], reports: Reports) -> Sums:
     }
 
 
-@scaler_in_words()
 def run_step(
     engine: deepspeed.DeepSpeedEngine,
     losses: Losses,
