@@ -2,7 +2,7 @@
 
 The other traps of this kind have their tests elsewhere: stage 0 and keys that nobody reads are refused
 (tests/unit/test_deepspeed_config.py); norms on slices (test_sequence_parallel.py); a layer applied twice and recomputed
-under ZeRO 2 and 3 (test_layout_matrix.py); gradients of the shared word table (test_pipeline.py).
+under ZeRO 2 and 3 (test_training_equality.py); gradients of the shared word table (test_pipeline.py).
 """
 
 from __future__ import annotations
