@@ -25,11 +25,11 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 
 from deberta_xl.checkpoint.lazy import LazyTensor
 from deberta_xl.checkpoint.manifest import FileFacts, read_manifest
-from deberta_xl.checkpoint.native_config import native_config
 from deberta_xl.checkpoint.tensor_writer import total_bytes
-from deberta_xl.checkpoint.weights import write_native
-from deberta_xl.config_file import load_run_config
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.settings.presets import load_run_config
+from deberta_xl.weights.native import write_native
+from deberta_xl.weights.native_config import native_config
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert.py"
 VOCAB_SIZE = 128100

@@ -14,10 +14,10 @@ import numpy as np
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser
-from deberta_xl.config import DataSection
+from deberta_xl.base.command_line import build_parser
 from deberta_xl.data.masking import Masker
 from deberta_xl.data.random_numbers import derive
+from deberta_xl.settings.pretraining import DataSection
 
 VOCAB_SIZE, MASK_ID = 128100, 128000
 ROWS = 32

@@ -25,8 +25,8 @@ from typing import NamedTuple
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.errors import UserError
+from deberta_xl.base.command_line import build_parser, run_tool
+from deberta_xl.base.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = [

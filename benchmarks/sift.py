@@ -16,15 +16,15 @@ from torch import Tensor
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser
-from deberta_xl.architecture import DebertaConfig, HeadConfig
-from deberta_xl.config_file import load_run_config
-from deberta_xl.finetune_config import SiftSection
+from deberta_xl.base.command_line import build_parser
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.sift import Sift
 from deberta_xl.objectives.task_batches import TaskMicroBatch
 from deberta_xl.objectives.task_loss import TaskLoss
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
+from deberta_xl.settings.finetuning import SiftSection
+from deberta_xl.settings.presets import load_run_config
 
 GIB = 2**30
 HEAD = HeadConfig(kind="classification", num_labels=3)

@@ -31,16 +31,16 @@ from transformers import (
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
+from deberta_xl.base.command_line import build_parser, run_tool
+from deberta_xl.base.errors import UserError
 from deberta_xl.commands.task_data import TRAIN, VALID, read_examples
-from deberta_xl.config_file import load_config
-from deberta_xl.data.task_labels import encode_labels, labels_of
-from deberta_xl.data.task_metrics import evaluate_metrics, is_better
-from deberta_xl.data.task_predictions import Prediction
-from deberta_xl.data.tasks import Example, Task, load_task
-from deberta_xl.errors import UserError
-from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.objectives.task import described
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.presets import load_config
+from deberta_xl.tasks.labels import encode_labels, labels_of
+from deberta_xl.tasks.metrics import evaluate_metrics, is_better
+from deberta_xl.tasks.predictions import Prediction
+from deberta_xl.tasks.task import Example, Task, load_task
 
 HEADS = ("classification", "regression")
 

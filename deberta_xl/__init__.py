@@ -14,9 +14,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 HOMES = {
-    "DebertaConfig": "deberta_xl.architecture",
-    "DebertaForMaskedLM": "deberta_xl.pretrained",
-    "DebertaForTask": "deberta_xl.finetuned",
+    "DebertaConfig": "deberta_xl.settings.architecture",
+    "DebertaForMaskedLM": "deberta_xl.public.pretrained",
+    "DebertaForTask": "deberta_xl.public.finetuned",
     "Tokenizer": "deberta_xl.data.tokenizer",
 }
 __all__ = ["DebertaConfig", "DebertaForMaskedLM", "DebertaForTask", "Tokenizer"]

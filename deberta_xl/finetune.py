@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Run as a script, Python searches this file's folder first and would find our `data` and `config` as top-level names.
+# Run as a script, Python searches this file's folder first and would find our `data` and `model` as top-level names.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from deberta_xl.interruption import be_quick_while_importing
+    from deberta_xl.base.interruption import be_quick_while_importing
 
     be_quick_while_importing()
 

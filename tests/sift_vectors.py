@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from vectors import vector_folders
 
-from deberta_xl.architecture import HeadConfig
-from deberta_xl.checkpoint.foreign_config import from_foreign_config
-from deberta_xl.checkpoint.names import from_microsoft
-from deberta_xl.finetune_config import SiftSection
 from deberta_xl.model.task_losses import task_loss
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.sift import Sift
+from deberta_xl.settings.architecture import HeadConfig
+from deberta_xl.settings.finetuning import SiftSection
+from deberta_xl.weights.foreign_config import from_foreign_config
+from deberta_xl.weights.names import from_microsoft
 
 CASES = vector_folders("sift")
 HEAD = ("pooler.dense.", "classifier.")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import sentencepiece
 
-from deberta_xl.data.token_store_writer import TokenStoreWriter
+from deberta_xl.corpus.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import Tokenizer
 
 PIECES = 500

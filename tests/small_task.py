@@ -8,8 +8,8 @@ from pathlib import Path
 
 from small_dataset import SmallDataset, documents
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.pretrained import DebertaForMaskedLM
+from deberta_xl.public.pretrained import DebertaForMaskedLM
+from deberta_xl.settings.architecture import DebertaConfig
 
 LENGTH = 32
 

@@ -16,8 +16,8 @@ import zstandard
 from small_dataset import documents
 from small_task import write_sentences
 
-from deberta_xl.config_file import load_run_config, preset_names
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.settings.presets import load_run_config, preset_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

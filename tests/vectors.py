@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from deberta_xl.checkpoint.foreign_config import from_foreign_config
-from deberta_xl.checkpoint.names import from_microsoft
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.weights.foreign_config import from_foreign_config
+from deberta_xl.weights.names import from_microsoft
 
 VECTORS = Path(__file__).parent / "fixtures" / "reference_vectors"
 

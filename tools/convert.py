@@ -32,19 +32,19 @@ from typing import get_args
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.checkpoint.card_metadata import KEYS, read_metadata
-from deberta_xl.checkpoint.convert import Conversion, convert
-from deberta_xl.checkpoint.edits import Edits
-from deberta_xl.checkpoint.finetuned_folder import BEST_NAME, find_finetuned
-from deberta_xl.checkpoint.head_facts import HEAD_NAME
+from deberta_xl.base.command_line import build_parser, run_tool
+from deberta_xl.base.durations import duration
+from deberta_xl.base.output_file import check_output_folder
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.checkpoint.pretrained_folder import Kind
-from deberta_xl.checkpoint.task_export import export_task
 from deberta_xl.checkpoint.tensor_files import DTYPES as STORED_DTYPES
-from deberta_xl.checkpoint.verify import TOLERANCES
-from deberta_xl.durations import duration
-from deberta_xl.output_file import check_output_folder
+from deberta_xl.conversion.card_metadata import KEYS, read_metadata
+from deberta_xl.conversion.convert import Conversion, convert
+from deberta_xl.conversion.edits import Edits
+from deberta_xl.conversion.task_export import export_task
+from deberta_xl.conversion.verify import TOLERANCES
+from deberta_xl.weights.finetuned_folder import BEST_NAME, find_finetuned
+from deberta_xl.weights.head_facts import HEAD_NAME
+from deberta_xl.weights.pretrained_folder import Kind
 
 DTYPES = {"float32": STORED_DTYPES["F32"], "bfloat16": STORED_DTYPES["BF16"], "float16": STORED_DTYPES["F16"]}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -23,22 +23,21 @@ import numpy as np
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import add_precision, build_parser, run_tool
-from deberta_xl.checkpoint.named_folder import tokenizer_for
-from deberta_xl.config import DataSection, RunConfig
-from deberta_xl.config_file import load_run_config
-from deberta_xl.data.errors import TokenStoreError
+from deberta_xl.base.command_line import add_precision, build_parser, run_tool
+from deberta_xl.base.errors import ConfigError, TokenStoreError, counted
+from deberta_xl.base.launch import read_launch
+from deberta_xl.base.strict import at_least
 from deberta_xl.data.loader import HELD_OUT_SEED, PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.unigram import log_unigram, token_counts
-from deberta_xl.errors import ConfigError, counted
-from deberta_xl.launch import read_launch
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm
 from deberta_xl.objectives.objective import Evaluator
-from deberta_xl.pretrained import DebertaForMaskedLM
-from deberta_xl.strict import at_least
-from deberta_xl.training.joining import join_ranks
+from deberta_xl.public.pretrained import DebertaForMaskedLM
+from deberta_xl.run.joining import join_ranks
+from deberta_xl.settings.presets import load_run_config
+from deberta_xl.settings.pretraining import DataSection, RunConfig
+from deberta_xl.weights.named_folder import tokenizer_for
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

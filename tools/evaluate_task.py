@@ -20,20 +20,20 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import add_precision, build_parser, run_tool
-from deberta_xl.data.task_features import TaskData
-from deberta_xl.data.task_labels import labels_to_score
-from deberta_xl.data.task_metrics import check_defined, evaluate_metrics
-from deberta_xl.data.task_predictions import Prediction
-from deberta_xl.data.task_reading import read_split
-from deberta_xl.data.task_submission import jsonl, submission
-from deberta_xl.data.tasks import Task, load_task
-from deberta_xl.errors import ConfigError, counted
-from deberta_xl.launch import read_launch
-from deberta_xl.output_file import check_output, check_output_folder, write_output
-from deberta_xl.strict import at_least
-from deberta_xl.task_predict import Predictor
-from deberta_xl.training.joining import join_ranks
+from deberta_xl.base.command_line import add_precision, build_parser, run_tool
+from deberta_xl.base.errors import ConfigError, counted
+from deberta_xl.base.launch import read_launch
+from deberta_xl.base.output_file import check_output, check_output_folder, write_output
+from deberta_xl.base.strict import at_least
+from deberta_xl.public.task_predict import Predictor
+from deberta_xl.run.joining import join_ranks
+from deberta_xl.tasks.features import TaskData
+from deberta_xl.tasks.labels import labels_to_score
+from deberta_xl.tasks.metrics import check_defined, evaluate_metrics
+from deberta_xl.tasks.predictions import Prediction
+from deberta_xl.tasks.reading import read_split
+from deberta_xl.tasks.submission import jsonl, submission
+from deberta_xl.tasks.task import Task, load_task
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -17,11 +17,11 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.data.errors import CorpusError
-from deberta_xl.data.python_corpus import python_corpus
-from deberta_xl.output_file import check_output, is_stream, report_stream, write_output
-from deberta_xl.strict import own_path
+from deberta_xl.base.command_line import build_parser, run_tool
+from deberta_xl.base.errors import CorpusError
+from deberta_xl.base.output_file import check_output, is_stream, report_stream, write_output
+from deberta_xl.base.strict import own_path
+from deberta_xl.corpus.python_corpus import python_corpus
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

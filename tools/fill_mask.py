@@ -17,10 +17,10 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.checkpoint.named_folder import tokenizer_for
-from deberta_xl.fill_mask import Guess, fill_mask
-from deberta_xl.pretrained import DebertaForMaskedLM
+from deberta_xl.base.command_line import build_parser, run_tool
+from deberta_xl.public.fill_mask import Guess, fill_mask
+from deberta_xl.public.pretrained import DebertaForMaskedLM
+from deberta_xl.weights.named_folder import tokenizer_for
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

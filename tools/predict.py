@@ -18,13 +18,13 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import add_precision, build_parser, run_tool
-from deberta_xl.errors import ConfigError, counted
-from deberta_xl.launch import read_launch
-from deberta_xl.output_file import check_output, is_stream, open_output, report_stream
-from deberta_xl.strict import at_least
-from deberta_xl.task_predict import Predictor
-from deberta_xl.training.joining import join_ranks
+from deberta_xl.base.command_line import add_precision, build_parser, run_tool
+from deberta_xl.base.errors import ConfigError, counted
+from deberta_xl.base.launch import read_launch
+from deberta_xl.base.output_file import check_output, is_stream, open_output, report_stream
+from deberta_xl.base.strict import at_least
+from deberta_xl.public.task_predict import Predictor
+from deberta_xl.run.joining import join_ranks
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

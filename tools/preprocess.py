@@ -27,23 +27,22 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, report_bad_records, run_tool
-from deberta_xl.data.characters import listed
-from deberta_xl.data.corpus import expand_inputs, total_size
-from deberta_xl.data.documents import DOCUMENTS
-from deberta_xl.data.errors import DataError
-from deberta_xl.data.preprocessing import Preprocessing, Summary, preprocess
-from deberta_xl.data.progress import progress
-from deberta_xl.data.spread_preprocessing import Communicator, preprocess_spread
+from deberta_xl.base.command_line import build_parser, report_bad_records, run_tool
+from deberta_xl.base.durations import duration
+from deberta_xl.base.errors import DataError, counted
+from deberta_xl.base.launch import read_launch
+from deberta_xl.base.output_file import check_output_folder, is_stream
+from deberta_xl.base.progress import progress
+from deberta_xl.base.strict import own_path
+from deberta_xl.corpus.characters import listed
+from deberta_xl.corpus.documents import DOCUMENTS
+from deberta_xl.corpus.preprocessing import Preprocessing, Summary, preprocess
+from deberta_xl.corpus.reading import expand_inputs, total_size
+from deberta_xl.corpus.spread_preprocessing import Communicator, preprocess_spread
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.token_store_format import dataset_paths
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.words import LONGEST_WORD
-from deberta_xl.durations import duration
-from deberta_xl.errors import counted
-from deberta_xl.launch import read_launch
-from deberta_xl.output_file import check_output_folder, is_stream
-from deberta_xl.strict import own_path
 
 #: Share of unknown tokens above which the tokenizer does not suit the text.
 MANY_UNKNOWN = 0.01

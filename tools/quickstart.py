@@ -28,18 +28,18 @@ from typing import Any
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.child_process import run_to_end
-from deberta_xl.data.corpus import expand_inputs, iterate_documents
-from deberta_xl.data.documents import is_held_out
-from deberta_xl.data.questions import Question, questions
-from deberta_xl.data.text_form import TextForm, look_at
+from deberta_xl.base.command_line import build_parser, run_tool
+from deberta_xl.base.child_process import run_to_end
+from deberta_xl.base.durable import replace_file
+from deberta_xl.base.durations import duration
+from deberta_xl.base.errors import UserError
+from deberta_xl.base.interruption import Interrupted
+from deberta_xl.base.strict import own_path
+from deberta_xl.corpus.documents import is_held_out
+from deberta_xl.corpus.reading import expand_inputs, iterate_documents
+from deberta_xl.corpus.text_form import TextForm, look_at
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.durable import replace_file
-from deberta_xl.durations import duration
-from deberta_xl.errors import UserError
-from deberta_xl.interruption import Interrupted
-from deberta_xl.strict import own_path
+from deberta_xl.public.questions import Question, questions
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2

@@ -13,9 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, run_tool
-from deberta_xl.output_file import check_output, write_output
-from deberta_xl.settings_reference import as_markdown
+from deberta_xl.base.command_line import build_parser, run_tool
+from deberta_xl.base.output_file import check_output, write_output
+from deberta_xl.settings.reference import as_markdown
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

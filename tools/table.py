@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, complain, run_tool
-from deberta_xl.errors import UserError
-from deberta_xl.output_file import check_output, write_output
-from deberta_xl.settings_file import read_toml
-from deberta_xl.strict import own_path
+from deberta_xl.base.command_line import build_parser, complain, run_tool
+from deberta_xl.base.errors import UserError
+from deberta_xl.base.output_file import check_output, write_output
+from deberta_xl.base.strict import own_path
+from deberta_xl.settings.files import read_toml
 
 IGNORED = {("run", "folder"), ("train", "seed")}
 

@@ -26,16 +26,16 @@ from pathlib import Path
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deberta_xl.command_line import build_parser, report_bad_records, run_tool
-from deberta_xl.data.characters import CharacterCounts, listed
-from deberta_xl.data.corpus import expand_inputs, iterate_documents, total_size
-from deberta_xl.data.errors import TokenizerError
-from deberta_xl.data.progress import progress
-from deberta_xl.data.tokenizer_rules import ALPHABET_CHARACTERS, NORMALIZATIONS, PARTIAL_COVERAGE, TokenizerRules
-from deberta_xl.data.tokenizer_training import MAX_LINES, TrainedTokenizer, train_tokenizer
-from deberta_xl.durations import duration
-from deberta_xl.output_file import check_output_folder
-from deberta_xl.strict import own_path
+from deberta_xl.base.command_line import build_parser, report_bad_records, run_tool
+from deberta_xl.base.durations import duration
+from deberta_xl.base.errors import TokenizerError
+from deberta_xl.base.output_file import check_output_folder
+from deberta_xl.base.progress import progress
+from deberta_xl.base.strict import own_path
+from deberta_xl.corpus.characters import CharacterCounts, listed
+from deberta_xl.corpus.reading import expand_inputs, iterate_documents, total_size
+from deberta_xl.corpus.tokenizer_rules import ALPHABET_CHARACTERS, NORMALIZATIONS, PARTIAL_COVERAGE, TokenizerRules
+from deberta_xl.corpus.tokenizer_training import MAX_LINES, TrainedTokenizer, train_tokenizer
 
 SHOWN_CHARACTERS = 20
 BYTE_PIECES = 256

@@ -1,1 +1,1 @@
-"""Weights and training state on disk: names, files, verification, conversion. Safetensors only, no pickle."""
+"""A run's state on disk: layout-free, atomic, verified; safetensors and JSON only."""

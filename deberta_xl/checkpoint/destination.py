@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from deberta_xl.base.durable import sync
+from deberta_xl.base.lock import one_writer
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.data.lock import one_writer
-from deberta_xl.durable import sync
 
 
 def refuse_existing(destination: Path) -> None:

@@ -7,10 +7,10 @@ import shutil
 import uuid
 from pathlib import Path
 
-from deberta_xl.checkpoint.agreement import on_rank_zero, rank_and_size, together
+from deberta_xl.base.durable import remove
+from deberta_xl.base.log import logger, rank_zero
 from deberta_xl.checkpoint.manifest import CheckpointError, read_manifest, step_folder_name, step_folders, verify_files
-from deberta_xl.durable import remove
-from deberta_xl.log import logger, rank_zero
+from deberta_xl.checkpoint.together import on_rank_zero, rank_and_size, together
 
 
 def make_partial_folder(checkpoints: Path, step: int) -> Path:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deberta_xl.base.progress import progress
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.data.progress import progress
 
 
 class LazyTensor(NamedTuple):

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from deberta_xl import signs
-from deberta_xl.data.progress import progress
-from deberta_xl.durable import sync, write_file
-from deberta_xl.errors import UserError
-from deberta_xl.small_file import read_json
+from deberta_xl.base import signs
+from deberta_xl.base.durable import sync, write_file
+from deberta_xl.base.errors import UserError
+from deberta_xl.base.progress import progress
+from deberta_xl.base.small_file import read_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

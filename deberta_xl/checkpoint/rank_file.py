@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deberta_xl import signs
+from deberta_xl.base import signs
 from deberta_xl.checkpoint.manifest import CheckpointError, FileFacts
 from deberta_xl.checkpoint.rectangles import Overlap, Rectangle, overlaps, range_rectangles, shard_area
 from deberta_xl.checkpoint.tensor_writer import Advance, write_flat

@@ -23,8 +23,11 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from deberta_xl import signs
-from deberta_xl.checkpoint.agreement import gathered, on_rank_zero, rank_and_size, together
+from deberta_xl.base import signs
+from deberta_xl.base.durable import remove, sync, write_files
+from deberta_xl.base.errors import Diverged
+from deberta_xl.base.progress import progress
+from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.folders import make_partial_folder
 from deberta_xl.checkpoint.fragments import (
     Fragment,
@@ -61,12 +64,9 @@ from deberta_xl.checkpoint.rank_file import (
     read_header,
     write_rank_file,
 )
-from deberta_xl.data.progress import progress
-from deberta_xl.durable import remove, sync, write_files
-from deberta_xl.errors import Diverged
+from deberta_xl.checkpoint.together import gathered, on_rank_zero, rank_and_size, together
 from deberta_xl.parallel.pipeline import PipelinedModel, is_copy
 from deberta_xl.parallel.shard import shard_of
-from deberta_xl.small_file import read_json
 
 STATE_NAME = "state.json"
 

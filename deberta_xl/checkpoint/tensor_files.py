@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.small_file import read_json
 
 DTYPES = {
     "F64": torch.float64,

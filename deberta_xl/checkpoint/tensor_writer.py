@@ -20,10 +20,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from deberta_xl.base.durable import sync, write_file
 from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, read_finite
 from deberta_xl.checkpoint.manifest import FileFacts
 from deberta_xl.checkpoint.tensor_files import DTYPES, INDEX_SUFFIX, WEIGHTS_NAME
-from deberta_xl.durable import sync, write_file
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DEFAULT_SHARD_BYTES = 5 * 10**9

@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from deberta_xl.config_file import Config, preset_names, section_types
-from deberta_xl.errors import ConfigError
-from deberta_xl.launch import Launch, read_launch
-from deberta_xl.log import take_any_character
-from deberta_xl.settings_reference import Help
+from deberta_xl.base.errors import ConfigError
+from deberta_xl.base.launch import Launch, read_launch
+from deberta_xl.base.log import take_any_character
+from deberta_xl.settings.presets import Config, preset_names, section_types
+from deberta_xl.settings.reference import Help
 
 EPILOG = """\
 example:

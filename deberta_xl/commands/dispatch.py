@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.commands.training_command import choose_accelerator
-from deberta_xl.config_file import nearest
-from deberta_xl.errors import ConfigError
-from deberta_xl.rendezvous import free_port
+from deberta_xl.run.rendezvous import free_port
+from deberta_xl.settings.presets import nearest
 
 PACKAGE = Path(__file__).resolve().parent.parent
 TOOLS = PACKAGE.parent / "tools"

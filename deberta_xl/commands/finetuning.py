@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
+from deberta_xl.base.errors import ConfigError, counted
+from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
 from deberta_xl.commands.inputs import Inputs, Words, check_model, read_layout
 from deberta_xl.commands.task_data import TRAIN, read_examples, tokenize_all
-from deberta_xl.config_file import load_config, model_folder
-from deberta_xl.data.task_features import TaskData
-from deberta_xl.data.task_labels import class_weights
-from deberta_xl.data.tasks import Task, load_task, task_names
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.errors import ConfigError, counted
-from deberta_xl.finetune_config import FinetuneConfig, SiftSection
-from deberta_xl.log import rank_zero
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import task_workload
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
+from deberta_xl.settings.finetuning import FinetuneConfig, SiftSection
+from deberta_xl.settings.presets import load_config, model_folder
+from deberta_xl.tasks.features import TaskData
+from deberta_xl.tasks.labels import class_weights
+from deberta_xl.tasks.task import Task, load_task, task_names
 
 if TYPE_CHECKING:
-    from deberta_xl.checkpoint.foreign_heads import Pooling
-    from deberta_xl.checkpoint.head_facts import HeadFacts
     from deberta_xl.objectives.task import TaskObjective
+    from deberta_xl.weights.foreign_heads import Pooling
+    from deberta_xl.weights.head_facts import HeadFacts
 
 DEFAULT_PRESET = "finetune"
 SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
@@ -171,7 +171,7 @@ def read_config(name: str, overrides: Sequence[str]) -> FinetuneConfig:
 
 def check_weights(config: FinetuneConfig, architecture: DebertaConfig, head: HeadFacts) -> None:
     """Refuse a checkpoint to start from without the tensors that it should have."""
-    from deberta_xl.checkpoint.initial_encoder import peek_encoder
+    from deberta_xl.weights.initial_encoder import peek_encoder
 
     peek_encoder(Path(config.train.init), architecture, head.head)
 
@@ -196,8 +196,8 @@ def check_given(config: FinetuneConfig) -> None:
 
 def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Pooling, Path]:
     """Architecture, pooler and tokenizer folder of the checkpoint to start from; its weights are read later."""
-    from deberta_xl.checkpoint.initial_encoder import peek_init, peek_pooling
-    from deberta_xl.checkpoint.named_folder import find_tokenizer
+    from deberta_xl.weights.initial_encoder import peek_init, peek_pooling
+    from deberta_xl.weights.named_folder import find_tokenizer
 
     folder, architecture = peek_init(Path(config.train.init))
     return config.model.applied_to(architecture), peek_pooling(folder, architecture), find_tokenizer(folder)
@@ -207,7 +207,7 @@ def describe_head(
     task: Task, labels: Sequence[str], architecture: DebertaConfig, pooling: Pooling, config: FinetuneConfig
 ) -> HeadFacts:
     """The head that the task needs, and what has to be known to use it."""
-    from deberta_xl.checkpoint.head_facts import HeadFacts
+    from deberta_xl.weights.head_facts import HeadFacts
 
     chosen = config.model.head_dropout
     num_labels = len(labels) if task.has_classes else 2 if task.head == "span" else 1

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.base.errors import counted
+from deberta_xl.base.launch import Launch
+from deberta_xl.base.log import rank_zero
 from deberta_xl.commands.arguments import launch_of
 from deberta_xl.commands.outlook import print_memory, print_outlook
-from deberta_xl.config import RunConfig, ScheduleSection
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
-from deberta_xl.errors import counted
-from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.kernels.registry import Demand, choose_kernel
-from deberta_xl.launch import Launch
-from deberta_xl.log import rank_zero
 from deberta_xl.parallel.grid import Grid, check_divisible
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.hardware import device_gibibytes
 from deberta_xl.planning.outlook import Outlook
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
 
 if TYPE_CHECKING:
     from deberta_xl.objectives.objective import Objective

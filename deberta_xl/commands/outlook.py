@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.manifest import step_folders
-from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.log import rank_zero
 from deberta_xl.model.parts import uncounted
 from deberta_xl.planning.cost import REFERENCE_FLOPS, rank_hours
 from deberta_xl.planning.hardware import device_gibibytes
 from deberta_xl.planning.outlook import Outlook
+from deberta_xl.settings.finetuning import FinetuneConfig
 
 if TYPE_CHECKING:
     from deberta_xl.commands.pretraining import PretrainingInputs

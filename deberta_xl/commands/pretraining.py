@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.base.errors import ConfigError, counted
+from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
 from deberta_xl.commands.inputs import Inputs, Words, check_model, read_layout
 from deberta_xl.commands.outlook import slips
-from deberta_xl.config import ModelSection, RunConfig
-from deberta_xl.config_file import complete_config, load_run_config, model_folder
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.errors import ConfigError, counted
-from deberta_xl.log import rank_zero
 from deberta_xl.objectives.choice import check_objective, is_built_in, objective_type
 from deberta_xl.parallel.grid import check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import masked_lm_workload
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.presets import complete_config, load_run_config, model_folder
+from deberta_xl.settings.pretraining import ModelSection, RunConfig
 
 if TYPE_CHECKING:
     from deberta_xl.objectives.objective import Objective
@@ -125,7 +125,7 @@ def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
     folder = model_folder(name)
     if folder is None:
         return load_run_config(name, overrides)
-    from deberta_xl.checkpoint.named_folder import peek
+    from deberta_xl.weights.named_folder import peek
 
     _, architecture = peek(folder, "--config")
     model = {key: value for key, value in dataclasses.asdict(architecture).items() if value is not None}
@@ -135,8 +135,8 @@ def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
 
 def check_init(init: str, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
     """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
-    from deberta_xl.checkpoint.initial_weights import check_same_architecture, peek_tensors
-    from deberta_xl.checkpoint.named_folder import peek, tokenizer_folders
+    from deberta_xl.weights.initial_weights import check_same_architecture, peek_tensors
+    from deberta_xl.weights.named_folder import peek, tokenizer_folders
 
     folder, there = peek(init)
     own = next(tokenizer_folders(folder), None)

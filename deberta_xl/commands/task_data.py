@@ -6,17 +6,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deberta_xl.data.documents import is_held_out
-from deberta_xl.data.entity_tags import scheme_of
-from deberta_xl.data.task_features import TaskData
-from deberta_xl.data.task_labels import labels_of
-from deberta_xl.data.task_metrics import check_defined
-from deberta_xl.data.task_reading import read_split, splits_of
-from deberta_xl.data.tasks import Example, Task
+from deberta_xl.base.errors import ConfigError
+from deberta_xl.base.log import rank_zero
+from deberta_xl.corpus.documents import is_held_out
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.errors import ConfigError
-from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.log import rank_zero
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.tasks.entity_tags import scheme_of
+from deberta_xl.tasks.features import TaskData
+from deberta_xl.tasks.labels import labels_of
+from deberta_xl.tasks.metrics import check_defined
+from deberta_xl.tasks.reading import read_split, splits_of
+from deberta_xl.tasks.task import Example, Task
 
 TRAIN, VALID = "train", "valid"
 MANY_SHARED = 0.01

@@ -12,16 +12,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from deberta_xl.base.errors import ConfigError, Diverged, HopelessRunError, PeerError, UserError
+from deberta_xl.base.launch import read_launch
+from deberta_xl.base.log import configure_logging, logger, rank_zero
+from deberta_xl.base.screen import screen
+from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.commands.inputs import Inputs, print_description
-from deberta_xl.config import RunConfig
-from deberta_xl.config_file import to_toml
-from deberta_xl.data.screen import screen
-from deberta_xl.errors import ConfigError, Diverged, HopelessRunError, PeerError, UserError
-from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.launch import read_launch
-from deberta_xl.log import configure_logging, logger, rank_zero
-from deberta_xl.rendezvous import meeting_point
-from deberta_xl.stop_request import StopRequest
+from deberta_xl.run.rendezvous import meeting_point
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.presets import to_toml
+from deberta_xl.settings.pretraining import RunConfig
 
 if TYPE_CHECKING:
     from deberta_xl.training.loop import Training
@@ -89,7 +89,7 @@ def part_from_peers() -> None:
 
 def look_ahead(inputs: Inputs) -> None:
     """Refuse what the start would refuse for its run folder's sake."""
-    from deberta_xl.training.look_ahead import check_run_folder
+    from deberta_xl.commands.look_ahead import check_run_folder
 
     check_run_folder(inputs.config.run.folder, lambda: inputs.objective().fingerprints, inputs.total_steps)
 
@@ -132,7 +132,7 @@ def train_and_report(assemble: Callable[[], Any]) -> None:
 
 def report_hopeless(run: Any, rank: int, error: HopelessRunError) -> None:
     """Say once what all ranks have found, with the way out, and note in the run folder that nothing else will help."""
-    from deberta_xl.checkpoint.agreement import on_rank_zero
+    from deberta_xl.checkpoint.together import on_rank_zero
 
     def note() -> None:
         if isinstance(error, Diverged):

@@ -1,1 +1,3 @@
-"""From text on disk to masked batches: numpy and SentencePiece, no torch; ranks are plain integers here."""
+"""From a dataset to masked batches, each a pure function of a number: tokenizer, token store, packing, masking,
+order; ranks are plain integers here.
+"""

@@ -20,7 +20,7 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from deberta_xl.data.errors import TokenizerError
+from deberta_xl.base.errors import TokenizerError
 from deberta_xl.data.text_rules import AddedToken, TextRules
 from deberta_xl.data.tokenizer_files import (
     ADDED_FILE,

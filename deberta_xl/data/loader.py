@@ -13,8 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from deberta_xl.config import DataSection
-from deberta_xl.data.errors import TokenStoreError
+from deberta_xl.base.errors import TokenStoreError
 from deberta_xl.data.masking import Masker
 from deberta_xl.data.packing import PackedRows
 from deberta_xl.data.random_numbers import derive
@@ -22,6 +21,7 @@ from deberta_xl.data.sampler import sample_rows
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.unigram import log_unigram, token_counts
+from deberta_xl.settings.pretraining import DataSection
 
 Item = TypeVar("Item")
 

@@ -31,9 +31,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deberta_xl.config import DataSection
 from deberta_xl.data.random_numbers import derive, uniform
 from deberta_xl.data.words import LONGEST_WORD, PART, begins_in_rows
+from deberta_xl.settings.pretraining import DataSection
 
 # Shapes: B rows, S tokens of a row, T maskable tokens of the batch, U words of the batch, W windows of a row,
 # G max_ngram. Purposes of the random streams of a row:

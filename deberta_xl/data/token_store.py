@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from deberta_xl.data.errors import TokenizerError, TokenStoreError
+from deberta_xl.base.errors import TokenizerError, TokenStoreError
+from deberta_xl.base.log import logger
 from deberta_xl.data.token_store_format import (
     BLOCK_SIZE,
     HEADER,
@@ -23,7 +24,6 @@ from deberta_xl.data.token_store_format import (
 )
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE
-from deberta_xl.log import logger
 
 
 def mapped(path: Path) -> np.ndarray:

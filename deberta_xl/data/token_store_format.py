@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deberta_xl.data.errors import TokenStoreError
-from deberta_xl.small_file import read_json
+from deberta_xl.base.errors import TokenStoreError
+from deberta_xl.base.small_file import read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1

@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from deberta_xl.architecture import PAD_ID
-from deberta_xl.data.errors import TokenizerError
+from deberta_xl.base.durable import partial, publish, remove, write_files
+from deberta_xl.base.errors import TokenizerError
+from deberta_xl.base.small_file import read_small
 from deberta_xl.data.foreign_tokenizer import model_vocab_size, read_rules
 from deberta_xl.data.ruled_encoder import RuledEncoder
 from deberta_xl.data.text_rules import PLAIN, TextRules
 from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE, remedy, unread_files
 from deberta_xl.data.tokenizer_settings import TokenizerSettings
 from deberta_xl.data.words import BEGINS, WORD_MARK, begins_word, word_flags
-from deberta_xl.durable import partial, publish, remove, write_files
-from deberta_xl.small_file import read_small
+from deberta_xl.settings.architecture import PAD_ID
 
 #: The specials by id; [MASK] comes after the pieces.
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")

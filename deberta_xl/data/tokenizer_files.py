@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deberta_xl.data.errors import TokenizerError
-from deberta_xl.small_file import read_json, read_small
+from deberta_xl.base.errors import TokenizerError
+from deberta_xl.base.small_file import read_json, read_small
 
 MODEL_FILE = "spm.model"
 SETTINGS_FILE = "tokenizer_settings.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 from deberta_xl.data.tokenizer_files import MODEL_FILE, TOKENIZER_FILE
 
-#: Between characters, while they are normalised (see checkpoint/tokenizer_export.py).
+#: Between characters, while they are normalised (see conversion/tokenizer_export.py).
 SPACE_PATTERNS = (r"\s{2,}|[\n\r\t]", " {2,}", r" \z", r"\A ", " ")
 FRAMES = {"single": ("[CLS]", "A", "[SEP]"), "pair": ("[CLS]", "A", "[SEP]", "B", "[SEP]")}
 LARGEST_SCORE_DIFFERENCE = 1e-4

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from deberta_xl.data.errors import TokenizerError
+from deberta_xl.base.errors import TokenizerError
+from deberta_xl.base.small_file import read_json
 from deberta_xl.data.text_rules import PLAIN, TextRules
-from deberta_xl.small_file import read_json
 
 SETTINGS_VERSION = 1
 VERSION_WITH_RULES = 2

@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 
+from deberta_xl.base.log import logger
 from deberta_xl.data.token_store import TokenStore
-from deberta_xl.log import logger
 
 SAMPLED_BLOCKS, BLOCK_TOKENS = 64, 2**20
 """What is counted of a dataset whose manifest holds no counts: all of a small one, parts of a large one."""

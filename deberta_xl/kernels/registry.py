@@ -9,8 +9,8 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
+from deberta_xl.settings.architecture import DebertaConfig
 
 if TYPE_CHECKING:
     from deberta_xl.kernels.contract import Attend

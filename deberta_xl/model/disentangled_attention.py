@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.kernels import reference
 from deberta_xl.kernels.contract import Attend, Memory, RelativeRows
 from deberta_xl.model.dropout import Dropout, fold_key
 from deberta_xl.model.scene import Scene
+from deberta_xl.settings.architecture import DebertaConfig
 
 
 class DisentangledAttention(nn.Module):

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deberta_xl.architecture import PAD_ID, DebertaConfig
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.dropout import Dropout, DropoutKey
+from deberta_xl.settings.architecture import PAD_ID, DebertaConfig
 
 
 class Embeddings(nn.Module):

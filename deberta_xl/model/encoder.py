@@ -11,13 +11,13 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.kernels.contract import Memory
 from deberta_xl.model.dropout import fold_key
 from deberta_xl.model.layer import EncoderLayer
 from deberta_xl.model.ngram_convolution import NgramConvolution
 from deberta_xl.model.relative_position import RelativePosition
 from deberta_xl.model.scene import Scene
+from deberta_xl.settings.architecture import DebertaConfig
 
 ApplyLayer = Callable[..., Tensor]
 """How a layer is run: `call` or `recompute`, given what to apply, the states it reads, and the scene."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deberta_xl.architecture import EMD_PASSES
 from deberta_xl.model.encoder import ApplyLayer
 from deberta_xl.model.layer import EncoderLayer
 from deberta_xl.model.scene import Scene
+from deberta_xl.settings.architecture import EMD_PASSES
 
 
 def enhanced_mask_decoder(

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from deberta_xl import signs
+from deberta_xl.base import signs
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.ngram_convolution import NgramConvolution
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deberta_xl.architecture import Activation, DebertaConfig
 from deberta_xl.kernels.contract import Memory
 from deberta_xl.model.disentangled_attention import DisentangledAttention
 from deberta_xl.model.dropout import Dropout, fold_key
 from deberta_xl.model.scene import Scene
+from deberta_xl.settings.architecture import Activation, DebertaConfig
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

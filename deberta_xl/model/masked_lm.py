@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.enhanced_mask_decoder import enhanced_mask_decoder
 from deberta_xl.model.layer import ACTIVATIONS
 from deberta_xl.model.parts import Part, masked_lm_parts
 from deberta_xl.model.scene import Scene
 from deberta_xl.model.trunk import Trunk
+from deberta_xl.settings.architecture import DebertaConfig
 
 
 class LabelledPositions(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import Dropout, DropoutKey
 from deberta_xl.model.layer import ACTIVATIONS
+from deberta_xl.settings.architecture import DebertaConfig
 
 
 class NgramConvolution(nn.Module):

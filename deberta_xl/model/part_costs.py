@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from deberta_xl.architecture import EMD_PASSES, DebertaConfig, HeadConfig
 from deberta_xl.kernels.registry import FLOAT32, KERNELS, AttentionSizes
+from deberta_xl.settings.architecture import EMD_PASSES, DebertaConfig, HeadConfig
 
 
 class Load(NamedTuple):

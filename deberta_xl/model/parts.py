@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, NoReturn
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.part_costs import (
     Activations,
     Division,
@@ -33,6 +32,7 @@ from deberta_xl.model.part_costs import (
     vocabulary_activations,
     vocabulary_flops,
 )
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 
 Shape = tuple[int, ...]
 Cut = Literal["column", "row", "vocabulary"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.kernels.relative_index import Buckets
+from deberta_xl.settings.architecture import DebertaConfig
 
 
 class RelativePosition(nn.Module):

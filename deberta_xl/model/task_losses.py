@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deberta_xl.architecture import IGNORED, HeadKind
+from deberta_xl.settings.architecture import IGNORED, HeadKind
 
 
 def count_items(kind: HeadKind, labels: Tensor) -> int:

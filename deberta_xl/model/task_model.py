@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 from deberta_xl.model.layer import ACTIVATIONS
 from deberta_xl.model.parts import Part, task_parts
 from deberta_xl.model.trunk import Perturb, Trunk
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 
 
 class Predict(Protocol):

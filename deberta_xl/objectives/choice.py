@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 
 if TYPE_CHECKING:
     from deberta_xl.objectives.pretraining import Pretraining

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deberta_xl.base.progress import tracked
 from deberta_xl.data.loader import prefetch
-from deberta_xl.data.progress import tracked
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device, pinned
 

@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.agreement import on_rank_zero
-from deberta_xl.checkpoint.initial_weights import encoder_fingerprints, load_initial_weights
-from deberta_xl.checkpoint.named_folder import find_pretrained
-from deberta_xl.checkpoint.weights import files_beside_weights
-from deberta_xl.config import RunConfig
+from deberta_xl.base.log import rank_zero
+from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.log import rank_zero
 from deberta_xl.model.parts import Part, with_heads
 from deberta_xl.model.trunk import Trunk, shapes_of_model
 from deberta_xl.objectives.masked_evaluation import evaluation_batches
 from deberta_xl.objectives.micro_batch import MicroBatch
 from deberta_xl.objectives.objective import Objective
 from deberta_xl.objectives.rows import MaskedRows, step_batches
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.pretraining import RunConfig
+from deberta_xl.weights.initial_weights import encoder_fingerprints, load_initial_weights
+from deberta_xl.weights.named_folder import find_pretrained
+from deberta_xl.weights.native import files_beside_weights
 
 
 class Pretraining(Objective):

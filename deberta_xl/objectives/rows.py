@@ -12,9 +12,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from deberta_xl.config import TrainSection
 from deberta_xl.data.loader import Batch, PretrainingData, rank_samples
 from deberta_xl.model.masked_lm import LabelledPositions
+from deberta_xl.settings.pretraining import TrainSection
 
 Built = TypeVar("Built")
 

@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deberta_xl.architecture import HeadKind
-from deberta_xl.finetune_config import SiftSection
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.task_losses import distribution_logits
 from deberta_xl.model.task_model import Predict
 from deberta_xl.model.trunk import Perturb
+from deberta_xl.settings.architecture import HeadKind
+from deberta_xl.settings.finetuning import SiftSection
 
 EPSILON = 1e-7
 """Of the normalisation without affine, as in the original."""

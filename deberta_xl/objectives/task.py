@@ -12,21 +12,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.agreement import on_rank_zero
-from deberta_xl.checkpoint.head_facts import HEAD_NAME, HeadFacts
-from deberta_xl.checkpoint.initial_encoder import find_init, load_encoder
-from deberta_xl.checkpoint.initial_weights import encoder_fingerprints
-from deberta_xl.checkpoint.weights import files_beside_weights
-from deberta_xl.data.task_features import TaskData
-from deberta_xl.data.task_metrics import evaluate_metrics, is_better
-from deberta_xl.data.task_predictions import Prediction, PredictionError, predictions_of
-from deberta_xl.data.task_submission import jsonl, submission
-from deberta_xl.data.tasks import examples_fingerprint
+from deberta_xl.base.errors import Diverged
+from deberta_xl.base.log import rank_zero
+from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.errors import Diverged
-from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.log import rank_zero
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import forward_flops
@@ -38,6 +27,17 @@ from deberta_xl.objectives.task_evaluation import task_logits
 from deberta_xl.objectives.task_figures import metric_curves, task_figures
 from deberta_xl.objectives.task_loss import TaskLoss
 from deberta_xl.planning.workload import task_workload
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.tasks.features import TaskData
+from deberta_xl.tasks.metrics import evaluate_metrics, is_better
+from deberta_xl.tasks.predictions import Prediction, PredictionError, predictions_of
+from deberta_xl.tasks.submission import jsonl, submission
+from deberta_xl.tasks.task import examples_fingerprint
+from deberta_xl.weights.head_facts import HEAD_NAME, HeadFacts
+from deberta_xl.weights.initial_encoder import find_init, load_encoder
+from deberta_xl.weights.initial_weights import encoder_fingerprints
+from deberta_xl.weights.native import files_beside_weights
 
 VALID = "valid"
 """The split that chooses the best weights."""

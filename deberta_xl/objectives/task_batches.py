@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deberta_xl.architecture import HeadKind
 from deberta_xl.data.loader import rank_samples
 from deberta_xl.data.random_numbers import derive
 from deberta_xl.data.sampler import permute, sample_rows
-from deberta_xl.data.task_features import TaskBatch, TaskData
-from deberta_xl.finetune_config import FinetuneTrainSection
 from deberta_xl.model.task_losses import count_items
+from deberta_xl.settings.architecture import HeadKind
+from deberta_xl.settings.finetuning import FinetuneTrainSection
+from deberta_xl.tasks.features import TaskBatch, TaskData
 
 POOL_BATCHES = 64
 """Global batches among which lengths are sorted."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from deberta_xl.data.task_predictions import Prediction
-from deberta_xl.data.tasks import Example, Task
 from deberta_xl.objectives.figure_text import Picture, names_for
 from deberta_xl.objectives.figures import draw_over_steps, name_both_axes, new_figure
+from deberta_xl.tasks.predictions import Prediction
+from deberta_xl.tasks.task import Example, Task
 
 CALIBRATION_BINS = 10
 SHOWN_CLASSES = 40

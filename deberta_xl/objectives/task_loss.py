@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deberta_xl.architecture import HeadKind
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.task_losses import hide_padding, task_loss
 from deberta_xl.model.task_model import Predict
 from deberta_xl.objectives.sift import Sift
 from deberta_xl.objectives.task_batches import TaskMicroBatch
+from deberta_xl.settings.architecture import HeadKind
 
 
 class TaskLosses(NamedTuple):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.config import ParallelSection
-from deberta_xl.errors import ConfigError
-from deberta_xl.strict import divisors
+from deberta_xl.base.errors import ConfigError
+from deberta_xl.base.strict import divisors
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.pretraining import ParallelSection
 
 
 class Grid(NamedTuple):

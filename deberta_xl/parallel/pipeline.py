@@ -21,13 +21,13 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from deberta_xl import signs
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.base import signs
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.parts import parts_by_parameter, shapes_of
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.stages import Split
+from deberta_xl.settings.architecture import DebertaConfig
 
 WORD_TABLE = "word"
 """Key of the one weight that two stages share."""

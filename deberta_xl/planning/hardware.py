@@ -6,7 +6,7 @@ import math
 import os
 import re
 
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 
 #: Dense bf16 peak, FLOP/s, by the whole name that the driver gives, without the maker (vendors' data sheets, without
 #: sparsity; the V100's is fp16). A slice of a device (MIG) has a longer name, and is not known.

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deberta_xl.config import RunConfig
-from deberta_xl.deepspeed_config import DeepSpeedConfig
-from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.model.part_costs import Division
 from deberta_xl.model.parts import num_parameters
@@ -14,6 +11,9 @@ from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.cost import MASTER_AND_MOMENTS
 from deberta_xl.planning.workload import Workload
+from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.pretraining import RunConfig
 
 GIB = 2**30
 

@@ -6,14 +6,14 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from deberta_xl.config import RunConfig
-from deberta_xl.deepspeed_config import DeepSpeedConfig
-from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.cost import MASTER_AND_MOMENTS
 from deberta_xl.planning.memory import GIB, RankMemory, estimate_memory
 from deberta_xl.planning.workload import Workload
+from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.pretraining import RunConfig
 
 FITTING = 0.9
 """Share of a device that the estimate may fill; libraries and fragmentation take the rest."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
-from deberta_xl.config import RunConfig
-from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import Part, forward_flops, masked_lm_parts, num_parameters, task_parts
 from deberta_xl.parallel.stages import Split, split_model
 from deberta_xl.planning.cost import FORWARD_AND_BACKWARD
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.pretraining import RunConfig
 
 SIFT_STEP = 2
 """Forward passes that a step of SiFT's perturbation is worth: there and back, without the weights' gradients."""

@@ -1,1 +1,1 @@
-"""The training run: engine, optimizer, loop, metrics, evaluation."""
+"""The training run: engine, optimizer, one loop, its state, and what ends it."""

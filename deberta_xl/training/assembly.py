@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.objectives.objective import Objective
 from deberta_xl.parallel.pipeline import PipelinedModel
-from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.loop import Training
 from deberta_xl.training.safeguard import Safeguard
 from deberta_xl.training.start import RunInputs, start_engine, start_run

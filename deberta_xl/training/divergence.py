@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from deberta_xl.log import logger
+from deberta_xl.base.log import logger
 from deberta_xl.training.state import TrainState
 
 SMOOTHING = 0.9

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from deberta_xl.errors import HopelessRunError
-from deberta_xl.log import rank_zero
+from deberta_xl.base.errors import HopelessRunError
+from deberta_xl.base.log import rank_zero
 
 PATIENCE = 100
 """Steps in a row; a tiny batch may lack labels by chance, but never so often."""

@@ -24,15 +24,15 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from deberta_xl.config import OptimizerSection
-from deberta_xl.errors import ConfigError, Diverged
-from deberta_xl.launch import Launch, device_number, ranks_of_node
-from deberta_xl.log import logger
+from deberta_xl.base.errors import ConfigError, Diverged
+from deberta_xl.base.launch import Launch, device_number, ranks_of_node
+from deberta_xl.base.log import logger
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.pipeline import PipelinedModel
-from deberta_xl.rendezvous import export_launch
+from deberta_xl.run.rendezvous import export_launch
+from deberta_xl.run.roll_call import all_ranks_here
+from deberta_xl.settings.pretraining import OptimizerSection
 from deberta_xl.training.optimizer import build_optimizer
-from deberta_xl.training.roll_call import all_ranks_here
 
 
 def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool) -> None:

@@ -9,21 +9,21 @@ from functools import partial
 
 import deepspeed
 
-from deberta_xl.checkpoint.agreement import on_rank_zero
-from deberta_xl.checkpoint.finetuned_folder import replace_best
+from deberta_xl.base.log import rank_zero
+from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.checkpoint.manifest import step_folder_name
 from deberta_xl.checkpoint.store import load_checkpoint
-from deberta_xl.log import rank_zero
+from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.objectives.figure_text import Picture, legend_lines, legend_table
 from deberta_xl.objectives.objective import Evaluation, Evaluator, Objective
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.stop_request import StopRequest
-from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.metrics import MetricsWriter, has_evaluation, save_curves
+from deberta_xl.run.heartbeat import Heartbeat
+from deberta_xl.run.metrics import MetricsWriter, has_evaluation, save_curves
+from deberta_xl.run.run_folder import RunFolder, write_text, writing
+from deberta_xl.training.agreement import Agreement, StopRequested
 from deberta_xl.training.pipelined import judge_in_pipeline
-from deberta_xl.training.run_folder import RunFolder, write_text, writing
-from deberta_xl.training.signals import Agreement, StopRequested
 from deberta_xl.training.state import TrainState
+from deberta_xl.weights.finetuned_folder import replace_best
 
 
 class Evaluations:

@@ -8,30 +8,30 @@ from dataclasses import dataclass, field
 import deepspeed
 import torch
 
-from deberta_xl.config import RunConfig, ScheduleSection
+from deberta_xl.base.launch import Launch
+from deberta_xl.base.log import rank_zero
+from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.data.loader import prefetch
-from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.launch import Launch
-from deberta_xl.log import rank_zero
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.micro_batch import MicroBatch, pinned
 from deberta_xl.objectives.objective import Losses, Objective, Sums
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.stop_request import StopRequest
+from deberta_xl.run.heartbeat import Heartbeat
+from deberta_xl.run.metrics import MetricsWriter
+from deberta_xl.run.ownership import Ownership
+from deberta_xl.run.profiling import StepProfiler
+from deberta_xl.run.run_folder import RunFolder, State
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
+from deberta_xl.training.agreement import Agreement, StopRequested
 from deberta_xl.training.empty_steps import EmptySteps
 from deberta_xl.training.engine import scaler_in_words, set_learning_rate, update_is_finite
 from deberta_xl.training.evaluating import Evaluations
-from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.metrics import MetricsWriter
-from deberta_xl.training.ownership import Ownership
 from deberta_xl.training.pipelined import run_pipeline_step
-from deberta_xl.training.profiling import StepProfiler
 from deberta_xl.training.recorder import Recorder
-from deberta_xl.training.run_folder import RunFolder, State
 from deberta_xl.training.safeguard import Safeguard
 from deberta_xl.training.saving import Saver
 from deberta_xl.training.schedule import learning_rate
-from deberta_xl.training.signals import Agreement, StopRequested
 from deberta_xl.training.state import TrainState
 from deberta_xl.training.step import even_shares, micro_batch_keys, run_step
 

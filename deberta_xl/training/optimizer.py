@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_xl.config import OptimizerSection
-from deberta_xl.finetune_config import FinetuneOptimizerSection
 from deberta_xl.model.parts import parts_by_parameter
 from deberta_xl.model.trunk import Trunk
+from deberta_xl.settings.finetuning import FinetuneOptimizerSection
+from deberta_xl.settings.pretraining import OptimizerSection
 
 PART_ELEMENTS = 2**24
 """Elements that are updated at a time; enough to keep any device busy, and 64 MiB of temporaries."""

@@ -14,9 +14,9 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device
 from deberta_xl.objectives.objective import Judged, Objective, Sums
 from deberta_xl.parallel.groups import Groups
-from deberta_xl.training.heartbeat import Heartbeat
+from deberta_xl.run.heartbeat import Heartbeat
+from deberta_xl.run.timing import StepTimer
 from deberta_xl.training.step import over_micro_batches
-from deberta_xl.training.timing import StepTimer
 
 BATCHES_PER_STAGE = 4
 """Held-out batches that go through the pipeline at once, for each stage: a fifth of the time is idle at most."""

@@ -11,16 +11,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from deberta_xl.config import TrainSection
 from deberta_xl.objectives.objective import Mean, Objective, Sums
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.planning.hardware import peak_flops
+from deberta_xl.run.metrics import MetricsWriter
+from deberta_xl.run.stragglers import NodeTimes
+from deberta_xl.run.timing import StepTimer
+from deberta_xl.settings.pretraining import TrainSection
 from deberta_xl.training.divergence import Explosion, SkippedSteps
 from deberta_xl.training.engine import gradient_norm, highest_memory_gib, loss_scale
-from deberta_xl.training.metrics import MetricsWriter
 from deberta_xl.training.state import TrainState
-from deberta_xl.training.stragglers import NodeTimes
-from deberta_xl.training.timing import StepTimer
 
 
 class Recorder:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from deberta_xl.base.errors import Diverged
+from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.folders import prune_checkpoints
 from deberta_xl.checkpoint.manifest import step_folder_name, step_folders
-from deberta_xl.errors import Diverged
-from deberta_xl.log import rank_zero
 from deberta_xl.training.state import WINDOW, TrainState
 
 PATIENCE = 30

@@ -7,15 +7,15 @@ from dataclasses import asdict
 
 import deepspeed
 
-from deberta_xl.checkpoint.agreement import on_rank_zero
+from deberta_xl.base.durations import duration
+from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.store import save_checkpoint
-from deberta_xl.durations import duration
-from deberta_xl.log import rank_zero
+from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.objectives.objective import Objective
 from deberta_xl.parallel.grid import Grid
-from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.ownership import Ownership
-from deberta_xl.training.run_folder import RunFolder
+from deberta_xl.run.heartbeat import Heartbeat
+from deberta_xl.run.ownership import Ownership
+from deberta_xl.run.run_folder import RunFolder
 from deberta_xl.training.safeguard import Safeguard
 from deberta_xl.training.state import TrainState
 

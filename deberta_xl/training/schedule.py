@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from deberta_xl.config import ScheduleSection
+from deberta_xl.settings.pretraining import ScheduleSection
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, schedule: ScheduleSection) -> float:

@@ -12,24 +12,24 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from deberta_xl.checkpoint.agreement import on_rank_zero, rank_and_size
+from deberta_xl.base.errors import UserError
+from deberta_xl.base.launch import Launch
+from deberta_xl.base.log import log_to_file, rank_zero
 from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
 from deberta_xl.checkpoint.store import load_checkpoint
-from deberta_xl.config import RunConfig, ScheduleSection
-from deberta_xl.deepspeed_config import DeepSpeedConfig
-from deberta_xl.errors import UserError
-from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.launch import Launch
-from deberta_xl.log import log_to_file, rank_zero
+from deberta_xl.checkpoint.together import on_rank_zero, rank_and_size
 from deberta_xl.model.trunk import Trunk
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import Split
+from deberta_xl.run.heartbeat import Heartbeat
+from deberta_xl.run.ownership import Ownership
+from deberta_xl.run.run_folder import RunFolder
+from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
 from deberta_xl.training.engine import build_engine, check_precision, start_engine_runtime
-from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.ownership import Ownership
-from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.state import TrainState
 from deberta_xl.training.take_over import take_over
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 
 WINDOW = 100
 """The last steps, of which those without a finite gradient are remembered one by one."""

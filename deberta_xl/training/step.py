@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import deepspeed
 import torch
 
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device
 from deberta_xl.objectives.objective import Losses, Mean, Ratio, Sums
 from deberta_xl.parallel.grid import Grid
-from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.timing import StepTimer
+from deberta_xl.run.heartbeat import Heartbeat
+from deberta_xl.run.timing import StepTimer
 
 Reports = Mapping[str, Mean | Ratio]
 

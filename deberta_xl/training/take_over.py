@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deberta_xl.checkpoint.agreement import on_rank_zero, rank_and_size
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint
 from deberta_xl.checkpoint.store import read_state
-from deberta_xl.config import RunConfig
-from deberta_xl.finetune_config import FinetuneConfig
-from deberta_xl.training.heartbeat import Heartbeat
-from deberta_xl.training.ownership import Ownership, claim_folder, own_claim, read_owner
-from deberta_xl.training.run_folder import RunFolder
+from deberta_xl.checkpoint.together import on_rank_zero, rank_and_size
+from deberta_xl.run.heartbeat import Heartbeat
+from deberta_xl.run.ownership import Ownership, claim_folder, own_claim, read_owner
+from deberta_xl.run.run_folder import RunFolder
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.pretraining import RunConfig
 from deberta_xl.training.state import check_fingerprints, check_last_step
 
 

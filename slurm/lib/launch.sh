@@ -229,7 +229,7 @@ ranks() { # ranks COMMAND... &: start it once per rank; "exec", so that $! is sr
 }
 
 preflight() {
-  ranks python -m deberta_xl.training.preflight "$run_folder" &
+  ranks python -m deberta_xl.run.preflight "$run_folder" &
   finish "$!" || {
     local status=$?
     bad_nodes=$(read_line slurm/bad_nodes)
@@ -247,7 +247,7 @@ finish() { # finish PID: wait for a child; its status. A signal that is trapped 
 train() { # train ENTRY_POINT ARGUMENT...
   ranks python "$@" &
   training_pid=$!
-  "${CONTAINER[@]}" python -m deberta_xl.training.watchdog "$run_folder/heartbeat" --limit "${WATCHDOG_SECONDS:-900}" \
+  "${CONTAINER[@]}" python -m deberta_xl.run.watchdog "$run_folder/heartbeat" --limit "${WATCHDOG_SECONDS:-900}" \
     --since "$run_folder/slurm/probe" &
   local watchdog_pid=$!
   while kill -0 "$training_pid" 2>/dev/null; do

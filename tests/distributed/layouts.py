@@ -19,18 +19,18 @@ import torch.distributed as dist
 from plain_run import LENGTH, MAX_GRAD_NORM, OPTIMIZER, ROWS, SEED, STEPS, Curve, architecture, warmup_steps
 from small_dataset import SmallDataset
 
-from deberta_xl.architecture import DebertaConfig
+from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
 from deberta_xl.commands.training_command import assemble
-from deberta_xl.config import OptimizerSection
-from deberta_xl.deepspeed_config import SHIPPED_CONFIGS
 from deberta_xl.objectives import masked_evaluation, masked_lm
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation
 from deberta_xl.parallel import layers  # noqa: F401  (the forked ranks then need not import megatron-core)
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
-from deberta_xl.stop_request import StopRequest
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.deepspeed_config import SHIPPED_CONFIGS
+from deberta_xl.settings.pretraining import OptimizerSection
 from deberta_xl.training.recorder import Recorder
 
 

@@ -15,12 +15,12 @@ from full_state import FullState
 from small_dataset import SmallDataset
 from torch import Tensor
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.config import DataSection, OptimizerSection, TrainSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.objectives.rows import MaskedRows, step_batches
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.pretraining import DataSection, OptimizerSection, TrainSection
 from deberta_xl.training.optimizer import build_optimizer
 
 ROWS, LENGTH, STEPS, SEED = 8, 48, 10, 3

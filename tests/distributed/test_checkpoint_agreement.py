@@ -10,11 +10,11 @@ import torch
 import torch.distributed as distributed
 from ranks import run_ranks
 
+from deberta_xl.base.errors import UserError
 from deberta_xl.checkpoint import store
-from deberta_xl.checkpoint.agreement import gathered, on_rank_zero, rank_and_size, together
 from deberta_xl.checkpoint.manifest import CheckpointError, write_manifest
 from deberta_xl.checkpoint.rank_file import KINDS, Header, rank_file_name, read_header, write_rank_file
-from deberta_xl.errors import UserError
+from deberta_xl.checkpoint.together import gathered, on_rank_zero, rank_and_size, together
 
 
 def fail_on(ranks: tuple[int, ...], error: Exception) -> int:

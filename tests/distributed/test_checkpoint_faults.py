@@ -18,16 +18,16 @@ from ranks import RankError, run_ranks
 from tiny_engine import HIDDEN, VOCABULARY, Layout, TinyModel, build_engine, engine_config, train
 from torch import nn
 
-from deberta_xl import durable
+from deberta_xl.base import durable
+from deberta_xl.base.errors import Diverged, UserError
+from deberta_xl.base.log import configure_logging
 from deberta_xl.checkpoint import store
-from deberta_xl.checkpoint.agreement import gathered
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, prune_checkpoints
 from deberta_xl.checkpoint.fragments import canonical_parameters, engine_fragments, fragment_values
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
-from deberta_xl.checkpoint.weights import read_weights
-from deberta_xl.errors import Diverged, UserError
-from deberta_xl.log import configure_logging
+from deberta_xl.checkpoint.together import gathered
+from deberta_xl.weights.native import read_weights
 
 TWO_RANKS = Layout(2, 2)
 

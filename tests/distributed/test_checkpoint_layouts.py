@@ -14,7 +14,7 @@ from ranks import run_ranks
 from tiny_engine import GLOBAL_BATCH, Layout, build_engine, train
 
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
-from deberta_xl.checkpoint.weights import read_weights
+from deberta_xl.weights.native import read_weights
 
 FP32 = [
     *(Layout(world_size, stage) for world_size in (1, 2) for stage in (1, 2, 3)),

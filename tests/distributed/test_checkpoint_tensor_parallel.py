@@ -16,16 +16,16 @@ from ranks import run_ranks
 from tiny_engine import GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, Layout, engine_config
 from torch import Tensor
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.checkpoint.rank_file import KINDS
 from deberta_xl.checkpoint.store import load_checkpoint, save_checkpoint
-from deberta_xl.checkpoint.weights import read_weights
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.parallel import layers  # noqa: F401  (so that the ranks, which are forked, need not import megatron-core)
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.shard import shard_of
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.weights.native import read_weights
 
 #: 37 divides by neither 2 nor 4, so the vocabulary is padded.
 CONFIG = DebertaConfig(

@@ -21,11 +21,11 @@ from small_dataset import SmallDataset
 from small_task import finetune_arguments, write_encoder, write_sentences
 from test_pretrain_command import arguments
 
+from deberta_xl.base.errors import Diverged
+from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.commands import finetuning, training_command
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
 from deberta_xl.commands.training_command import REFUSED, assemble, train_and_report
-from deberta_xl.errors import Diverged
-from deberta_xl.stop_request import StopRequest
 from deberta_xl.training.loop import Training
 from deberta_xl.training.safeguard import PATIENCE
 

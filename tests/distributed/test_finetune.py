@@ -12,11 +12,11 @@ from ranks import run_ranks
 from small_dataset import SmallDataset
 from small_task import finetune_arguments, write_encoder, write_questions, write_sentences
 
-from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
+from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.commands.finetuning import parse_arguments, read_inputs
 from deberta_xl.commands.training_command import assemble
-from deberta_xl.finetuned import DebertaForTask
-from deberta_xl.stop_request import StopRequest
+from deberta_xl.public.finetuned import DebertaForTask
+from deberta_xl.weights.native import find_weights_folder, read_weights
 
 
 def train(arguments: list[str], stop_after: int | None = None) -> str:

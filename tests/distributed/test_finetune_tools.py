@@ -13,18 +13,18 @@ from ranks import run_ranks
 from small_dataset import SmallDataset
 from small_task import write_encoder, write_sentences
 
-from deberta_xl.architecture import HeadConfig
-from deberta_xl.checkpoint.head_facts import HeadFacts
-from deberta_xl.checkpoint.initial_encoder import load_encoder
+from deberta_xl.base.errors import ConfigError
+from deberta_xl.base.launch import read_launch
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.data.records import TaskDataError
-from deberta_xl.data.tasks import load_task
-from deberta_xl.errors import ConfigError
-from deberta_xl.finetuned import DebertaForTask
-from deberta_xl.launch import read_launch
-from deberta_xl.pretrained import DebertaForMaskedLM
-from deberta_xl.task_predict import Predictor
-from deberta_xl.training.joining import join_ranks
+from deberta_xl.public.finetuned import DebertaForTask
+from deberta_xl.public.pretrained import DebertaForMaskedLM
+from deberta_xl.public.task_predict import Predictor
+from deberta_xl.run.joining import join_ranks
+from deberta_xl.settings.architecture import HeadConfig
+from deberta_xl.tasks.records import TaskDataError
+from deberta_xl.tasks.task import load_task
+from deberta_xl.weights.head_facts import HeadFacts
+from deberta_xl.weights.initial_encoder import load_encoder
 
 
 @pytest.fixture(scope="module")

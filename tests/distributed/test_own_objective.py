@@ -17,10 +17,10 @@ import torch
 from ranks import rank_environment, run_ranks
 from small_dataset import SmallDataset
 
-from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
-from deberta_xl.errors import ConfigError
 from deberta_xl.training.state import TrainState
+from deberta_xl.weights.native import find_weights_folder, read_weights
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "deberta_xl" / "pretrain.py"

@@ -16,13 +16,13 @@ from small_dataset import SmallDataset
 from vectors import Vector, vector_folders
 
 from deberta_xl.checkpoint.store import save_checkpoint
-from deberta_xl.config import OptimizerSection
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import masked_lm_parts
 from deberta_xl.parallel.pipeline import PipelinedModel, StageInput, build_stage
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import split_model
+from deberta_xl.settings.pretraining import OptimizerSection
 from deberta_xl.training.engine import build_engine
 from deberta_xl.training.pipelined import nothing_to_load
 

@@ -19,10 +19,10 @@ import torch
 from ranks import run_ranks
 from small_dataset import SmallDataset
 
-from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
+from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
 from deberta_xl.commands.training_command import REFUSED, assemble
-from deberta_xl.stop_request import StopRequest
+from deberta_xl.weights.native import find_weights_folder, read_weights
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "deberta_xl" / "pretrain.py")
@@ -300,7 +300,7 @@ def test_a_rank_that_fails_ends_the_job_and_names_rank_step_and_phase(small_data
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    from deberta_xl.training import heartbeat\n"
+        "    from deberta_xl.run import heartbeat\n"
         "    mark = heartbeat.Heartbeat.mark\n"
         "    def fail(self, step, phase):\n"
         "        mark(self, step, phase)\n"

@@ -10,9 +10,9 @@ from ranks import run_ranks
 from small_dataset import SmallDataset
 from test_pretrain_command import SCRIPT, arguments, final_weights, metrics, run, train_in_process
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.checkpoint.convert import Conversion, convert
-from deberta_xl.pretrained import DebertaForMaskedLM
+from deberta_xl.conversion.convert import Conversion, convert
+from deberta_xl.public.pretrained import DebertaForMaskedLM
+from deberta_xl.settings.architecture import DebertaConfig
 
 # v1's architecture, so that its fused projections are taken apart on the way into the run.
 V1 = {"share_att_key": False, "normalize_relative_table": False, "position_buckets": 0, "conv_kernel_size": 0}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from invented_text import sample
 
-from deberta_xl.config import DataSection
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.settings.pretraining import DataSection
 
 ROOT = Path(__file__).parents[2]
 TINY = [

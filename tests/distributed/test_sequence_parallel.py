@@ -26,7 +26,6 @@ from test_tensor_parallel import (
     outcome,
 )
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Division, Load, layer_bytes
@@ -34,6 +33,7 @@ from deberta_xl.parallel import plan
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.sequence import own_slice
 from deberta_xl.parallel.shard import shard_of
+from deberta_xl.settings.architecture import DebertaConfig
 
 
 def small_config(**options: object) -> DebertaConfig:

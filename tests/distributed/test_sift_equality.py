@@ -14,11 +14,11 @@ from ranks import run_ranks
 from sift_vectors import SiftVector, outcome
 from vectors import folders
 
-from deberta_xl.config import OptimizerSection
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import build_groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.shard import shard_of
+from deberta_xl.settings.pretraining import OptimizerSection
 from deberta_xl.training.engine import build_engine, gradient_norm
 
 FOLDERS = folders("sift")

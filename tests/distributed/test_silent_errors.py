@@ -1,8 +1,8 @@
 """What DeepSpeed gets wrong about a divided model without a word, when it is not told enough; and that it is told.
 
 The other traps of this kind have their tests elsewhere: stage 0 and keys that nobody reads are refused
-(tests/unit/test_deepspeed_config.py); norms on slices (test_sequence_parallel.py); a layer applied twice and recomputed
-under ZeRO 2 and 3 (test_training_equality.py); gradients of the shared word table (test_pipeline.py).
+(tests/unit/settings/test_deepspeed_config.py); norms on slices (test_sequence_parallel.py); a layer applied twice and
+recomputed under ZeRO 2 and 3 (test_training_equality.py); gradients of the shared word table (test_pipeline.py).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from plain_run import LENGTH, ROWS, Curve, architecture, train_plainly
 from ranks import RankError, run_ranks
 from small_dataset import SmallDataset
 
-from deberta_xl.deepspeed_config import DeepSpeedConfig
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.shard import shard_of
+from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
 from deberta_xl.training import start
 
 STEPS = 4

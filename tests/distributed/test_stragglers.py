@@ -8,8 +8,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from deberta_xl.training import stragglers
-from deberta_xl.training.stragglers import NodeTimes
+from deberta_xl.run import stragglers
+from deberta_xl.run.stragglers import NodeTimes
 
 
 def report(ranks_per_node: int, seconds: list[float]) -> tuple[dict[str, float], list[str]]:

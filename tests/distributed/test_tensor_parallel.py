@@ -12,13 +12,13 @@ from plain_run import architecture
 from ranks import run_ranks
 from vectors import Vector, folders
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel, masked_lm_loss
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.layers import VocabularyLoss
 from deberta_xl.parallel.plan import divide
+from deberta_xl.settings.architecture import DebertaConfig
 
 SIZES = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "position_buckets": 8}
 LAYOUTS = {

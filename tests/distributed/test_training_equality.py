@@ -12,8 +12,8 @@ from plain_run import LENGTH, ROWS, Curve, architecture, assert_equal_curves, ba
 from ranks import run_ranks
 from small_dataset import SmallDataset
 
+from deberta_xl.corpus.token_store_writer import TokenStoreWriter
 from deberta_xl.data.token_store import TokenStore
-from deberta_xl.data.token_store_writer import TokenStoreWriter
 
 STEPS = 20
 TWO_LAYERS = {"num_layers": 2}

@@ -14,7 +14,7 @@ import torch
 from lab import Lab, wait_for
 from small_dataset import SmallDataset
 
-from deberta_xl.checkpoint.weights import find_weights_folder, read_weights
+from deberta_xl.weights.native import find_weights_folder, read_weights
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = "slurm/pretrain_1.5b.sh"

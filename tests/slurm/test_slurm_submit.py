@@ -169,7 +169,7 @@ def test_an_array_is_logged_under_the_numbers_of_its_tasks(big_lab: Lab, checkou
     assert answer.stdout.splitlines()[0] == "== slurm/preprocess.sh on 1 node x 1 rank"
 
 
-WHO = "from deberta_xl.launch import read_launch; print('WHO', *read_launch())"
+WHO = "from deberta_xl.base.launch import read_launch; print('WHO', *read_launch())"
 
 
 @pytest.mark.skipif(shutil.which("script") is None, reason="no terminal to be had without script(1)")

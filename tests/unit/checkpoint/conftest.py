@@ -1,17 +1,5 @@
-"""Fixtures of the tests of checkpoints and weights."""
+"""Fixtures of the tests of checkpoint."""
 
-from __future__ import annotations
+from no_disk import waits_for_no_disk
 
-import os
-from collections.abc import Iterator
-
-import pytest
-
-
-@pytest.fixture(scope="module", autouse=True)
-def waits_for_no_disk() -> Iterator[None]:
-    """Nothing here asks what is left after the power has failed, and hundreds of small files are written."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "fdatasync"):
-            patch.setattr(os, name, lambda _descriptor: None)
-        yield
+__all__ = ["waits_for_no_disk"]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from small_checkpoint import write_checkpoint
 
+from deberta_xl.base.durable import write_files
 from deberta_xl.checkpoint.folders import newest_whole_checkpoint, prune_checkpoints, verify_checkpoint
 from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
-from deberta_xl.durable import write_files
 
 FILES = [
     "config.json",

@@ -23,8 +23,8 @@ from deberta_xl.checkpoint.rank_file import (
     read_indices,
     write_rank_file,
 )
-from deberta_xl.checkpoint.weights import read_weights
 from deberta_xl.parallel.shard import Shard
+from deberta_xl.weights.native import read_weights
 
 # Rows 11 and 5 divide by neither 2 nor 4: the last shards are padded, one of them wholly.
 SHAPES = {

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.kernels import reference
 from deberta_xl.kernels.contract import Memory, RelativeRows, Where
 from deberta_xl.kernels.dropout import DropoutRule
@@ -17,6 +16,7 @@ from deberta_xl.kernels.registry import KERNELS, Demand, Kernel, choose_kernel
 from deberta_xl.kernels.relative_index import Buckets, log_bucket
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.settings.architecture import DebertaConfig
 
 CONFIG = DebertaConfig(
     vocab_size=60, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48, position_buckets=8,

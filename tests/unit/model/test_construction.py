@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.config_file import load_run_config
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.presets import load_run_config
 
 PARAMETERS = {"base": 184_944_996, "large": 435_716_196, "xlarge": 887_871_588, "xxlarge": 1_567_828_068}
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import Dropout, DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.settings.architecture import DebertaConfig
 
 ONES = torch.ones(200, 500)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.embeddings import position_ids
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
+from deberta_xl.settings.architecture import DebertaConfig
 
 LENGTHS = (11, 17, 7)
 PADDING = 5

@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig, HeadKind
-from deberta_xl.config_file import load_run_config, preset_names
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import (
@@ -28,6 +26,8 @@ from deberta_xl.model.parts import (
 )
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.model.trunk import Trunk
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig, HeadKind
+from deberta_xl.settings.presets import load_run_config, preset_names
 
 UNEVEN = {"vocab_size": 97, "hidden_size": 24, "num_layers": 3, "num_heads": 3, "intermediate_size": 40}
 VARIANTS = [

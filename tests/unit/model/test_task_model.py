@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.task_losses import count_items, distribution_logits, hide_padding, task_loss
 from deberta_xl.model.task_model import TaskModel
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 
 CONFIG = DebertaConfig(
     vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, position_buckets=4,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.trunk import Trunk
+from deberta_xl.settings.architecture import DebertaConfig
 
 CONFIG = DebertaConfig(
     vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, position_buckets=8,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.objectives.choice import check_objective, objective_type
 
 SOURCE = """

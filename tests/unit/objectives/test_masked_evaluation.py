@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.config import DataSection
-from deberta_xl.data.errors import TokenStoreError
+from deberta_xl.base.errors import ConfigError, TokenStoreError
+from deberta_xl.corpus.token_store_writer import TokenStoreWriter
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
-from deberta_xl.data.token_store_writer import TokenStoreWriter
-from deberta_xl.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.objectives.masked_evaluation import evaluate_masked_lm, evaluation_batches
 from deberta_xl.objectives.objective import Evaluator
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.pretraining import DataSection
 
 CPU = torch.device("cpu")
 

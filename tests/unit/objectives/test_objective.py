@@ -7,12 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.config import DataSection, EvaluationSection, ModelSection, PretrainingTrainSection, RunConfig
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.objectives.masked_lm import MaskedLM
 from deberta_xl.objectives.objective import Evaluator, Objective
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.pretraining import (
+    DataSection,
+    EvaluationSection,
+    ModelSection,
+    PretrainingTrainSection,
+    RunConfig,
+)
 
 
 @pytest.fixture(scope="module")

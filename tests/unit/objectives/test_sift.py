@@ -8,13 +8,13 @@ import pytest
 import torch
 from sift_vectors import CASES, SiftVector, outcome
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
-from deberta_xl.config_file import load_config
-from deberta_xl.errors import ConfigError
-from deberta_xl.finetune_config import FinetuneConfig, SiftSection
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.sift import RADIUS, Sift, normalized
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
+from deberta_xl.settings.finetuning import FinetuneConfig, SiftSection
+from deberta_xl.settings.presets import load_config
 
 # float64: the original's own rounding is 1e-13; gradients pass through three forwards.
 TOLERANCE = 1e-9

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deberta_xl.data.task_predictions import Prediction
-from deberta_xl.data.tasks import METRICS_OF, Example, Source, Task
 from deberta_xl.objectives.task_figures import calibration_error, task_figures
+from deberta_xl.tasks.predictions import Prediction
+from deberta_xl.tasks.task import METRICS_OF, Example, Source, Task
 
 
 def test_the_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():

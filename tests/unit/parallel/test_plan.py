@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.parallel.plan import PLAN, SLICED_LAYER_PLAN, SLICED_MODEL_PLAN, plan_of
+from deberta_xl.settings.architecture import DebertaConfig
 
 SIZES = {"vocab_size": 60, "num_layers": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64}
 

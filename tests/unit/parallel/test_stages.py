@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deberta_xl.architecture import DebertaConfig
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import forward_flops, masked_lm_parts
 from deberta_xl.parallel.grid import Grid, check_stages
 from deberta_xl.parallel.stages import Split, balanced_borders, split_model
+from deberta_xl.settings.architecture import DebertaConfig
 
 XXLARGE = DebertaConfig(
     vocab_size=128100, hidden_size=1536, num_layers=48, num_heads=24, intermediate_size=6144, conv_kernel_size=3

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import forward_flops, masked_lm_parts, task_parts
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.planning.cost import rank_hours, step_flops
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 
 
 def small_config(**options: object) -> DebertaConfig:

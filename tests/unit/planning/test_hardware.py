@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.planning.hardware import device_gibibytes, peak_flops, read_gibibytes
 
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
-from deberta_xl.config_file import load_config, load_run_config
-from deberta_xl.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
-from deberta_xl.finetune_config import FinetuneConfig
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Division, Load, layer_bytes
@@ -18,6 +14,10 @@ from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.pipeline import build_stage
 from deberta_xl.planning.memory import GIB, estimate_memory
 from deberta_xl.planning.workload import masked_lm_workload, task_workload
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
+from deberta_xl.settings.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
+from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.presets import load_config, load_run_config
 
 SIZES = {"vocab_size": 1001, "hidden_size": 128, "num_layers": 4, "num_heads": 8, "intermediate_size": 512}
 XXLARGE = DebertaConfig(

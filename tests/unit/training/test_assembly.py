@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from deberta_xl.architecture import DebertaConfig
 from deberta_xl.model import trunk
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.training.assembly import build_model
 
 CONFIG = DebertaConfig(

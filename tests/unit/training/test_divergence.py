@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from deberta_xl.base.errors import Diverged, HopelessRunError
 from deberta_xl.commands import training_command
-from deberta_xl.data.task_metrics import is_better
-from deberta_xl.errors import Diverged, HopelessRunError
+from deberta_xl.run.run_folder import RunFolder
+from deberta_xl.tasks.metrics import is_better
 from deberta_xl.training.divergence import Explosion
-from deberta_xl.training.run_folder import RunFolder
 from deberta_xl.training.safeguard import PATIENCE, Safeguard
 from deberta_xl.training.state import WINDOW, TrainState
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deberta_xl.errors import HopelessRunError
+from deberta_xl.base.errors import HopelessRunError
 from deberta_xl.training import empty_steps as module
 from deberta_xl.training.empty_steps import PATIENCE, EmptySteps
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from deberta_xl.architecture import DebertaConfig, HeadConfig
-from deberta_xl.config import OptimizerSection
-from deberta_xl.finetune_config import FinetuneOptimizerSection
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.task_model import TaskModel
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
+from deberta_xl.settings.finetuning import FinetuneOptimizerSection
+from deberta_xl.settings.pretraining import OptimizerSection
 from deberta_xl.training import optimizer as module
 from deberta_xl.training.optimizer import AdamWithoutBiasCorrection, build_optimizer, parameter_groups
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deberta_xl.config import ScheduleSection
+from deberta_xl.settings.pretraining import ScheduleSection
 from deberta_xl.training.schedule import learning_rate
 
 

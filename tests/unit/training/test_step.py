@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deberta_xl.errors import ConfigError
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.objectives.micro_batch import on_device, with_tensors
 from deberta_xl.objectives.objective import Mean, Ratio
 from deberta_xl.training.step import even_shares, over_micro_batches

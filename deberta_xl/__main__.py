@@ -1,9 +1,0 @@
-"""`python -m deberta_xl COMMAND ...`, for where `deberta-xl` is not installed."""
-
-from __future__ import annotations
-
-import sys
-
-from deberta_xl.commands.dispatch import main
-
-sys.exit(main())

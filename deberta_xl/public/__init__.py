@@ -1,0 +1,1 @@
+"""What people import, and what the tools do with a finished model."""

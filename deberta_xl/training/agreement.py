@@ -1,0 +1,47 @@
+"""The small agreement that all ranks make before each step and each held-out batch: on its counts, and on stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from deberta_xl.base.log import logger
+from deberta_xl.base.stop_request import StopRequest
+
+Batch = TypeVar("Batch")
+
+
+class StopRequested(Exception):
+    """An evaluation was left unfinished, since a rank was asked to stop."""
+
+
+class Agreement:
+    """Sums and decisions over all ranks, on the host: a gloo group, so that no device has to be waited for."""
+
+    def __init__(self) -> None:
+        is_gloo = dist.get_backend() == "gloo"
+        self.has_told = False
+        self.group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
+
+    def before_step(self, counts: Sequence[int], stop: StopRequest) -> tuple[list[int], bool]:
+        """The sums of what every rank counts of the step, and whether any was asked to stop."""
+        if stop.signal is not None and not self.has_told:
+            logger.warning("received %s: saving a checkpoint and stopping", stop.signal.name)
+            self.has_told = True
+        votes = torch.tensor([*counts, int(stop.signal is not None)], dtype=torch.int64)
+        dist.all_reduce(votes, group=self.group)
+        *sums, num_stopping = votes.tolist()
+        return sums, num_stopping > 0
+
+    def until_stopped(self, batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
+        """The batches of an evaluation, of which all ranks have equally many.
+
+        Raises StopRequested, on all ranks before the same batch, once any rank was asked to stop.
+        """
+        for batch in batches:
+            if self.before_step((), stop)[1]:
+                raise StopRequested
+            yield batch

@@ -1,0 +1,5 @@
+"""Fixtures of the tests of conversion."""
+
+from no_disk import waits_for_no_disk
+
+__all__ = ["waits_for_no_disk"]
