@@ -34,7 +34,7 @@ class RankMemory(NamedTuple):
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def describe(self) -> str:
-        """`1.57 B parameters, 17.2 GiB: weights 2.9, gradients 5.8, optimizer 2.2, activations 6.3`."""
+        """`1,566,915,075 parameters, 48.22 GiB (weights 2.92, gradients 5.84, optimizer 17.51, activations 21.96)`."""
         parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in self._fields[1:])
         return f"{self.num_parameters:,} parameters, {self.total / GIB:.2f} GiB ({parts})"
 
