@@ -25,7 +25,7 @@ class Exercise(NamedTuple):
     """What is said of adding one thing."""
 
     files: list[str]
-    """Those to touch, `NAME` standing for a new one."""
+    """Those to touch, `NAME` standing for a new one, `ROOM` for any room."""
     tests: list[str]
     """file::test that proves it."""
 
@@ -43,7 +43,7 @@ def test_little_has_to_be_touched_and_it_is_there(thing):
     files, tests = exercise(thing)
     assert 0 < len(files) <= MAX_FILES
     for path in files:
-        place = ROOT / (path if "NAME" not in path else str(Path(path).parent))
+        place = ROOT / re.split(r"/\w*(?:NAME|ROOM)", path)[0]
         assert place.exists(), f"{path}: CONTRIBUTING says to touch it"
     assert tests, f"no test is named that checks how to add {thing}"
     for test in tests:
