@@ -85,6 +85,8 @@ class Training:
             self.recorder.record(sums, counts, self.learning_rate(step))
             self.profiler.after_step(step)
             self.safeguard.after_step()
+            if self.is_last:  # before its evaluation, which takes in no weights that may not be saved
+                self.safeguard.check_end(searches_scale=self.engine.fp16_enabled())
             with self.recorder.paused():
                 self.save_and_evaluate()
         return self.end()
@@ -190,8 +192,6 @@ class Training:
 
     def end(self) -> State:
         """Save what is not saved, conclude, close the files and say how the run ended. Collective."""
-        if self.is_finished:
-            self.safeguard.check_end(searches_scale=self.engine.fp16_enabled())
         self.saver.save_rest()
         ended: State = "done" if self.is_finished and not self.evaluations.is_owed and self.conclude() else "stopped"
         self.heartbeat.mark(self.state.step, ended)

@@ -217,3 +217,22 @@ def test_fine_tuning_skips_holds_back_and_ends_in_the_same_way(small_dataset, tm
     assert f"The last good checkpoint is {tmp_path}/late/checkpoints/step-00000004. Delete " in told
     assert checkpoints(tmp_path / "late") == [1, 2, 3, 4, 5]
     assert not (tmp_path / "late" / "results.json").exists()
+
+
+@pytest.mark.full
+def test_a_search_for_the_loss_scale_in_the_last_step_does_not_lose_the_only_evaluation(small_dataset, tmp_path):
+    encoder = write_encoder(small_dataset, tmp_path / "encoder")
+    sentences = write_sentences(tmp_path / "sentences")
+    words = finetune_arguments(encoder, sentences, tmp_path / "run", "evaluation.interval=100", "train.steps=4")
+    engine = tmp_path / "fp16.json"
+    engine.write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "loss_scale": 0}}))
+    words[words.index("--deepspeed_config") + 1] = str(engine)
+    assert run_ranks(fine_tune_in_half, 1, words, backend=None) == ["done"]
+    assert checkpoints(tmp_path / "run") == [3, 4]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["best_step"] == 4
+
+
+def fine_tune_in_half(words: list[str]) -> str:
+    """A fine-tuning run in fp16 whose last step, the fourth, overflows."""
+    get_accelerator().is_fp16_supported = lambda: True
+    return fine_tune(words, [4])
