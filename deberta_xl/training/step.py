@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import deepspeed
 import torch
+from torch import Tensor
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.dropout import DropoutKey
@@ -36,6 +37,25 @@ def even_shares(counts: Mapping[str, int], num_micro_batches: int, data_parallel
     this, what comes out is the mean over the global batch.
     """
     return {name: max(1, count) / (num_micro_batches * data_parallel_size) for name, count in counts.items()}
+
+
+def check_figures(found: Sums, reports: Reports) -> None:
+    """Refuse a micro-batch's figures where one of `reports` is missing or is no single number.
+
+    Raises ConfigError: the objective may be a user's.
+    """
+    if missing := [name for name in reports if name not in found]:
+        raise ConfigError(
+            f"the objective's losses give no {', '.join(missing)}, which its reports have: give it, or leave it out "
+            "there (docs/pretraining.md)"
+        )
+    for name, value in found.items():
+        if not (isinstance(value, Tensor) and value.numel() == 1):
+            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ConfigError(
+                f"the objective's losses give {what} as {name}, where one number on the device is needed: the sum over "
+                "the micro-batch (docs/pretraining.md)"
+            )
 
 
 def over_micro_batches(found: Sequence[Sums], reports: Reports) -> Sums:
@@ -76,6 +96,7 @@ def run_step(
         with timer.phase("forward_backward"):
             with timer.phase("forward"):
                 of_batch = losses(engine, batch, shares, key)
+                check_figures(of_batch, reports)
             engine.backward(of_batch["loss"])
         found.append({name: value.detach() for name, value in of_batch.items()})
         del of_batch  # what its graph holds would live through the next forward

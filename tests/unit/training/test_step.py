@@ -11,7 +11,7 @@ from torch import Tensor
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.objectives.micro_batch import on_device, with_tensors
 from deberta_xl.objectives.objective import Mean, Ratio
-from deberta_xl.training.step import even_shares, over_micro_batches
+from deberta_xl.training.step import check_figures, even_shares, over_micro_batches
 
 
 class Inner(NamedTuple):
@@ -52,6 +52,20 @@ def test_each_count_has_a_share_of_its_own_and_their_means_are_the_global_ones()
 def test_a_figure_that_is_not_reported_is_refused_by_its_name():
     with pytest.raises(ConfigError, match=r"losses give accuracy, but its reports have only loss: say there what each"):
         over_micro_batches([{"loss": torch.zeros(()), "accuracy": torch.zeros(())}], {"loss": Mean("labels")})
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"accuracy": torch.zeros(())}, "losses give no loss, which its reports have"),
+        ({"loss": torch.zeros(3)}, r"losses give a tensor \[3\] as loss, where one number on the device is needed"),
+        ({"loss": 0.0}, "losses give a float as loss, where one number"),
+    ],
+)
+def test_a_figure_that_is_missing_or_no_number_is_refused_before_the_backward_pass(found, words):
+    with pytest.raises(ConfigError, match=words):
+        check_figures(found, {"loss": Mean("labels")})
+    check_figures({"loss": torch.zeros(1)}, {"loss": Mean("labels")})
 
 
 def test_tensors_of_a_micro_batch_move_wherever_they_are_and_counts_stay():
