@@ -64,9 +64,15 @@ def build_model(objective: Objective, units: range | None, *, is_new: bool) -> n
     if not is_new:
         with torch.device("meta"):
             model = build()
-        if next(model.buffers(), None) is None:  # a buffer is in no checkpoint
+        if not holds_more(model):
             return model.to_empty(device="cpu")
     model = build()
     if is_new:
         objective.load_initial(model)
     return model
+
+
+def holds_more(model: nn.Module) -> bool:
+    """Whether there are tensors that no checkpoint has: buffers, and plain tensors among a module's attributes."""
+    plain = (value for module in model.modules() for value in vars(module).values())
+    return next(model.buffers(), None) is not None or any(isinstance(value, torch.Tensor) for value in plain)

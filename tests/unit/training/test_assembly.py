@@ -40,6 +40,14 @@ class WithBuffer(MaskedLanguageModel):
         self.register_buffer("scale", torch.full((1,), 7.0), persistent=False)
 
 
+class WithTensor(MaskedLanguageModel):
+    """A model one of whose attributes is a tensor."""
+
+    def __init__(self, config: DebertaConfig, seed: int):
+        super().__init__(config, seed)
+        self.scale = torch.full((1,), 7.0)
+
+
 def test_a_new_run_draws_its_weights_and_may_read_others():
     objective = Small()
     model = build_model(objective, None, is_new=True)
@@ -59,5 +67,6 @@ def test_a_resumed_run_draws_and_reads_nothing(monkeypatch):
     assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
 
 
-def test_what_no_checkpoint_holds_is_made_as_ever():
-    assert build_model(Small(WithBuffer), None, is_new=False).scale.item() == 7.0
+@pytest.mark.parametrize("model", [WithBuffer, WithTensor])
+def test_what_no_checkpoint_holds_is_made_as_ever(model):
+    assert build_model(Small(model), None, is_new=False).scale.item() == 7.0
