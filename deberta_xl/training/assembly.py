@@ -28,10 +28,10 @@ def assemble_training(
     """
     config, split = inputs.config, inputs.split
     start = start_run(inputs, objective.fingerprints)
-    describe()
     is_pipeline = split is not None and split.num_stages > 1
     wrap = (lambda divided: PipelinedModel(divided, split, start.groups)) if is_pipeline else None
     with start.undone_when_refused():
+        describe()
         units = split.units(inputs.grid.stage) if is_pipeline else None
         model = build_model(objective, units, is_new=start.newest is None)
         engine, state = start_engine(inputs, start, model, wrap)
