@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.objectives.objective import Objective
 from deberta_xl.parallel.pipeline import PipelinedModel
@@ -27,6 +28,7 @@ def assemble_training(
     `describe` tells what the run is going to be, once it has its folder.
     """
     config, split = inputs.config, inputs.split
+    check_best(objective)
     start = start_run(inputs, objective.fingerprints)
     is_pipeline = split is not None and split.num_stages > 1
     wrap = (lambda divided: PipelinedModel(divided, split, start.groups)) if is_pipeline else None
@@ -50,6 +52,15 @@ def assemble_training(
         safeguard=Safeguard(state, start.newest, start.folder.checkpoints, config.checkpoint.keep),
         stop=stop,
     )
+
+
+def check_best(objective: Objective) -> None:
+    """Refuse to keep the best weights where nothing tells which they are. Raises ConfigError."""
+    if objective.keeps_best and not objective.has_held_out:
+        raise ConfigError(
+            f"{type(objective).__name__} keeps the best weights (keeps_best), which only an evaluation can tell: set "
+            "data.valid, or keeps_best = False"
+        )
 
 
 def build_model(objective: Objective, units: range | None, *, is_new: bool) -> nn.Module:

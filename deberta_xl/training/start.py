@@ -12,7 +12,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from deberta_xl.base.errors import UserError
+from deberta_xl.base.errors import ConfigError, UserError
 from deberta_xl.base.launch import Launch
 from deberta_xl.base.log import log_to_file, rank_zero
 from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
@@ -107,9 +107,10 @@ def start_engine(
     `wrap` makes what the engine holds of the divided model, where that is not the model itself: a stage of a pipeline.
     """
     config, grid = inputs.config, inputs.grid
+    check_divisible_model(model, grid)
     trunks = [module for module in model.modules() if isinstance(module, Trunk)]
-    kernels = {trunk.use_kernel(config.model.kernel) for trunk in trunks}
-    rank_zero("attention: %s kernel", " and ".join(sorted(kernels)))
+    if kernels := {trunk.use_kernel(config.model.kernel) for trunk in trunks}:
+        rank_zero("attention: %s kernel", " and ".join(sorted(kernels)))
     if config.train.activation_checkpointing:
         for trunk in trunks:
             trunk.checkpoint_activations()
@@ -127,3 +128,12 @@ def start_engine(
     state = TrainState(**{key: value for key, value in saved.items() if key != "fingerprints"})
     rank_zero("resumed from %s: step %d", start.newest, state.step)
     return engine, state
+
+
+def check_divisible_model(model: nn.Module, grid: Grid) -> None:
+    """Refuse to divide what the plan does not know. Raises ConfigError."""
+    if grid.tensor_parallel_size > 1 and not isinstance(model, Trunk):
+        raise ConfigError(
+            f"parallel.tensor_parallel_size={grid.tensor_parallel_size} divides a Trunk (deberta_xl/model/trunk.py), "
+            f"and {type(model).__name__} is none: let it inherit from Trunk, or leave the size at 1"
+        )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model import trunk
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.parallel.grid import Grid
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.training.assembly import build_model
+from deberta_xl.training.assembly import build_model, check_best
+from deberta_xl.training.start import check_divisible_model
 
 CONFIG = DebertaConfig(
     vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, position_buckets=4,
@@ -70,3 +75,14 @@ def test_a_resumed_run_draws_and_reads_nothing(monkeypatch):
 @pytest.mark.parametrize("model", [WithBuffer, WithTensor])
 def test_what_no_checkpoint_holds_is_made_as_ever(model):
     assert build_model(Small(model), None, is_new=False).scale.item() == 7.0
+
+
+def test_best_weights_without_held_out_data_and_slices_of_what_is_no_trunk_are_refused():
+    check_best(SimpleNamespace(keeps_best=True, has_held_out=True))
+    with pytest.raises(ConfigError, match=r"keeps the best weights .* set data\.valid"):
+        check_best(SimpleNamespace(keeps_best=True, has_held_out=False))
+    halves = Grid(tensor_parallel_size=2)
+    check_divisible_model(MaskedLanguageModel(CONFIG, 3), halves)
+    check_divisible_model(nn.Linear(2, 2), Grid())
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 divides a Trunk .*, and Linear is none"):
+        check_divisible_model(nn.Linear(2, 2), halves)
