@@ -11,7 +11,7 @@ reads. There the whole sequence is joined again, and the enhanced mask decoder w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from deberta_xl.base.errors import ConfigError
@@ -25,12 +25,12 @@ if TYPE_CHECKING:  # the tables are read before torch is imported
     from deberta_xl.model.trunk import Trunk
     from deberta_xl.parallel.groups import Groups
 
-#: Ends of the names of modules without weights, and what takes their place. `model/parts.py` has what divides weights.
-PLAN = {
+#: Modules without weights of each of the encoder's layers, and what takes their place; a head may have layers of its
+#: own, which are not divided. `model/parts.py` has what divides weights.
+LAYER_PLAN = {
     "attention.entry": "copy",
     "attention.relative_entry": "copy",
     "feed_forward.entry": "copy",
-    "head.entry": "copy",
 }
 
 #: What sequence parallelism changes in the layers that work on slices: all but the one that EMD applies.
@@ -58,7 +58,7 @@ SLICED_MODEL_PLAN = {
 def plan_of(model: Trunk, *, sequence_parallel: bool) -> dict[str, str]:
     """Name of each module of `model` that is replaced -> what takes its place. Raises ConfigError for one it lacks."""
     names = [name for name, _ in model.named_modules()]
-    plan = {name: style for name in names for end, style in PLAN.items() if name.endswith(end)}
+    plan = planned_layers(len(model.encoder.layers), LAYER_PLAN)
     for name, parameter in parameters_of(model.parts).items():
         module, _, kind = name.rpartition(".")
         if parameter.cut is not None and kind == "weight":
@@ -66,25 +66,36 @@ def plan_of(model: Trunk, *, sequence_parallel: bool) -> dict[str, str]:
                 raise ConfigError(f"a part tells of {name!r}, but the model has no module {module!r}; mend `describe`")
             plan[module] = parameter.cut
     if sequence_parallel:
-        sliced = dict(SLICED_MODEL_PLAN)
-        for number in range(model.num_ordinary_layers):
-            sliced |= {f"encoder.layers.{number}.{place}": style for place, style in SLICED_LAYER_PLAN.items()}
+        sliced = SLICED_MODEL_PLAN | planned_layers(model.num_ordinary_layers, SLICED_LAYER_PLAN)
         plan |= {name: style for name, style in sliced.items() if name in names}
     return plan
 
 
-def divide(model: Trunk, groups: Groups, *, sequence_parallel: bool = False) -> None:
-    """Replace, in place, what the plan names by this rank's slice of it. Parameters keep their names.
+def planned_layers(num_layers: int, plan: Mapping[str, str]) -> dict[str, str]:
+    """A layer's plan, for the first so many of the encoder's."""
+    return {f"encoder.layers.{number}.{place}": plan[place] for number in range(num_layers) for place in plan}
 
-    With `sequence_parallel` the states between embeddings and prediction are this rank's slice [B, S/T, D]; everything
-    else that travels (the scene, labels) stays whole.
+
+def divide(model: nn.Module, groups: Groups, *, sequence_parallel: bool = False) -> None:
+    """Replace, in place, what the plan names by this rank's slice of it, in every trunk of `model`, usually itself.
+
+    Parameters keep their names. With `sequence_parallel` the states between embeddings and prediction are this rank's
+    slice [B, S/T, D]; everything else that travels (the scene, labels) stays whole.
     """
-    size = groups.grid.tensor_parallel_size
-    if size == 1:
+    if groups.grid.tensor_parallel_size == 1:
         return
+    from deberta_xl.model.trunk import Trunk
+
+    for trunk in [module for module in model.modules() if isinstance(module, Trunk)]:
+        divide_trunk(trunk, groups, sequence_parallel=sequence_parallel)
+
+
+def divide_trunk(model: Trunk, groups: Groups, *, sequence_parallel: bool) -> None:
+    """`divide` for one of them."""
     from deberta_xl.model.masked_lm import MaskedLanguageModel
     from deberta_xl.parallel import layers, sequence  # imports megatron-core, which costs seconds
 
+    size = groups.grid.tensor_parallel_size
     check_divisible(model.config, size)
     builders: dict[str, Callable[[nn.Module], nn.Module]] = {
         "copy": lambda _: layers.CopyToRanks(groups),
@@ -111,11 +122,12 @@ def divide(model: Trunk, groups: Groups, *, sequence_parallel: bool = False) -> 
 
 
 def divide_vocabulary(model: MaskedLanguageModel, groups: Groups) -> None:
-    """The rest of the vocabulary, whose table is divided already: the head's bias, and the loss."""
+    """The rest of the vocabulary, whose table is divided already: what enters the head, its bias, and the loss."""
     from torch import nn
 
     from deberta_xl.parallel import layers
 
+    model.head.entry = layers.CopyToRanks(groups)
     full_bias = model.head.bias
     if full_bias is not None:
         model.head.bias = nn.Parameter(full_bias.new_empty(model.embeddings.word.weight.shape[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from plain_run import architecture
 from ranks import run_ranks
+from torch import nn
 from vectors import Vector, folders
 
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.layer import EncoderLayer
 from deberta_xl.model.masked_lm import MaskedLanguageModel, masked_lm_loss
+from deberta_xl.model.trunk import Trunk
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.layers import VocabularyLoss
@@ -134,6 +138,41 @@ def test_a_divided_model_has_the_plain_ones_loss_guesses_and_gradients(tensor_pa
     ):
         for actual, reference in zip(results, expected, strict=True):
             assert_equal_outcome(actual, reference)
+
+
+class Refined(Trunk):
+    """An encoder with a layer of its own on it, which nobody divides."""
+
+    def __init__(self, config: DebertaConfig, seed: int):
+        with torch.device("meta"):
+            super().__init__(config)
+            self.refiner = EncoderLayer(config)
+        self.draw_weights(seed)
+
+    def forward(self, ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        """States."""
+        scene = self.scene(ids, segments)
+        return self.refiner(self.encode(ids, scene), scene)
+
+
+def gradients_of_two(tensor_parallel_size: int, *, sequence_parallel: bool = False) -> dict[str, torch.Tensor]:
+    """Whole gradients of a model that has two encoders."""
+    config = DebertaConfig(vocab_size=101, max_position_embeddings=24, **SIZES)
+    model = nn.ModuleList([Refined(config, seed) for seed in (3, 4)]).eval()
+    groups = join(tensor_parallel_size)
+    divide(model, groups, sequence_parallel=sequence_parallel)
+    ids, segments, _ = batch(config.vocab_size)
+    torch.stack([encoder(ids, segments) for encoder in model]).prod(0).sum().backward()
+    return {name: join_slices(model, name, groups) for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["TP", "TP+SP"])
+def test_each_encoder_of_a_model_is_divided_and_the_layers_of_a_head_are_not(sequence_parallel):
+    (expected,) = run_ranks(gradients_of_two, 1, 1)
+    for gradients in run_ranks(partial(gradients_of_two, sequence_parallel=sequence_parallel), 2, 2):
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():  # float32, as above
+            assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-5, name
 
 
 def loss_in_place() -> tuple[torch.Tensor, ...]:
