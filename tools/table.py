@@ -27,6 +27,7 @@ from deberta_xl.base.errors import UserError
 from deberta_xl.base.output_file import check_output, write_output
 from deberta_xl.base.strict import own_path
 from deberta_xl.settings.files import read_toml
+from deberta_xl.tasks.task import SMALLER_IS_BETTER
 
 IGNORED = {("run", "folder"), ("train", "seed")}
 
@@ -107,7 +108,7 @@ def metric_rows(task: str, name: str, runs: Sequence[Run], split: str) -> list[l
             continue
         values = [value for value, _ in known]
         deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "–"
-        best = min(known) if metric == "mean_squared_error" else max(known)
+        best = min(known) if metric in SMALLER_IS_BETTER else max(known)
         count = str(len(values)) if len(values) == len(pairs) else f"{len(values)} of {len(pairs)}"
         rows.append(
             [task, name, metric, count, f"{statistics.mean(values):.4f}", deviation, f"{best[0]:.4f} ({best[1]})"]

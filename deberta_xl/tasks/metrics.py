@@ -20,10 +20,9 @@ from sklearn import metrics as sk
 from deberta_xl.base.errors import TaskDataError
 from deberta_xl.tasks.entity_tags import scheme_of
 from deberta_xl.tasks.predictions import Prediction
-from deberta_xl.tasks.task import Example, Metric, Task
+from deberta_xl.tasks.task import SMALLER_IS_BETTER, Example, Metric, Task
 
 CORRELATIONS = ("pearson", "spearman", "pearson_spearman")
-SMALLER_IS_BETTER = ("mean_squared_error",)
 
 
 class Scored:

@@ -45,6 +45,7 @@ METRICS_OF: dict[HeadKind, tuple[Metric, ...]] = {
     "choice": ("accuracy",),
 }  # fmt: skip
 """What can be measured of a head's predictions."""
+SMALLER_IS_BETTER: tuple[Metric, ...] = ("mean_squared_error",)
 
 
 @frozen

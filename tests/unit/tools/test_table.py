@@ -10,12 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent.parent
 
 
-def write_run(folder: Path, seed: int, weight: float, value: float | None) -> None:
+def write_run(folder: Path, seed: int, weight: float, value: float | None, metric: str = "accuracy") -> None:
     """What a finished run leaves for the table."""
     folder.mkdir()
     config = f'[run]\nfolder = "{folder}"\n[train]\nseed = {seed}\n[sift]\nweight = {weight}\n'
     (folder / "config.toml").write_text(config)
-    results = {"task": "rte", "metrics": {"valid": {"accuracy": value}}}
+    results = {"task": "rte", "metrics": {"valid": {metric: value}}}
     (folder / "results.json").write_text(json.dumps(results))
 
 
@@ -40,6 +40,12 @@ def test_seeds_are_one_row_and_settings_are_rows(tmp_path):
     ]
     assert "1 folders have no results.json yet" in result.stderr
     assert (tmp_path / "table.md").read_text() == result.stdout
+
+
+def test_the_best_of_an_error_is_the_smallest(tmp_path):
+    for seed, value in ((1, 0.5), (2, 0.7)):
+        write_run(tmp_path / f"run-{seed}", seed, 0.0, value, "mean_squared_error")
+    assert table(f"{tmp_path}/*").stdout.rstrip().endswith("| 0.5000 (run-1) |")
 
 
 def test_a_split_that_was_not_measured_is_an_error(tmp_path):
