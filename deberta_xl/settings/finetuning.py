@@ -90,6 +90,8 @@ class FinetuneTrainSection(TrainSection):
 
     steps: int | None = None
     """Optimizer updates; derived from `epochs` when unset."""
+    init: UserPath | None = None
+    """Model to start from (--init): what pretraining takes, or a fine-tuned model. It has to be given."""
     epochs: float = 3.0
     """Passes over the training examples."""
     global_batch_size: int = 32

@@ -106,7 +106,8 @@ class TrainSection:
     max_grad_norm: float = 1.0
     """Clipping bound of the global gradient norm; 0 does not clip."""
     init: UserPath | None = None
-    """Checkpoint whose weights to start from (a run, step or weights folder); fresh weights when unset."""
+    """Model whose weights to start from: a run, checkpoint or weights folder, or one of Hugging Face's or the original
+    release's; fresh weights when unset."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     deterministic: bool = False
