@@ -11,6 +11,7 @@ import deepspeed
 
 from deberta_xl.base.log import rank_zero
 from deberta_xl.base.stop_request import StopRequest
+from deberta_xl.checkpoint.folders import verify_checkpoint
 from deberta_xl.checkpoint.manifest import step_folder_name
 from deberta_xl.checkpoint.store import load_checkpoint
 from deberta_xl.checkpoint.together import on_rank_zero
@@ -138,6 +139,7 @@ class Evaluations:
         """
         best = self.folder.checkpoints / step_folder_name(self.state.best_step)
         if self.state.best_step != self.state.step:
+            verify_checkpoint(best, collective=True)  # an earlier start may have written it
             grid = self.groups.grid
             tensor_parallel = grid.tensor_parallel_size, grid.tensor_parallel_rank
             load_checkpoint(self.engine, best, tensor_parallel=tensor_parallel)
