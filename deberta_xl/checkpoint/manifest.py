@@ -20,6 +20,8 @@ from deberta_xl.base.progress import progress
 from deberta_xl.base.small_file import read_json
 
 MANIFEST_NAME = "manifest.json"
+STATE_NAME = "state.json"
+"""What a run remembers, beside its tensors."""
 FORMAT_VERSION = 1
 HASHED_AT_ONCE = 4 * 2**20
 """Bytes."""

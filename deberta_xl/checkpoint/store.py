@@ -43,6 +43,7 @@ from deberta_xl.checkpoint.fragments import (
     set_loss_scaler_state,
 )
 from deberta_xl.checkpoint.manifest import (
+    STATE_NAME,
     CheckpointError,
     FileFacts,
     content_facts,
@@ -67,8 +68,6 @@ from deberta_xl.checkpoint.rank_file import (
 from deberta_xl.checkpoint.together import gathered, on_rank_zero, rank_and_size, together
 from deberta_xl.parallel.pipeline import PipelinedModel, is_copy
 from deberta_xl.parallel.shard import shard_of
-
-STATE_NAME = "state.json"
 
 
 def save_checkpoint(

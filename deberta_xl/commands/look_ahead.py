@@ -9,8 +9,7 @@ from typing import Any
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.small_file import read_json
-from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
-from deberta_xl.conversion.model_card import STATE_NAME
+from deberta_xl.checkpoint.manifest import STATE_NAME, CheckpointError, step_folders
 from deberta_xl.run.run_folder import RunFolder
 from deberta_xl.training.state import check_fingerprints, check_last_step
 

@@ -19,7 +19,7 @@ from deberta_xl.base.progress import progress
 from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
-from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.manifest import STATE_NAME, CheckpointError
 from deberta_xl.checkpoint.tensor_writer import (
     DEFAULT_SHARD_BYTES,
     Advance,
@@ -30,7 +30,7 @@ from deberta_xl.checkpoint.tensor_writer import (
 )
 from deberta_xl.conversion.card_metadata import CardMetadata
 from deberta_xl.conversion.edits import Edits, apply_edits, average_of_newest
-from deberta_xl.conversion.model_card import STATE_NAME, model_card
+from deberta_xl.conversion.model_card import model_card
 from deberta_xl.conversion.tokenizer_export import json_bytes, tokenizer_files
 from deberta_xl.conversion.verify import verify
 from deberta_xl.data.tokenizer import Tokenizer

@@ -12,6 +12,7 @@ from typing import Any
 
 from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.lazy import LazyTensors
+from deberta_xl.checkpoint.manifest import STATE_NAME
 from deberta_xl.conversion.card_example import fill_mask_example, task_example
 from deberta_xl.conversion.card_metadata import OF_THE_BODY, CardMetadata, base_model_of, front_matter
 from deberta_xl.data.tokenizer import Tokenizer
@@ -20,7 +21,6 @@ from deberta_xl.weights.head_facts import HeadFacts
 from deberta_xl.weights.names import is_beside_the_model
 from deberta_xl.weights.pretrained_folder import Pretrained
 
-STATE_NAME = "state.json"
 RESULTS_NAME = "results.json"
 UNKNOWN = "Not recorded with these weights.\n"
 PIPELINES: dict[HeadKind, str] = {
