@@ -124,12 +124,16 @@ def load_checkpoint(
     state, stored = together(lambda: _read_state_and_index(engine, folder, headers))
     together(lambda: _fill_engine(engine, stored, state["engine"], tensor_parallel))
     refresh_model_weights(engine)
-    return read_state(folder)
+    return _of_caller(state)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The caller's `state` in a checkpoint, without loading anything."""
-    state = read_json(folder / STATE_NAME)
+    return _of_caller(read_json(folder / STATE_NAME))
+
+
+def _of_caller(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `state.json` holds, what the caller gave."""
     return {key: value for key, value in state.items() if key != "engine"}
 
 
@@ -246,7 +250,7 @@ def _publish(folder: Path, target: Path, files: Mapping[str, FileFacts], before_
 def read_headers(folder: Path) -> list[tuple[Path, Header]]:
     """Path and header of every rank file: each rank opens its share of them, for all need all. Collective."""
     rank, size = rank_and_size()
-    names = together(lambda: [name for name in read_manifest(folder) if is_rank_file(name)])
+    names = on_rank_zero(lambda: [name for name in read_manifest(folder) if is_rank_file(name)])
     shares = gathered(lambda: {name: read_header(inside(folder, name)) for name in names[rank::size]})
     headers = {name: header for share in shares for name, header in share.items()}
     return [(folder / name, headers[name]) for name in names]
