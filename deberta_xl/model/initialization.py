@@ -1,5 +1,7 @@
 """Fresh weights: N(0, initializer_range) for matrices and tables (the padding row too), 1 and 0 for norms and biases.
 
+So it is with what a head of one's own has: a vector called `weight` is 1, any other vector or number 0, all else drawn.
+
 Each parameter draws from a generator of its own, keyed by (seed, name): its values do not depend on the order of
 construction, the device's global state, or which other parameters a rank holds.
 """
@@ -28,16 +30,14 @@ def initialize_weights(model: nn.Module, initializer_range: float, seed: int) ->
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 parameter.uniform_(-bound, bound, generator=generator)
             else:
-                initialize_parameter(module, name, parameter, initializer_range, generator)
+                initialize_parameter(name, parameter, initializer_range, generator)
 
 
-def initialize_parameter(
-    module: nn.Module, name: str, parameter: Tensor, initializer_range: float, generator: torch.Generator
-) -> None:
-    """Fill one parameter by the kind of module that owns it."""
-    if name == "weight" and isinstance(module, nn.LayerNorm):
-        parameter.fill_(1.0)
-    elif name == "weight":
+def initialize_parameter(name: str, parameter: Tensor, initializer_range: float, generator: torch.Generator) -> None:
+    """Fill one parameter by its name and dimensions."""
+    if parameter.dim() > 1:
         parameter.normal_(0.0, initializer_range, generator=generator)
+    elif name == "weight":
+        parameter.fill_(1.0)
     else:
         parameter.zero_()

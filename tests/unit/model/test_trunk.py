@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,26 @@ def test_a_model_of_ones_own_has_the_trunks_names_and_fresh_weights():
     assert own.classifier.weight.std() > 0
     with torch.device("meta"):
         assert {p.device.type for p in Sentiment(CONFIG).parameters()} == {"meta"}
+
+
+class Prototypes(Trunk):
+    """A head with parameters that are nobody's `weight` or `bias`, and a norm of another kind than ours."""
+
+    def __init__(self, config: DebertaConfig, seed: int = 0):
+        with torch.device("meta"):
+            super().__init__(config)
+            self.norm = nn.RMSNorm(config.hidden_size)
+            self.prototypes = nn.Parameter(torch.empty(5, config.hidden_size))
+            self.threshold = nn.Parameter(torch.empty(5))
+        self.draw_weights(seed)
+
+
+def test_what_a_head_has_begins_by_its_dimensions():
+    model = Prototypes(CONFIG)
+    assert model.prototypes.std().item() == pytest.approx(CONFIG.initializer_range, rel=0.3)
+    assert torch.equal(model.norm.weight, torch.ones(CONFIG.hidden_size))
+    assert not model.threshold.any()
+    assert not torch.equal(model.prototypes, Prototypes(CONFIG, seed=1).prototypes)
 
 
 def test_a_model_of_ones_own_learns_with_keyed_masks_and_recomputed_layers():
