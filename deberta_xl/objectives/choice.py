@@ -12,21 +12,22 @@ from deberta_xl.base.errors import ConfigError
 if TYPE_CHECKING:
     from deberta_xl.objectives.pretraining import Pretraining
 
-BUILT_IN = {"masked_lm": "deberta_xl.objectives.masked_lm:MaskedLM"}
+MASKED_LM = "masked_lm"
+BUILT_IN = {MASKED_LM: "deberta_xl.objectives.masked_lm:MaskedLM"}
 FORM = "it is {names}, or PACKAGE.MODULE:CLASS, as in train.objective=my_package.my_module:MyObjective"
 
 
-def is_built_in(name: str) -> bool:
-    """Whether it is one of ours, about which everything is known."""
-    return name in BUILT_IN
+def is_masked_lm(name: str) -> bool:
+    """Whether it is the one about which everything is known without torch."""
+    return name == MASKED_LM
 
 
 def check_objective(name: str, num_stages: int) -> None:
-    """Refuse an objective that cannot be had, or not in so many stages. A user's module is imported; of ours none is.
+    """Refuse an objective that cannot be had, or not in so many stages. Imports it, unless it is the default.
 
     Raises ConfigError.
     """
-    if is_built_in(name):
+    if is_masked_lm(name):
         return
     chosen = objective_type(name)
     if num_stages > 1 and not chosen.has_stages:

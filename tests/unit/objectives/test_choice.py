@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.objectives.choice import check_objective, objective_type
+from deberta_xl.objectives.choice import BUILT_IN, check_objective, objective_type
 
 SOURCE = """
 from deberta_xl.objectives.pretraining import Pretraining
@@ -46,9 +46,16 @@ def test_a_class_in_the_working_directory_is_found_and_hides_nothing(folder):
     check_objective("mine:Whole", num_stages=1)
 
 
-def test_of_the_built_in_ones_nothing_is_imported_to_check_them():
+def test_masked_language_modelling_goes_through_stages():
     check_objective("masked_lm", num_stages=4)
     assert objective_type("masked_lm").has_stages
+
+
+def test_another_built_in_objective_is_asked_for_its_stages_too(monkeypatch):
+    monkeypatch.setitem(BUILT_IN, "whole", "mine:Whole")
+    check_objective("whole", num_stages=1)
+    with pytest.raises(ConfigError, match="does not say what a stage of a pipeline does"):
+        check_objective("whole", num_stages=2)
 
 
 @pytest.mark.parametrize(
