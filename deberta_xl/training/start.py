@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -107,8 +107,8 @@ def start_engine(
     `wrap` makes what the engine holds of the divided model, where that is not the model itself: a stage of a pipeline.
     """
     config, grid = inputs.config, inputs.grid
-    check_divisible_model(model, grid)
     trunks = [module for module in model.modules() if isinstance(module, Trunk)]
+    check_divisible_model(model, trunks, grid)
     if kernels := {trunk.use_kernel(config.model.kernel) for trunk in trunks}:
         rank_zero("attention: %s kernel", " and ".join(sorted(kernels)))
     if config.train.activation_checkpointing:
@@ -130,10 +130,10 @@ def start_engine(
     return engine, state
 
 
-def check_divisible_model(model: nn.Module, grid: Grid) -> None:
-    """Refuse to divide what the plan does not know. Raises ConfigError."""
-    if grid.tensor_parallel_size > 1 and not isinstance(model, Trunk):
+def check_divisible_model(model: nn.Module, trunks: Sequence[Trunk], grid: Grid) -> None:
+    """Refuse to divide a model of which the plan knows nothing. Raises ConfigError."""
+    if grid.tensor_parallel_size > 1 and not trunks:
         raise ConfigError(
             f"parallel.tensor_parallel_size={grid.tensor_parallel_size} divides a Trunk (deberta_xl/model/trunk.py), "
-            f"and {type(model).__name__} is none: let it inherit from Trunk, or leave the size at 1"
+            f"and {type(model).__name__} neither is nor has one: let it inherit from Trunk, or leave the size at 1"
         )

@@ -82,7 +82,8 @@ def test_best_weights_without_held_out_data_and_slices_of_what_is_no_trunk_are_r
     with pytest.raises(ConfigError, match=r"keeps the best weights .* set data\.valid"):
         check_best(SimpleNamespace(keeps_best=True, has_held_out=False))
     halves = Grid(tensor_parallel_size=2)
-    check_divisible_model(MaskedLanguageModel(CONFIG, 3), halves)
-    check_divisible_model(nn.Linear(2, 2), Grid())
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 divides a Trunk .*, and Linear is none"):
-        check_divisible_model(nn.Linear(2, 2), halves)
+    encoder = MaskedLanguageModel(CONFIG, 3)
+    check_divisible_model(nn.ModuleList([encoder]), [encoder], halves)
+    check_divisible_model(nn.Linear(2, 2), [], Grid())
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 divides a Trunk .*, and Linear neither is nor has"):
+        check_divisible_model(nn.Linear(2, 2), [], halves)
