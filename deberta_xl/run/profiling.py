@@ -31,7 +31,12 @@ class StepProfiler:
 
     def after_step(self, step: int) -> None:
         """Stop and write with the last of the steps."""
-        if self.running is not None and step + 1 not in self.steps:
+        if step + 1 not in self.steps:
+            self.finish()
+
+    def finish(self) -> None:
+        """Stop and write where it is running: a run may end, or be stopped, before the last of the steps."""
+        if self.running is not None:
             self.running.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             trace = self.folder / f"steps-{self.steps.start}-{self.steps.stop}-rank-{self.rank:05d}.json.gz"

@@ -193,6 +193,7 @@ class Training:
     def end(self) -> State:
         """Save what is not saved, conclude, close the files and say how the run ended. Collective."""
         self.saver.save_rest()
+        self.profiler.finish()
         ended: State = "done" if self.is_finished and not self.evaluations.is_owed and self.conclude() else "stopped"
         self.heartbeat.mark(self.state.step, ended)
         torch.distributed.barrier()

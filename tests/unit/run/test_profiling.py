@@ -31,6 +31,15 @@ def test_a_run_that_resumes_among_the_steps_profiles_the_rest(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["steps-2-5-rank-00001.json.gz"]
 
 
+def test_a_run_that_ends_among_the_steps_has_a_trace_of_those_it_made(tmp_path):
+    profiler = StepProfiler(range(2, 50), tmp_path, rank=0)
+    run_steps(profiler, range(1, 4))
+    assert not list(tmp_path.iterdir())
+    profiler.finish()
+    profiler.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["steps-2-50-rank-00000.json.gz"]
+
+
 def test_nothing_is_written_without_steps(tmp_path):
     run_steps(StepProfiler(range(0), tmp_path, rank=0), range(1, 3))
     assert not list(tmp_path.iterdir())
