@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MASKED_LM = "masked_lm"
 BUILT_IN = {MASKED_LM: "deberta_xl.objectives.masked_lm:MaskedLM"}
+TOLD_BY_STAGES = ("build", "micro_batch", "losses", "reports")
+"""What a class that `has_stages` tells a second time, for a stage."""
 FORM = "it is {names}, or PACKAGE.MODULE:CLASS, as in train.objective=my_package.my_module:MyObjective"
 
 
@@ -35,6 +37,23 @@ def check_objective(name: str, num_stages: int) -> None:
             f"train.objective={name} does not say what a stage of a pipeline does (has_stages), so "
             f"parallel.pipeline_parallel_size={num_stages} cannot be: leave it at 1, and divide the model by "
             "parallel.tensor_parallel_size and the ZeRO stage of the DeepSpeed JSON"
+        )
+    if num_stages > 1:
+        check_own_stages(name, chosen)
+
+
+def check_own_stages(name: str, chosen: type[Pretraining]) -> None:
+    """Refuse to run an objective in the stages of another that it inherits from: they compute the other's loss.
+
+    Raises ConfigError.
+    """
+    owner = {key: next(c for c in chosen.__mro__ if key in vars(c)) for key in ("has_stages", *TOLD_BY_STAGES)}
+    staged = owner["has_stages"]
+    if changed := [key for key in TOLD_BY_STAGES if owner[key] is not staged and issubclass(owner[key], staged)]:
+        raise ConfigError(
+            f"train.objective={name}: {chosen.__name__} has {', '.join(changed)} of its own, but the stages of "
+            f"{staged.__name__}: leave parallel.pipeline_parallel_size at 1, or say has_stages = True in it, too, once "
+            "build_stage and what begins with stage_ are its own"
         )
 
 

@@ -24,18 +24,31 @@ class Half(Pretraining):
 
 class Other: ...
 """
+ON_ANOTHER = """
+from deberta_xl.objectives.masked_lm import MaskedLM
+
+class Drawn(MaskedLM):
+    def curves(self, lines): ...
+
+class Weighed(Drawn):
+    def losses(self, model, batch, shares, key): ...
+
+class Staged(Weighed):
+    has_stages = True
+"""
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     """The working directory, with modules of a user's."""
     (tmp_path / "mine.py").write_text(SOURCE)
+    (tmp_path / "derived.py").write_text(ON_ANOTHER)
     (tmp_path / "broken.py").write_text("import a_library_that_is_not_here")
     (tmp_path / "wrong.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
-    for name in ("mine", "broken", "wrong"):
+    for name in ("mine", "derived", "broken", "wrong"):
         sys.modules.pop(name, None)
 
 
@@ -80,3 +93,11 @@ def test_what_cannot_be_an_objective_is_refused_with_what_to_type(name, words):
 def test_stages_are_refused_where_the_objective_does_not_say_what_they_do():
     with pytest.raises(ConfigError, match=r"parallel\.pipeline_parallel_size=2 cannot be: leave it at 1, and divide"):
         check_objective("mine:Whole", num_stages=2)
+
+
+def test_the_stages_of_another_objective_are_refused_to_a_loss_of_ones_own():
+    check_objective("derived:Weighed", num_stages=1)
+    for name in ("derived:Drawn", "derived:Staged"):
+        check_objective(name, num_stages=2)
+    with pytest.raises(ConfigError, match="Weighed has losses of its own, but the stages of MaskedLM: leave parallel"):
+        check_objective("derived:Weighed", num_stages=2)
