@@ -123,8 +123,7 @@ class Objective(ABC):
     counts: ClassVar[tuple[str, ...]]
     """Names of what a step counts over the global batch, such as labelled tokens: the denominators of its losses."""
     has_stages: ClassVar[bool] = False
-    """Whether the model can be a pipeline: then there are `build_stage` and what begins with
-    `stage_`."""
+    """Whether the model can be a pipeline: then there are `build_stage` and what begins with `stage_`."""
     keeps_best: ClassVar[bool] = False
     """Whether the best weights are kept, as `is_better` finds them. An evaluation then comes before the checkpoint,
     which remembers its outcome; otherwise after it, since it may take long."""
