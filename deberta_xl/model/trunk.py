@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.kernels.registry import Demand, choose_kernel, load_kernel
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings
@@ -73,12 +74,22 @@ class Trunk(nn.Module):
         """Allocate and draw every parameter, as a function of (seed, name).
 
         Called last by a model's `__init__`, which may build its modules on the meta device. Where the caller has chosen
-        that device for the model (`with torch.device("meta")`), nothing is allocated or drawn.
+        that device for the model (`with torch.device("meta")`), nothing is allocated or drawn. Buffers keep their
+        values. Raises ConfigError for one that has none, since it was made on the meta device.
         """
         device = torch.get_default_device()
-        if device.type != "meta":
-            self.to_empty(device=device)
-            initialize_weights(self, self.config.initializer_range, seed)
+        if device.type == "meta":
+            return
+        buffers = dict(self.named_buffers())
+        if lost := [name for name, buffer in buffers.items() if buffer.is_meta]:
+            raise ConfigError(
+                f"{type(self).__name__} makes {', '.join(lost)} on the meta device, where a buffer has no values: make "
+                'it behind the block of torch.device("meta")'
+            )
+        self.to_empty(device=device)
+        for name, values in buffers.items():
+            self.get_buffer(name).copy_(values)
+        initialize_weights(self, self.config.initializer_range, seed)
 
     def checkpoint_activations(self) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations."""

@@ -152,7 +152,8 @@ def fill_model(model: nn.Module, weights: Mapping[str, Tensor], source: Path, dt
     check_fits(model, weights, source)
     check_finite(weights, source)
     known = {name: weights[name].to(dtype) for name, _ in model.named_parameters()}
-    model.load_state_dict(known, assign=True)
+    buffers = model.state_dict().keys() & dict(model.named_buffers()).keys()  # of a user's head: they stay
+    model.load_state_dict(known | {name: model.get_buffer(name) for name in buffers}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.trunk import Trunk
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.weights.native import fill_model
 
 CONFIG = DebertaConfig(
     vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, position_buckets=8,
@@ -62,6 +64,31 @@ def test_what_a_head_has_begins_by_its_dimensions():
     assert torch.equal(model.norm.weight, torch.ones(CONFIG.hidden_size))
     assert not model.threshold.any()
     assert not torch.equal(model.prototypes, Prototypes(CONFIG, seed=1).prototypes)
+
+
+class Weighted(Trunk):
+    """A head with a buffer, which has its values from where it is made."""
+
+    def __init__(self, config: DebertaConfig, *, is_lost: bool = False):
+        with torch.device("meta"):
+            super().__init__(config)
+            self.classifier = nn.Linear(config.hidden_size, 2)
+            if is_lost:
+                self.register_buffer("class_weights", torch.tensor([1.0, 3.0]))
+        if not is_lost:
+            self.register_buffer("class_weights", torch.tensor([1.0, 3.0]))
+        self.draw_weights(0)
+
+
+def test_buffers_keep_their_values_and_one_that_has_lost_them_is_refused(tmp_path):
+    model = Weighted(CONFIG)
+    assert model.class_weights.tolist() == [1, 3]
+    fill_model(model, dict(Weighted(CONFIG).named_parameters()), tmp_path, torch.float32)
+    assert model.class_weights.tolist() == [1, 3]
+    with pytest.raises(ConfigError, match="Weighted makes class_weights on the meta device"):
+        Weighted(CONFIG, is_lost=True)
+    with torch.device("meta"):  # as it is built to be counted
+        Weighted(CONFIG, is_lost=True)
 
 
 def test_a_model_of_ones_own_learns_with_keyed_masks_and_recomputed_layers():
