@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.data.loader import Batch, PretrainingData
@@ -72,6 +73,11 @@ class Pretraining(Objective):
     def load_initial(self, model: nn.Module) -> None:
         """The weights of `train.init`. Collective."""
         init = self.config.train.init
+        if init and not isinstance(model, Trunk):
+            raise ConfigError(
+                f"train.init has the weights of a Trunk (deberta_xl/model/trunk.py), and {type(model).__name__} is "
+                "none: let it inherit from Trunk, or say in load_initial which weights go where"
+            )
         if init:
             # Found once for all ranks: a run that is still written to has one newest checkpoint.
             source = on_rank_zero(lambda: find_pretrained(init))

@@ -28,7 +28,7 @@ def assemble_training(
     `describe` tells what the run is going to be, once it has its folder.
     """
     config, split = inputs.config, inputs.split
-    check_best(objective)
+    check_told(objective)
     start = start_run(inputs, objective.fingerprints)
     is_pipeline = split is not None and split.num_stages > 1
     wrap = (lambda divided: PipelinedModel(divided, split, start.groups)) if is_pipeline else None
@@ -54,12 +54,20 @@ def assemble_training(
     )
 
 
-def check_best(objective: Objective) -> None:
-    """Refuse to keep the best weights where nothing tells which they are. Raises ConfigError."""
+def check_told(objective: Objective) -> None:
+    """Refuse an objective that contradicts itself: it may be a user's. Raises ConfigError."""
+    name = type(objective).__name__
+    if "loss" not in objective.reports:
+        raise ConfigError(f"{name}: reports has {', '.join(objective.reports)}, but no loss, which is differentiated")
+    for figure, report in objective.reports.items():
+        if report.count not in objective.counts:
+            raise ConfigError(
+                f"{name}: reports divides {figure} by {report.count}, but counts has only {', '.join(objective.counts)}"
+            )
     if objective.keeps_best and not objective.has_held_out:
         raise ConfigError(
-            f"{type(objective).__name__} keeps the best weights (keeps_best), which only an evaluation can tell: set "
-            "data.valid, or keeps_best = False"
+            f"{name} keeps the best weights (keeps_best), which only an evaluation can tell: set data.valid, or "
+            "keeps_best = False"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import deepspeed
 import torch
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.launch import Launch
 from deberta_xl.base.log import rank_zero
 from deberta_xl.base.stop_request import StopRequest
@@ -147,6 +148,10 @@ class Training:
         """What the global batch counts, and whether any rank was asked to stop. Collective."""
         names = self.objective.counts
         counted = [sum(of_each) for of_each in zip(*(batch.counts for batch in micro_batches), strict=True)]
+        if len(counted) != len(names):
+            raise ConfigError(
+                f"a micro-batch has {len(counted)} counts, the objective's counts are {len(names)}: {', '.join(names)}"
+            )
         # The ranks that share a replica see the same samples; one of them counts.
         counted = counted if self.groups.grid.counts_labels else [0] * len(names)
         counts, is_stopping = self.agreement.before_step(counted, self.stop)

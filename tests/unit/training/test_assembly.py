@@ -11,9 +11,11 @@ from torch import nn
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.model import trunk
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.objectives.objective import Mean, Ratio
+from deberta_xl.objectives.pretraining import Pretraining
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.training.assembly import build_model, check_best
+from deberta_xl.training.assembly import build_model, check_told
 from deberta_xl.training.start import check_divisible_model
 
 CONFIG = DebertaConfig(
@@ -77,13 +79,36 @@ def test_what_no_checkpoint_holds_is_made_as_ever(model):
     assert build_model(Small(model), None, is_new=False).scale.item() == 7.0
 
 
-def test_best_weights_without_held_out_data_and_slices_of_what_is_no_trunk_are_refused():
-    check_best(SimpleNamespace(keeps_best=True, has_held_out=True))
-    with pytest.raises(ConfigError, match=r"keeps the best weights .* set data\.valid"):
-        check_best(SimpleNamespace(keeps_best=True, has_held_out=False))
+def told(**changes: object) -> SimpleNamespace:
+    """What an objective says of itself."""
+    reports = {"loss": Mean("labels"), "accuracy": Ratio("labels")}
+    return SimpleNamespace(
+        **{"counts": ("labels",), "reports": reports, "keeps_best": False, "has_held_out": False} | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"keeps_best": True}, r"keeps the best weights .* set data\.valid"),
+        ({"reports": {"accuracy": Ratio("labels")}}, "reports has accuracy, but no loss, which is differentiated"),
+        ({"reports": {"loss": Mean("label")}}, "reports divides loss by label, but counts has only labels"),
+    ],
+)
+def test_an_objective_that_contradicts_itself_is_refused(changes, words):
+    check_told(told())
+    check_told(told(keeps_best=True, has_held_out=True))
+    with pytest.raises(ConfigError, match=words):
+        check_told(told(**changes))
+
+
+def test_only_a_trunk_can_be_divided_or_begin_with_other_weights():
     halves = Grid(tensor_parallel_size=2)
     encoder = MaskedLanguageModel(CONFIG, 3)
     check_divisible_model(nn.ModuleList([encoder]), [encoder], halves)
     check_divisible_model(nn.Linear(2, 2), [], Grid())
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 divides a Trunk .*, and Linear neither is nor has"):
         check_divisible_model(nn.Linear(2, 2), [], halves)
+    objective = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(init="runs/first")))
+    with pytest.raises(ConfigError, match=r"train\.init has the weights of a Trunk .*, and Linear is none"):
+        Pretraining.load_initial(objective, nn.Linear(2, 2))
