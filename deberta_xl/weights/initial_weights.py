@@ -60,8 +60,13 @@ def load_initial_weights(model: Trunk, folder: Path) -> None:
 
     Absent absolute positions begin with zeros, an absent masked-LM head anew; `peek_tensors` has said so. A head of
     another kind, which the folder does not have, stays as it is.
-    Raises ConfigError when they cannot be read, or the architectures differ in more than dropout.
+    Raises ConfigError when they cannot be read, the architectures differ in more than dropout, or it is no trunk.
     """
+    if not isinstance(model, Trunk):
+        raise ConfigError(
+            f"train.init fills a Trunk (deberta_xl/model/trunk.py), and {type(model).__name__} is none: let it inherit "
+            "from Trunk, or its objective have a load_initial of its own"
+        )
     try:
         config, weights = read_pretrained(folder, may_be_fresh=True)
     except CheckpointError as error:

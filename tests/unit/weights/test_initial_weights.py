@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.trunk import Trunk
@@ -49,6 +50,11 @@ def test_a_head_stays_fresh_where_the_weights_have_none_and_is_taken_by_its_name
     again = MaskedLanguageModel(CONFIG, seed=4)
     load_initial_weights(again, tmp_path / "first")
     assert torch.equal(again.embeddings.word.weight, masked.embeddings.word.weight)
+
+
+def test_a_model_that_is_no_trunk_is_told_of_its_own_way(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.init fills a Trunk .*, and ModuleList is none: .* load_initial"):
+        load_initial_weights(nn.ModuleList([Detector(seed=2)]), tmp_path)
 
 
 def test_more_tensors_than_a_model_has_are_refused_in_its_trunk_and_where_no_run_starts(tmp_path):
