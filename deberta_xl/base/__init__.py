@@ -1,3 +1,3 @@
 """What every other room stands on: errors, logging, launching and ending, files that are whole; the standard
-library only, and no torch.
+library, pydantic and rich, and no torch.
 """

@@ -1,4 +1,4 @@
-"""How the ranks of a tool meet, without an engine (`engine.start_engine_runtime` is a training command's way)."""
+"""How the ranks of a tool meet, without an engine (`start_engine_runtime` of training/engine.py is a command's way)."""
 
 from __future__ import annotations
 
