@@ -1,7 +1,7 @@
 """What a kernel is given: queries, memory, projected relative rows, where everything stands, and a rule of dropout.
 
-Nothing dense over pairs of tokens is in it. A kernel that works on dense matrices asks `where` for them; another one
-reads segments and positions.
+Nothing dense over pairs of tokens is in it, but for a mask that a caller has brought as such. A kernel that works on
+dense matrices asks `where` for them; another one reads segments and positions.
 
 Shape suffixes of this file:
     B batch   S queries (i)   T keys (j)   M chosen queries   N heads on this rank   H head size   R relative rows (2k)
