@@ -50,8 +50,8 @@ def check_figures(found: Sums, reports: Reports) -> None:
             "there (docs/pretraining.md)"
         )
     for name, value in found.items():
-        if not (isinstance(value, Tensor) and value.numel() == 1):
-            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if not (isinstance(value, Tensor) and value.dim() == 0):
+            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a Python {type(value).__name__}"
             raise ConfigError(
                 f"the objective's losses give {what} as {name}, where one number on the device is needed: the sum over "
                 "the micro-batch (docs/pretraining.md)"

@@ -59,13 +59,14 @@ def test_a_figure_that_is_not_reported_is_refused_by_its_name():
     [
         ({"accuracy": torch.zeros(())}, "losses give no loss, which its reports have"),
         ({"loss": torch.zeros(3)}, r"losses give a tensor \[3\] as loss, where one number on the device is needed"),
-        ({"loss": 0.0}, "losses give a float as loss, where one number"),
+        ({"loss": torch.zeros(1)}, r"losses give a tensor \[1\] as loss"),  # trains, but is not added up in evaluation
+        ({"loss": 0.0}, "losses give a Python float as loss, where one number"),
     ],
 )
 def test_a_figure_that_is_missing_or_no_number_is_refused_before_the_backward_pass(found, words):
     with pytest.raises(ConfigError, match=words):
         check_figures(found, {"loss": Mean("labels")})
-    check_figures({"loss": torch.zeros(1)}, {"loss": Mean("labels")})
+    check_figures({"loss": torch.zeros(())}, {"loss": Mean("labels")})
 
 
 def test_tensors_of_a_micro_batch_move_wherever_they_are_and_counts_stay():
