@@ -122,3 +122,14 @@ def test_every_file_the_documents_point_to_exists():
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} points to {target}"
+
+
+def test_every_file_of_ours_that_a_text_names_is_there():
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for folder in ("deberta_xl", "tools", "benchmarks", "slurm", "docs", "deepspeed_configs"):
+        texts += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh", ".md", ".toml")]
+    for text in texts:
+        for path in re.findall(r"(?<![\w./-])\w+/[\w./]+\.(?:py|sh|md)\b", text.read_text(encoding="utf-8")):
+            roots = [root for root in (ROOT, ROOT / "deberta_xl") if (root / path.partition("/")[0]).is_dir()]
+            is_there = any((root / path).exists() for root in roots)
+            assert is_there or not roots or "NAME" in path, f"{text} names {path}"
