@@ -45,7 +45,8 @@ class Trunk(nn.Module):
                 return self.classifier(self.encode(input_ids, scene)[:, 0])
 
     It inherits, so that `embeddings.…` and `encoder.…` are the names of its parameters, as in every checkpoint. What is
-    not of the trunk is computed alike on every rank that shares its layers (tensor and sequence parallelism).
+    not of the trunk is computed alike on every rank that shares its layers (tensor and sequence parallelism). The word
+    table is divided over those: a head that reads it, too, is that of `MaskedLanguageModel`, from which to inherit.
     """
 
     def __init__(self, config: DebertaConfig):

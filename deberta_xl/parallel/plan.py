@@ -125,6 +125,13 @@ def divide_vocabulary(model: MaskedLanguageModel, groups: Groups) -> None:
     """The rest of the vocabulary, whose table is divided already: what enters the head, its bias, and the loss."""
     from torch import nn
 
+    from deberta_xl.model.masked_lm import masked_lm_loss
+
+    if model.loss is not masked_lm_loss:
+        raise ConfigError(
+            f"{type(model).__name__} has a loss of its own, which reads whole logits: parallel.tensor_parallel_size="
+            f"{groups.grid.tensor_parallel_size} divides the vocabulary; leave it at 1"
+        )
     from deberta_xl.parallel import layers
 
     model.head.entry = layers.CopyToRanks(groups)

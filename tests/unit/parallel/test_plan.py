@@ -6,7 +6,9 @@ import pytest
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.parallel.plan import LAYER_PLAN, SLICED_LAYER_PLAN, SLICED_MODEL_PLAN, plan_of
+from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.plan import LAYER_PLAN, SLICED_LAYER_PLAN, SLICED_MODEL_PLAN, divide_vocabulary, plan_of
 from deberta_xl.settings.architecture import DebertaConfig
 
 SIZES = {"vocab_size": 60, "num_layers": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64}
@@ -45,3 +47,11 @@ def test_a_part_of_which_the_model_has_no_module_is_named():
     del whole.encoder.layers[2]
     with pytest.raises(ConfigError, match=r"tells of 'encoder.layers.2.*weight', but the model has no module"):
         plan_of(whole, sequence_parallel=False)
+
+
+def test_a_loss_of_ones_own_is_not_replaced_by_that_of_a_divided_vocabulary():
+    own = model()
+    own.loss = lambda logits_LV, label_L: (logits_LV.sum(), label_L)
+    groups = Groups(Grid(tensor_parallel_size=2))
+    with pytest.raises(ConfigError, match=r"MaskedLanguageModel has a loss of its own.*tensor_parallel_size=2"):
+        divide_vocabulary(own, groups)
