@@ -57,7 +57,8 @@ class Heartbeat:
 
     @property
     def phase(self) -> str:
-        """What this rank does: start, data, forward-backward, optimizer, evaluation, checkpoint, done."""
+        """What this rank does: start, data, forward-backward, optimizer, evaluation, checkpoint, best weights;
+        at last stopped or done."""
         return self.beat["phase"]
 
     def mark(self, step: int, phase: str) -> None:

@@ -28,10 +28,11 @@ class Agreement:
 
     def before_step(self, counts: Sequence[int], stop: StopRequest) -> tuple[list[int], bool]:
         """The sums of what every rank counts of the step, and whether any was asked to stop."""
-        if stop.signal is not None and not self.has_told:
-            logger.warning("received %s: saving a checkpoint and stopping", stop.signal.name)
+        signal = stop.signal  # read once: it may come between two lines
+        if signal is not None and not self.has_told:
+            logger.warning("received %s: saving a checkpoint and stopping", signal.name)
             self.has_told = True
-        votes = torch.tensor([*counts, int(stop.signal is not None)], dtype=torch.int64)
+        votes = torch.tensor([*counts, int(signal is not None)], dtype=torch.int64)
         dist.all_reduce(votes, group=self.group)
         *sums, num_stopping = votes.tolist()
         return sums, num_stopping > 0
