@@ -141,18 +141,11 @@ def read_inputs(arguments: argparse.Namespace) -> FinetuningInputs:
     total_steps = config.train.total_steps(len(train_data))
     balanced = config.train.class_weights == "balanced"
     return FinetuningInputs(
-        config=config,
-        **layout._asdict(),
-        tokenizer=tokenizer,
-        tokenizer_folder=tokenizer_folder,
-        architecture=architecture,
-        total_steps=total_steps,
-        head=head,
-        train_data=train_data,
-        held_out=data,
+        config=config, **layout._asdict(), tokenizer=tokenizer, tokenizer_folder=tokenizer_folder,
+        architecture=architecture, total_steps=total_steps, head=head, train_data=train_data, held_out=data,
         schedule=config.schedule.for_steps(total_steps),
         class_weights=class_weights(task, head.head.num_labels, train_data.examples) if balanced else None,
-    )
+    )  # fmt: skip
 
 
 def read_config(name: str, overrides: Sequence[str]) -> FinetuneConfig:

@@ -64,16 +64,10 @@ class TaskModel(Trunk):
         return task_parts(self.config, self.head)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        *,
-        num_options: int = 1,
-        objective: Callable[[Predict], Any] | None = None,
-        dropout_key: DropoutKey | None = None,
-        perturb: Perturb | None = None,
-    ) -> Any:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, *,
+        num_options: int = 1, objective: Callable[[Predict], Any] | None = None,
+        dropout_key: DropoutKey | None = None, perturb: Perturb | None = None,
+    ) -> Any:  # fmt: skip
         """Logits, or whatever `objective` makes of them.
 
         Args:

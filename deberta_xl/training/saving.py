@@ -24,16 +24,9 @@ class Saver:
     """Writes the checkpoints of a run; a safeguard holds them back, and drops the oldest ones."""
 
     def __init__(
-        self,
-        engine: deepspeed.DeepSpeedEngine,
-        objective: Objective,
-        grid: Grid,
-        folder: RunFolder,
-        state: TrainState,
-        safeguard: Safeguard,
-        heartbeat: Heartbeat,
-        ownership: Ownership,
-    ):
+        self, engine: deepspeed.DeepSpeedEngine, objective: Objective, grid: Grid, folder: RunFolder, state: TrainState,
+        safeguard: Safeguard, heartbeat: Heartbeat, ownership: Ownership,
+    ):  # fmt: skip
         self.engine, self.folder, self.state = engine, folder, state
         self.safeguard, self.heartbeat, self.ownership = safeguard, heartbeat, ownership
         self.tensor_parallel = grid.tensor_parallel_size, grid.tensor_parallel_rank
