@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from deberta_xl.objectives.figure_text import literal, plain
 from deberta_xl.objectives.rows import MaskedRows
+from deberta_xl.run.figure_text import literal, plain
 
 EXAMPLES = 24
 AROUND = 12

@@ -14,13 +14,13 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import masked_lm_parts
-from deberta_xl.objectives.figures import confusion_figure, loss_curves
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm, masked_sums
 from deberta_xl.objectives.masked_examples import MaskedExamples
 from deberta_xl.objectives.objective import Evaluation, Evaluator, Guessing, Mean, Model, Ratio, Sums
 from deberta_xl.objectives.pretraining import Pretraining
 from deberta_xl.objectives.rows import MaskedRows
 from deberta_xl.planning.cost import step_flops
+from deberta_xl.run.figures import confusion_figure, loss_curves
 
 if TYPE_CHECKING:
     from deberta_xl.parallel.pipeline import StageInput

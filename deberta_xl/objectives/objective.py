@@ -23,8 +23,8 @@ from deberta_xl.objectives.micro_batch import MicroBatch, on_device, pinned
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from deberta_xl.objectives.figure_text import Picture
     from deberta_xl.parallel.pipeline import StageInput
+    from deberta_xl.run.figure_text import Picture
 
 Item = TypeVar("Item")
 BATCHES_AHEAD = 2
@@ -272,6 +272,6 @@ class Objective(ABC):
 
     def curves(self, lines: Sequence[Mapping[str, float]]) -> Figure:
         """How the run went, from the lines of metrics.jsonl."""
-        from deberta_xl.objectives.figures import loss_curves
+        from deberta_xl.run.figures import loss_curves
 
         return loss_curves(lines)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from deberta_xl.objectives.figure_text import Picture, names_for
-from deberta_xl.objectives.figures import draw_over_steps, name_both_axes, new_figure
+from deberta_xl.run.figure_text import Picture, names_for
+from deberta_xl.run.figures import draw_over_steps, name_both_axes, new_figure
 from deberta_xl.tasks.predictions import Prediction
 from deberta_xl.tasks.task import Example, Task
 

@@ -15,7 +15,7 @@ from deberta_xl.base.durable import write_files
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.log import logger
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.objectives.figures import loss_curves
+from deberta_xl.run.figures import loss_curves
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.metrics import MetricsWriter, save_curves
 from deberta_xl.run.ownership import Ownership

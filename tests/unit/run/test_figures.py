@@ -13,12 +13,12 @@ from matplotlib import font_manager
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from deberta_xl.model.masked_lm import LabelledPositions
-from deberta_xl.objectives import figure_text
-from deberta_xl.objectives.figure_text import Names, installed_fonts, legend_lines, legend_table, names_for
-from deberta_xl.objectives.figures import confusion_figure
 from deberta_xl.objectives.masked_examples import MaskedExamples
 from deberta_xl.objectives.rows import MaskedRows
 from deberta_xl.objectives.task_figures import class_confusion
+from deberta_xl.run import figure_text
+from deberta_xl.run.figure_text import Names, installed_fonts, legend_lines, legend_table, names_for
+from deberta_xl.run.figures import confusion_figure
 
 PIECES = ["▁the", "▁$$", "$x$", "$\\frac$", "|", "``", "▁`|", "\\", "*a*", "<b>", "&amp;", "_", "▁"]
 MASK = 99

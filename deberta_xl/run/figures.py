@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deberta_xl.objectives.figure_text import Names, Picture, names_for
+from deberta_xl.run.figure_text import Names, Picture, names_for
 
 CONFUSION_WORDS = 20
 
