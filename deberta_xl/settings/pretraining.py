@@ -14,6 +14,14 @@ from typing import Literal
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.strict import UserPath, at_least, divisors, frozen, positive, probability
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.objectives import (
+    READERS,
+    AutoregressiveSection,
+    GeneratorSection,
+    ReplacedTokensSection,
+    check_generator,
+    check_read,
+)
 
 
 @frozen
@@ -255,6 +263,9 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     train: PretrainingTrainSection = field(default_factory=PretrainingTrainSection)
+    generator: GeneratorSection = field(default_factory=GeneratorSection)
+    replaced_tokens: ReplacedTokensSection = field(default_factory=ReplacedTokensSection)
+    autoregressive: AutoregressiveSection = field(default_factory=AutoregressiveSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
@@ -269,6 +280,9 @@ class RunConfig:
             )
         if self.parallel.sequence_parallel:
             self.check_slices()
+        check_read(self.train.objective, {name: getattr(self, name) for name in READERS})
+        if self.train.objective == "replaced_tokens":
+            check_generator(self.model.architecture(1), self.generator, self.replaced_tokens.sharing)
 
     def check_slices(self) -> None:
         """Refuse a sequence that does not divide over the ranks of sequence parallelism."""

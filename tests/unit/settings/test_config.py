@@ -185,7 +185,7 @@ BAD_OVERRIDES = {
     "trian.steps=5": ["unknown section 'trian'", "mean 'train'?"],
     "a.b.c=5": ["unknown section 'a'", "known: run, model"],
     "train.stesp=5": ["unknown key train.stesp", "mean 'steps'?"],
-    "train.learning_rate=1": ["train.learning_rate", "learning_rate belongs to optimizer"],
+    "train.learning_rate=1": ["train.learning_rate", "learning_rate belongs to generator, optimizer"],
     "optimizer.steps=5": ["optimizer.steps", "steps belongs to train"],
     "train.sub.steps=5": ["unknown key train.sub.steps", "mean 'steps'?"],
     # Types.
