@@ -5,6 +5,7 @@ dense matrices asks `where` for them; another one reads segments and positions.
 
 Shape suffixes of this file:
     B batch   S queries (i)   T keys (j)   M chosen queries   N heads on this rank   H head size   R relative rows (2k)
+    W window of a convolution
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deberta_xl.kernels.dropout import DropoutRule
@@ -39,8 +41,7 @@ class RelativeRows(NamedTuple):
 class Where:
     """Where queries and keys stand, and so which sees which. All layers of a pass are given the same one.
 
-    What else may decide that (only earlier tokens, or a prefix and earlier ones) would be a field here, and in the
-    registry's `Demand`, for a kernel to refuse it there.
+    What else may decide that would be a field here, and in the registry's `Demand`, for a kernel to refuse it there.
     """
 
     segments_BT: Tensor
@@ -48,6 +49,10 @@ class Where:
     buckets: Buckets
     mask_BST: Tensor | None = None
     """Which keys every position sees (bool), where that does not follow from the documents."""
+    open_BT: Tensor | None = None
+    """Which keys (bool) are seen from everywhere in their document; the others from themselves on only, j ≤ i. All
+    False is a causal mask; True in a document's prefix, and only there, that of a prefix language model. None: every
+    key is open."""
     position_BM: Tensor | None = None
     """Positions of the queries in the sequence; None where every position is a query, in order."""
 
@@ -72,7 +77,25 @@ class Where:
         if self.position_BM is not None:
             query_segments_BS = self.segments_BT.gather(1, self.position_BM)
         is_other_BST = query_segments_BS.unsqueeze(2) != self.segments_BT.unsqueeze(1)
-        return is_other_BST | (self.segments_BT == 0).unsqueeze(1)
+        blocked_BST = is_other_BST | (self.segments_BT == 0).unsqueeze(1)
+        if self.open_BT is None:
+            return blocked_BST
+        key_T = torch.arange(self.segments_BT.shape[1], device=self.segments_BT.device)
+        query_BS = key_T if self.position_BM is None else self.position_BM
+        return blocked_BST | ((key_T > query_BS.unsqueeze(-1)) & ~self.open_BT.unsqueeze(1))
+
+    def sees_neighbours(self, window: int) -> Tensor:
+        """Which of the `window` positions around it each position sees, itself in the middle, bool [B, S, W].
+
+        By the rule of the documents and of `open_BT`, as attention; a mask of pairs does not say.
+        """
+        reach = window // 2
+        neighbour_BSW = F.pad(self.segments_BT, (reach, reach)).unfold(1, window, 1)
+        is_seen_BSW = neighbour_BSW == self.segments_BT.unsqueeze(-1)
+        if self.open_BT is None:
+            return is_seen_BSW
+        is_open_BSW = F.pad(self.open_BT, (reach, reach)).unfold(1, window, 1)
+        return is_seen_BSW & (is_open_BSW | (torch.arange(window, device=is_open_BSW.device) <= reach))
 
     def pair_rows(self, first_head: int, num_heads: int) -> Tensor:
         """Number of every query's row of pairs among those of all heads, for dropout, int64 [B, N, S].

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.settings.architecture import DebertaConfig
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from deberta_xl.kernels.contract import Attend
 
 FLOAT32 = 4
+Mask = Literal["bidirectional", "causal", "prefix"]
+"""Which keys of its document a query sees: all, those up to itself, or those and the document's prefix (`open_BT` of
+the contract's `Where`: none, False everywhere, True in the prefix)."""
 AUTO = "auto"
 """Instead of a name: the first kernel of `KERNELS` that supports what is asked."""
 
@@ -24,6 +27,8 @@ class Demand(NamedTuple):
     """What is asked of a kernel. Whatever some kernel cannot do is told here, for it to refuse with its reason."""
 
     config: DebertaConfig
+    mask: Mask = "bidirectional"
+    """The widest that it must compute besides `bidirectional`, which every kernel can."""
 
 
 class AttentionSizes(NamedTuple):

@@ -58,6 +58,6 @@ class Encoder(nn.Module):
             hidden_BSD = self.apply_layer(self.layers[number], source_BSD, scene=scene.within("layers", number))
             if number == 0 and self.convolution is not None:
                 key = fold_key(scene.key, "convolution")
-                hidden_BSD = self.convolution(source_BSD, hidden_BSD, scene.segments_BS, key)
+                hidden_BSD = self.convolution(source_BSD, hidden_BSD, scene.where, key)
             states = [*(states if keep_states else []), hidden_BSD]
         return states

@@ -113,17 +113,18 @@ class MaskedLanguageModel(Trunk):
         label_count: float | None = None,
         output_hidden_states: bool = False,
         dropout_key: DropoutKey | None = None,
+        open_BS: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Predict the labelled positions, or every position without labels.
 
         Args:
-            input_ids, attention_mask, dropout_key: as in `Trunk.scene`.
+            input_ids, attention_mask, dropout_key, open_BS: as in `Trunk.scene`.
             token_type_ids: [batch, sequence]; zeros when absent.
             labels: [batch, sequence], 0 or −100 where nothing is predicted; or the positions found beforehand.
             label_count: divisor of the loss, for a mean over more than this batch.
             output_hidden_states: return every layer's states too (the last layer then runs although EMD replaces it).
         """
-        scene = self.scene(input_ids, attention_mask, dropout_key)
+        scene = self.scene(input_ids, attention_mask, dropout_key, open_BS=open_BS)
         states = self.encoder(
             self.embed(input_ids, scene, token_type_ids),
             scene,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.kernels.contract import Where
 from deberta_xl.kernels.relative_index import Buckets
 from deberta_xl.model.dropout import DropoutKey, fold_key
@@ -43,11 +44,21 @@ class Scene(NamedTuple):
         return self if position_BM is None else self._replace(where=self.where.of_queries(position_BM))
 
 
-def read_mask(input_ids_BS: Tensor, attention_mask: Tensor | None, buckets: Buckets) -> Where:
-    """Where the tokens stand, from any form of attention mask."""
+def read_mask(
+    input_ids_BS: Tensor, attention_mask: Tensor | None, buckets: Buckets, open_BS: Tensor | None = None
+) -> Where:
+    """Where the tokens stand, from any form of attention mask, and which of them are seen from everywhere.
+
+    Raises ConfigError for two rules of what sees what.
+    """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids_BS)
     if attention_mask.dim() == 3:
+        if open_BS is not None:
+            raise ConfigError(
+                f"an attention mask of pairs, {list(attention_mask.shape)}, says all about what sees what: leave "
+                "open_BS out, or give the attention mask as [batch, sequence]"
+            )
         mask_BST = attention_mask > 0
         return Where(mask_BST.any(dim=1).long(), buckets, mask_BST)
-    return Where(attention_mask.long(), buckets)
+    return Where(attention_mask.long(), buckets, open_BT=open_BS)

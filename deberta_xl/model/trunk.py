@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.kernels.registry import Demand, choose_kernel, load_kernel
+from deberta_xl.kernels.registry import Demand, Mask, choose_kernel, load_kernel
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings
 from deberta_xl.model.encoder import Encoder, recompute
@@ -96,12 +96,12 @@ class Trunk(nn.Module):
         """Recompute each layer in the backward pass instead of keeping its activations."""
         self.encoder.apply_layer = recompute
 
-    def use_kernel(self, name: str) -> str:
+    def use_kernel(self, name: str, mask: Mask = "bidirectional") -> str:
         """Compute attention with a kernel: one of `kernels/registry.py`, or `auto`. Returns its name.
 
-        Raises ConfigError when the name is unknown, or the kernel does not support the model.
+        Raises ConfigError when the name is unknown, or the kernel does not support the model under such a mask.
         """
-        chosen = choose_kernel(name, Demand(self.config))
+        chosen = choose_kernel(name, Demand(self.config, mask))
         attend = load_kernel(chosen)
         for layer in self.encoder.layers:
             layer.attention.attend = attend
@@ -113,6 +113,7 @@ class Trunk(nn.Module):
         attention_mask: Tensor | None = None,
         key: DropoutKey | None = None,
         relative_RD: Tensor | None = None,
+        open_BS: Tensor | None = None,
     ) -> Scene:
         """What the layers see beside the states.
 
@@ -123,10 +124,14 @@ class Trunk(nn.Module):
                 All ones when absent.
             key: names the dropout masks; torch's global generator draws them when absent.
             relative_RD: the relative table as an earlier stage saw it; computed here when absent.
+            open_BS: [batch, sequence], bool: which tokens are seen from everywhere in their document, the others only
+                from themselves on. All False makes the model causal, True in the prefix of each document a prefix
+                language model. Without it every token is seen from everywhere.
         """
         if relative_RD is None:
             relative_RD = self.encoder.relative_position()
-        return Scene(read_mask(input_ids, attention_mask, self.encoder.relative_position.buckets), relative_RD, key)
+        where = read_mask(input_ids, attention_mask, self.encoder.relative_position.buckets, open_BS)
+        return Scene(where, relative_RD, key)
 
     def embed(
         self,

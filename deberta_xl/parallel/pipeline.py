@@ -1,8 +1,8 @@
 """The plain model as stages of a pipeline: each rank has some of the layers, and states travel from one to the next.
 
 What travels is one float tensor: hidden states with the relative table below them. Everything else that a stage needs
-(token ids, segments, labels, the dropout key) is a function of the step and the data-parallel rank, so each stage has
-it from its own data loader: nothing of it has to be sent, its shapes are free, and no device waits for it. The loss is
+(token ids, masks, labels, the dropout key) is a function of the step and the data-parallel rank, so each stage has it
+from its own data loader: nothing of it has to be sent, its shapes are free, and no device waits for it. The loss is
 computed inside the last stage, where the enhanced mask decoder and the head are.
 
 Shape suffixes of this file:
@@ -43,6 +43,8 @@ class StageInput(NamedTuple):
     """Divisor of the loss."""
     key: DropoutKey | None = None
     token_type_ids_BS: Tensor | None = None
+    open_BS: Tensor | None = None
+    """As in `Trunk.scene`."""
 
 
 class Activations(NamedTuple):
@@ -169,11 +171,11 @@ class PipelinedModel(PipelineModule):
         signs.moved()
         model = self.stage_model
         if self.stage_id == 0:
-            scene = model.scene(given.input_ids_BS, given.segments_BS, given.key)
+            scene = model.scene(given.input_ids_BS, given.segments_BS, given.key, open_BS=given.open_BS)
             hidden_BSD = model.embed(given.input_ids_BS, scene, given.token_type_ids_BS)
         else:
             hidden_BSD, relative_RD = Activations.unpack(received, len(given.segments_BS), self.num_relative)
-            scene = model.scene(given.input_ids_BS, given.segments_BS, given.key, relative_RD)
+            scene = model.scene(given.input_ids_BS, given.segments_BS, given.key, relative_RD, given.open_BS)
         layers = self.split.layers(self.stage_id)
         numbers = range(layers.start, min(layers.stop, model.num_ordinary_layers))
         (hidden_BSD,) = model.encoder(hidden_BSD, scene, numbers=numbers)

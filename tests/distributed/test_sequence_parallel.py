@@ -26,6 +26,8 @@ from test_tensor_parallel import (
     outcome,
 )
 
+from deberta_xl.kernels.contract import Where
+from deberta_xl.kernels.relative_index import Buckets
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Division, Load, layer_bytes
@@ -119,21 +121,27 @@ def convolution_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return embedded, hidden, batch(101)[1]
 
 
+def where(segments: torch.Tensor) -> Where:
+    """Rows of such documents; a convolution asks for nothing else."""
+    return Where(segments, Buckets(8, 24))
+
+
 def convolved_slice() -> torch.Tensor:
     """What the convolution makes of this rank's slices."""
     groups = join(2)
     model = sliced_model(small_config(conv_kernel_size=3)).eval()
     embedded, hidden, segments = convolution_input()
     with torch.no_grad():
-        return model.encoder.convolution(own_slice(embedded, groups), own_slice(hidden, groups), segments)
+        return model.encoder.convolution(own_slice(embedded, groups), own_slice(hidden, groups), where(segments))
 
 
 def test_the_convolution_sees_neighbours_beyond_the_cut():
     plain = MaskedLanguageModel(small_config(conv_kernel_size=3), seed=3).eval().encoder.convolution
     embedded, hidden, segments = convolution_input()
     with torch.no_grad():
-        expected = plain(embedded, hidden, segments)
-        halves = [plain(*half) for half in zip(*(x.chunk(2, dim=1) for x in (embedded, hidden, segments)), strict=True)]
+        expected = plain(embedded, hidden, where(segments))
+        cut = zip(*(x.chunk(2, dim=1) for x in (embedded, hidden, segments)), strict=True)
+        halves = [plain(e, h, where(s)) for e, h, s in cut]
     differs = (torch.cat(halves, dim=1) - expected).abs().amax((0, 2)) > 1e-3
     assert differs.nonzero().flatten().tolist() == [11, 12]  # what each rank alone would get wrong
     torch.testing.assert_close(torch.cat(run_ranks(convolved_slice, 2), dim=1), expected)

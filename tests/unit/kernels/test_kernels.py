@@ -125,6 +125,20 @@ def test_an_unknown_kernel_and_one_that_cannot_are_refused_with_the_reason_and_t
         choose_kernel(invented, Demand(wide))
 
 
+def test_a_kernel_refuses_the_masks_it_does_not_know(invented, monkeypatch):
+    def knows_no_order(demand: Demand) -> str | None:
+        return f"it has no {demand.mask} mask" if demand.mask != "bidirectional" else None
+
+    monkeypatch.setitem(KERNELS, invented, KERNELS[invented]._replace(refusal=knows_no_order))
+    model = MaskedLanguageModel(CONFIG)
+    assert model.use_kernel(invented) == invented
+    with pytest.raises(
+        ConfigError, match=r"model.kernel=by_document .* it has no prefix mask; choose one of auto, ref"
+    ):
+        model.use_kernel(invented, "prefix")
+    assert model.use_kernel("auto", "causal") == "reference"
+
+
 def test_what_the_reference_needs_dense_is_made_once_for_all_layers():
     model = MaskedLanguageModel(CONFIG).eval()
     seen = []
@@ -149,7 +163,12 @@ def test_chosen_queries_see_what_they_saw_among_all():
     segments = torch.tensor([[1, 1, 2, 2, 2, 0]])
     position = torch.tensor([[4, 1]])
     mask = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
-    for where in (Where(segments, Buckets(4, 6)), Where(segments, Buckets(0, 6), mask)):
+    open_keys = torch.tensor([[1, 0, 1, 0, 0, 0]]).bool()
+    for where in (
+        Where(segments, Buckets(4, 6)),
+        Where(segments, Buckets(0, 6), mask),
+        Where(segments, Buckets(4, 6), open_BT=open_keys),
+    ):
         chosen = where.of_queries(position)
         assert torch.equal(chosen.blocked_BST, where.blocked_BST[:, position[0]])
         assert torch.equal(chosen.delta, where.delta[position])

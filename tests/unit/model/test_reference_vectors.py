@@ -118,13 +118,15 @@ def test_each_pass_of_the_enhanced_mask_decoder_gives_the_originals_states(folde
     assert_close(positions[is_token], vector.outputs["position_embeddings"][is_token], 0.0, "position embeddings")
 
 
+@pytest.mark.parametrize("form", ["pairs", "open"])
 @pytest.mark.parametrize("folder", vector_folders("encoder_mask3d"), ids=lambda folder: folder.name)
-def test_a_mask_of_pairs_gives_the_originals_states_and_gradients(folder):
+def test_a_causal_mask_gives_the_originals_states_and_gradients_in_both_forms(folder, form):
     vector = Vector(folder)
     inputs = vector.inputs
+    mask = inputs["attention_mask_3d" if form == "pairs" else "attention_mask"]
     states = vector.model(
-        inputs["input_ids"], inputs["attention_mask_3d"], labels=torch.zeros_like(inputs["input_ids"]),
-        output_hidden_states=True,
+        inputs["input_ids"], mask, labels=torch.zeros_like(inputs["input_ids"]), output_hidden_states=True,
+        open_BS=None if form == "pairs" else torch.zeros_like(mask, dtype=torch.bool),
     ).hidden_states[1:]  # fmt: skip
     for number, state in enumerate(states):
         assert_close(state, vector.outputs[f"hidden.{number}"], 1e-10, f"hidden.{number}")
