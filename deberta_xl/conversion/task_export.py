@@ -47,7 +47,7 @@ def export_task(source: Path, destination: Path, conversion: Conversion = TO_HUG
     when `destination` exists and is not empty, or when its logits differ by more than the tolerance.
     """
     refuse_existing(destination)
-    config, facts = read_native_config(source / CONFIG_NAME), read_head(source)
+    config, facts = read_native_config(source / CONFIG_NAME).architecture, read_head(source)
     named = {to_huggingface(name, facts.head.kind): tensor for name, tensor in open_weights(source).items()}
     tensors: LazyTensors = in_type(named, conversion.dtype)
     model = Pretrained(folder=source, kind="native", config=config, tensors=tensors, tokenizer=source / TOKENIZER_NAME)

@@ -31,7 +31,11 @@ class DebertaForTask(TaskModel):
         if is_foreign_folder(folder):
             config, facts, weights = read_foreign_task(folder)
         else:
-            config, facts, weights = read_native_config(folder / CONFIG_NAME), read_head(folder), read_weights(folder)
+            config, facts, weights = (
+                read_native_config(folder / CONFIG_NAME).architecture,
+                read_head(folder),
+                read_weights(folder),
+            )
         with torch.device("meta"):
             model = cls(config, facts.head)
         model.facts = facts

@@ -10,6 +10,9 @@ from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.strict import at_least, frozen, positive
 from deberta_xl.settings.architecture import DebertaConfig
 
+Sharing = Literal["gdes", "es", "none"]
+"""What of its generator's tables a discriminator reads."""
+
 
 @frozen
 class GeneratorSection:
@@ -37,7 +40,7 @@ class GeneratorSection:
 class ReplacedTokensSection:
     """`replaced_tokens`: how generator and discriminator learn together."""
 
-    sharing: Literal["gdes", "es", "none"] = "gdes"
+    sharing: Sharing = "gdes"
     """What of the generator's tables the discriminator reads: `gdes` the tables as they are, without sending gradients
     back, plus what it learns to add to them; `es` the tables themselves, to which both send gradients; `none` its own.
     """

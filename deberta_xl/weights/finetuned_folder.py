@@ -40,5 +40,5 @@ def replace_best(run_folder: Path, best_step: int) -> None:
     source = run_folder / "checkpoints" / step_folder_name(best_step)
     shutil.rmtree(run_folder / BEST_NAME, ignore_errors=True)
     head = {name: (source / name).read_bytes() for name in (HEAD_NAME,) if (source / name).is_file()}
-    config = native_config(read_native_config(source / CONFIG_NAME))
+    config = native_config(read_native_config(source / CONFIG_NAME).architecture)
     write_weights(run_folder / BEST_NAME, read_weights(source), config, source / TOKENIZER_NAME, head)

@@ -40,7 +40,7 @@ def peek(directory: str | Path, setting: str = "train.init") -> tuple[Path, Debe
             raise CheckpointError(f"{folder} is not a folder")
         if is_foreign_folder(folder):
             return folder, parse_config(read_config_fields(folder) or {}, folder)
-        return folder, read_native_config(folder / CONFIG_NAME)
+        return folder, read_native_config(folder / CONFIG_NAME).architecture
     except CheckpointError as error:
         raise ConfigError(f"{setting}: {error}") from error
 

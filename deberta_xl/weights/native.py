@@ -34,16 +34,29 @@ from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, WEIGHTS_NAME, open_
 from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no_progress, total_bytes, write_shards
 from deberta_xl.data.tokenizer import Tokenizer, tokenizer_contents
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.weights.native_config import native_config, read_native_config
+from deberta_xl.settings.objectives import Sharing
+from deberta_xl.weights.native_config import WritingObjective, native_config, read_native_config
 from deberta_xl.weights.pretrained_folder import ORIGIN_NAME, Origin, Pretrained, complete
 
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer"
 
 
-def files_beside_weights(config: DebertaConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """`config.json` and `tokenizer/`, which a checkpoint holds as well: name -> content."""
-    content = json.dumps(native_config(config), indent=2).encode()
+def files_beside_weights(
+    architecture: DebertaConfig,
+    tokenizer: Tokenizer,
+    *,
+    generator: DebertaConfig | None = None,
+    sharing: Sharing | None = None,
+    objective: WritingObjective | None = None,
+) -> dict[str, bytes]:
+    """`config.json` and `tokenizer/`, which a checkpoint holds as well: name -> content.
+
+    A pair of discriminator (`architecture`) and generator says how they share tables, too; a model that has learnt to
+    predict the next token says by which objective.
+    """
+    config = native_config(architecture, generator=generator, sharing=sharing, objective=objective)
+    content = json.dumps(config, indent=2).encode()
     return {CONFIG_NAME: content, **below(TOKENIZER_NAME, tokenizer.files())}
 
 
@@ -116,7 +129,7 @@ def open_native(folder: Path, *, may_be_fresh: bool = False, takes_any_head: boo
     `may_be_fresh` lets absolute positions and the masked-LM head be absent, as they are in a model for a task;
     `takes_any_head` lets there be one of an objective of a user's own.
     """
-    config = read_native_config(folder / CONFIG_NAME)
+    config = read_native_config(folder / CONFIG_NAME).architecture
     tensors, fresh = complete(
         open_weights(folder), config, folder, may_be_fresh=may_be_fresh, takes_any_head=takes_any_head
     )

@@ -1,38 +1,89 @@
-"""Our own `config.json`: the architecture beside native weights."""
+"""Our own `config.json`: the architecture beside native weights, and what else has to be known to read them.
+
+{"model_type": "deberta_xl", "vocab_size": …, …}                            a model
+{…, "objective": "causal"}                                                  one that has learnt to write on
+{…, "generator": {"vocab_size": …, …}, "sharing": "gdes"}                   a discriminator with its generator
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import ValidationError
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.objectives import Sharing
 
 MODEL_TYPE = "deberta_xl"
+WritingObjective = Literal["causal", "prefix", "mixed"]
+"""Objectives whose models have learnt to predict the next token."""
 
 
-def native_config(config: DebertaConfig) -> dict[str, object]:
+class NativeConfig(NamedTuple):
+    """What a native `config.json` says."""
+
+    architecture: DebertaConfig
+    """Of the model; of a pair, the discriminator's."""
+    generator: DebertaConfig | None = None
+    """Of the generator whose weights are there, too."""
+    sharing: Sharing | None = None
+    """How the discriminator's tables are stored: beside a generator only."""
+    objective: WritingObjective | None = None
+    """What it was trained for, where that is not to fill masks or to find replaced tokens."""
+
+
+def native_config(
+    config: DebertaConfig,
+    *,
+    generator: DebertaConfig | None = None,
+    sharing: Sharing | None = None,
+    objective: WritingObjective | None = None,
+) -> dict[str, object]:
     """Contents of a native `config.json`. Were it `deberta-v2`, transformers would load it and keep no weight."""
-    return {"model_type": MODEL_TYPE, **dataclasses.asdict(config)}
+    assert (generator is None) == (sharing is None), "a pair of models, or one"
+    more: dict[str, object] = {"sharing": sharing, "objective": objective}
+    more["generator"] = dataclasses.asdict(generator) if generator else None
+    given = {key: value for key, value in more.items() if value is not None}
+    return {"model_type": MODEL_TYPE, **dataclasses.asdict(config), **given}
 
 
-def read_native_config(path: Path) -> DebertaConfig:
-    """The architecture in a native `config.json`. Raises CheckpointError when there is none in `path`."""
+def read_native_config(path: Path) -> NativeConfig:
+    """What the native `config.json` in `path` says. Raises CheckpointError when it is none."""
     try:
         fields = read_json(path)
         model_type = fields.pop("model_type", None)
         if model_type != MODEL_TYPE:
             raise CheckpointError(f"{path} has model_type {model_type!r}, not {MODEL_TYPE!r}: no configuration of ours")
-        return DebertaConfig(**fields)
+        return parse(fields)
     except CheckpointError:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: without it the weights' architecture is not known") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a configuration of a {MODEL_TYPE} model: {explain(error)}") from error
+
+
+def parse(fields: dict[str, Any]) -> NativeConfig:
+    """The fields, strictly. Raises ConfigError for a value that is not known, and for half a pair."""
+    generator, sharing, objective = (fields.pop(name, None) for name in ("generator", "sharing", "objective"))
+    for name, value, type_of in (("sharing", sharing, Sharing), ("objective", objective, WritingObjective)):
+        if value is not None and value not in get_args(type_of):
+            raise ConfigError(f"{name}={value!r} is not known; known: {', '.join(get_args(type_of))}")
+    if generator is not None and not isinstance(generator, Mapping):
+        raise ConfigError(f"generator={generator!r} is no architecture")
+    if (generator is None) != (sharing is None):
+        raise ConfigError(
+            "generator and sharing go together: the architecture of the generator whose weights are in this folder, "
+            "and how the discriminator shares its tables"
+        )
+    partner = None if generator is None else DebertaConfig(**generator)
+    return NativeConfig(DebertaConfig(**fields), partner, sharing, objective)
 
 
 def explain(error: Exception) -> str:

@@ -1,0 +1,53 @@
+"""config.json of a pair of models, and of one that has learnt to write: there and back, strictly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.weights.native_config import NativeConfig, native_config, read_native_config
+
+SMALL = DebertaConfig(vocab_size=30, hidden_size=16, num_layers=4, num_heads=2, intermediate_size=32)
+GENERATOR = replace(SMALL, num_layers=2)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [{}, {"objective": "causal"}, {"generator": GENERATOR, "sharing": "gdes"}],
+    ids=["alone", "causal", "pair"],
+)
+def test_what_is_said_is_read_back(stated, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(native_config(SMALL, **stated)))
+    assert read_native_config(path) == NativeConfig(SMALL, **stated)
+
+
+def test_a_model_alone_says_nothing_more_than_its_architecture():
+    assert not {"generator", "sharing", "objective"} & native_config(SMALL).keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"objective": "left_to_right"}, "objective='left_to_right' is not known; known: causal, prefix, mixed"),
+        ({"sharing": "some"}, "sharing='some' is not known; known: gdes, es, none"),
+        ({"sharing": ["es"]}, r"sharing=\['es'\] is not known"),
+        ({"sharing": "es"}, "generator and sharing go together"),
+        ({"generator": {"vocab_size": 30}}, "generator and sharing go together"),
+        ({"generator": {}, "sharing": "es"}, "vocab_size is missing"),
+        ({"generator": {"vocab_size": 30, "layers": 3}, "sharing": "es"}, "layers"),
+        ({"generator": 3, "sharing": "es"}, "generator=3 is no architecture"),
+        ({"objectives": "causal"}, "objectives"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_named(fields, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(native_config(SMALL) | fields))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_native_config(path)
+    assert str(path) in str(caught.value)
