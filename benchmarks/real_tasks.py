@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -76,9 +77,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def folder_of(arguments: argparse.Namespace, name: str, variant: str, seed: int) -> Path:
+    """Where a run keeps everything."""
+    return arguments.output / name / f"{variant}-{seed}"
+
+
 def command_of(arguments: argparse.Namespace, name: str, variant: str, seed: int) -> list[str]:
     """The one command of a run."""
-    trial, folder = TASKS[name], arguments.output / name / f"{variant}-{seed}"
+    trial, folder = TASKS[name], folder_of(arguments, name, variant, seed)
     files = ["--task", trial.task, "--data", arguments.data / trial.folder, "--init", arguments.encoder]
     settings = ["--config", "finetune", "--deepspeed_config", "deepspeed_configs/cpu_debug.json"]
     run = [f"run.folder={folder}", f"train.seed={seed}"]
@@ -86,10 +92,21 @@ def command_of(arguments: argparse.Namespace, name: str, variant: str, seed: int
     return [str(word) for word in ("python", "deberta_xl/finetune.py", *settings, *files, *run, *overrides)]
 
 
-def execute(command: list[str], results: Path) -> tuple[str, float]:
+def run_all(commands: Sequence[list[str]], jobs: int) -> None:
+    """Run commands of the repository to their end, some at a time, each on one core, and show them as they end.
+
+    Raises UserError for the first that fails, and begins no other.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        for command, (complaint, seconds) in zip(commands, pool.map(execute, commands), strict=True):
+            print(f"$ {shlex.join(command)}\n  {seconds:.0f} s", flush=True)
+            if complaint:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(f"the command above failed:\n{complaint}")
+
+
+def execute(command: list[str]) -> tuple[str, float]:
     """Run a command to its end; what went wrong ("" if nothing did), and the seconds it took."""
-    if results.exists():
-        return "", 0.0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     start = time.monotonic()
     process = subprocess.run(
@@ -104,15 +121,8 @@ def run(arguments: argparse.Namespace) -> None:
     for key in ("encoder", "data", "output"):
         setattr(arguments, key, getattr(arguments, key).resolve())
     places = [(n, v, s) for s in arguments.seeds for n in arguments.tasks for v in arguments.variants]
-    commands = [command_of(arguments, *place) for place in places]
-    folders = [arguments.output / name / f"{variant}-{seed}" for name, variant, seed in places]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        ended = pool.map(execute, commands, [folder / "results.json" for folder in folders])
-        for command, (complaint, seconds) in zip(commands, ended, strict=True):
-            print(f"$ {shlex.join(command)}\n  {seconds:.0f} s", flush=True)
-            if complaint:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(f"the command above failed:\n{complaint}")
+    unfinished = [place for place in places if not (folder_of(arguments, *place) / "results.json").exists()]
+    run_all([command_of(arguments, *place) for place in unfinished], arguments.jobs)
     for name in arguments.tasks:
         patterns = [str(arguments.output / name / f"{variant}-*") for variant in arguments.variants]
         subprocess.run([sys.executable, ROOT / "tools" / "table.py", *patterns], check=True)
