@@ -2,6 +2,7 @@
 
 {"model_type": "deberta_xl", "vocab_size": …, …}                            a model
 {…, "objective": "causal"}                                                  one that has learnt to write on
+{…, "objective": "mixed", "form": "prefix"}                                 one that fills masks, too
 {…, "generator": {"vocab_size": …, …}, "sharing": "gdes"}                   a discriminator with its generator
 """
 
@@ -23,6 +24,8 @@ from deberta_xl.settings.objectives import Sharing
 MODEL_TYPE = "deberta_xl"
 WritingObjective = Literal["causal", "prefix", "mixed"]
 """Objectives whose models have learnt to predict the next token."""
+Form = Literal["causal", "prefix"]
+"""Whether its tokens see of a beginning what came before them, or all of it (`autoregressive.form`)."""
 
 
 class NativeConfig(NamedTuple):
@@ -36,6 +39,13 @@ class NativeConfig(NamedTuple):
     """How the discriminator's tables are stored: beside a generator only."""
     objective: WritingObjective | None = None
     """What it was trained for, where that is not to fill masks or to find replaced tokens."""
+    form: Form | None = None
+    """Of the autoregressive part of a mixed objective."""
+
+    @property
+    def writes_as(self) -> Form | None:
+        """How it writes on; None for a model that has not learnt to."""
+        return (self.form or "causal") if self.objective == "mixed" else self.objective
 
 
 def native_config(
@@ -44,10 +54,11 @@ def native_config(
     generator: DebertaConfig | None = None,
     sharing: Sharing | None = None,
     objective: WritingObjective | None = None,
+    form: Form | None = None,
 ) -> dict[str, object]:
     """Contents of a native `config.json`. Were it `deberta-v2`, transformers would load it and keep no weight."""
     assert (generator is None) == (sharing is None), "a pair of models, or one"
-    more: dict[str, object] = {"sharing": sharing, "objective": objective}
+    more: dict[str, object] = {"sharing": sharing, "objective": objective, "form": form}
     more["generator"] = dataclasses.asdict(generator) if generator else None
     given = {key: value for key, value in more.items() if value is not None}
     return {"model_type": MODEL_TYPE, **dataclasses.asdict(config), **given}
@@ -71,8 +82,11 @@ def read_native_config(path: Path) -> NativeConfig:
 
 def parse(fields: dict[str, Any]) -> NativeConfig:
     """The fields, strictly. Raises ConfigError for a value that is not known, and for half a pair."""
-    generator, sharing, objective = (fields.pop(name, None) for name in ("generator", "sharing", "objective"))
-    for name, value, type_of in (("sharing", sharing, Sharing), ("objective", objective, WritingObjective)):
+    generator, sharing, objective, form = (
+        fields.pop(name, None) for name in ("generator", "sharing", "objective", "form")
+    )
+    words = (("sharing", sharing, Sharing), ("objective", objective, WritingObjective), ("form", form, Form))
+    for name, value, type_of in words:
         if value is not None and value not in get_args(type_of):
             raise ConfigError(f"{name}={value!r} is not known; known: {', '.join(get_args(type_of))}")
     if generator is not None and not isinstance(generator, Mapping):
@@ -82,8 +96,10 @@ def parse(fields: dict[str, Any]) -> NativeConfig:
             "generator and sharing go together: the architecture of the generator whose weights are in this folder, "
             "and how the discriminator shares its tables"
         )
+    if form is not None and objective != "mixed":
+        raise ConfigError(f"form={form!r} belongs to objective='mixed' alone, and objective is {objective!r}")
     partner = None if generator is None else DebertaConfig(**generator)
-    return NativeConfig(DebertaConfig(**fields), partner, sharing, objective)
+    return NativeConfig(DebertaConfig(**fields), partner, sharing, objective, form)
 
 
 def explain(error: Exception) -> str:

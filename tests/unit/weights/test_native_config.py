@@ -17,13 +17,32 @@ GENERATOR = replace(SMALL, num_layers=2)
 
 @pytest.mark.parametrize(
     "stated",
-    [{}, {"objective": "causal"}, {"generator": GENERATOR, "sharing": "gdes"}],
-    ids=["alone", "causal", "pair"],
+    [
+        {},
+        {"objective": "causal"},
+        {"objective": "mixed", "form": "prefix"},
+        {"generator": GENERATOR, "sharing": "gdes"},
+    ],
+    ids=["alone", "causal", "mixed", "pair"],
 )
 def test_what_is_said_is_read_back(stated, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(native_config(SMALL, **stated)))
     assert read_native_config(path) == NativeConfig(SMALL, **stated)
+
+
+@pytest.mark.parametrize(
+    ("stated", "form"),
+    [
+        ({}, None),
+        ({"objective": "prefix"}, "prefix"),
+        ({"objective": "mixed"}, "causal"),
+        ({"objective": "mixed", "form": "prefix"}, "prefix"),
+    ],
+    ids=str,
+)
+def test_a_model_writes_on_in_the_form_it_was_trained_in(stated, form):
+    assert NativeConfig(SMALL, **stated).writes_as == form
 
 
 def test_a_model_alone_says_nothing_more_than_its_architecture():
@@ -34,6 +53,8 @@ def test_a_model_alone_says_nothing_more_than_its_architecture():
     ("fields", "words"),
     [
         ({"objective": "left_to_right"}, "objective='left_to_right' is not known; known: causal, prefix, mixed"),
+        ({"objective": "prefix", "form": "causal"}, "form='causal' belongs to objective='mixed' alone"),
+        ({"objective": "mixed", "form": "both"}, "form='both' is not known; known: causal, prefix"),
         ({"sharing": "some"}, "sharing='some' is not known; known: gdes, es, none"),
         ({"sharing": ["es"]}, r"sharing=\['es'\] is not known"),
         ({"sharing": "es"}, "generator and sharing go together"),
