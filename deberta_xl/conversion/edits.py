@@ -89,7 +89,7 @@ def average_of_newest(run: Path, count: int) -> Pretrained:
             break
     if len(whole) < count:
         raise CheckpointError(f"--average {count}: {run} has {len(whole)} whole checkpoints; raise checkpoint.keep")
-    models = [open_native(folder) for folder in whole]
+    models = [open_native(folder, may_be_fresh=True) for folder in whole]
     first = models[0]
     for other in models[1:]:
         if other.config != first.config:

@@ -15,6 +15,7 @@ from deberta_xl.weights.dialect import needs_generator, read_dialect
 from deberta_xl.weights.foreign_config import from_foreign_config
 from deberta_xl.weights.foreign_fields import other_fields
 from deberta_xl.weights.native_config import MODEL_TYPE, explain
+from deberta_xl.weights.pair import no_generator, split_part
 from deberta_xl.weights.pretrained_folder import Origin, Pretrained, complete
 
 CONFIG_NAMES = ("config.json", "model_config.json")
@@ -26,7 +27,10 @@ FOREIGN_TYPES = (None, "deberta", "deberta-v2")
 
 
 def read_config_fields(folder: Path, names: tuple[str, ...] = CONFIG_NAMES) -> dict[str, Any] | None:
-    """The fields of a folder's configuration, or None when it has none."""
+    """The fields of a folder's configuration, of the generator's where that is named; None when it has none."""
+    folder, part = split_part(folder)
+    if part == "generator" and (folder / GENERATOR_NAME).is_file():
+        names = GENERATOR_CONFIG_NAMES
     for name in names:
         if (folder / name).is_file():
             try:
@@ -76,8 +80,7 @@ def open_foreign(source: Path, *, generator: Path | None = None, may_be_fresh: b
 
     Raises CheckpointError when files are missing or damaged, or tensors do not fit the configuration.
     """
-    folder = source if source.is_dir() else source.parent
-    weights = find_weight_file(source) if source.is_dir() else source
+    folder, weights = find_foreign(source)
     names = GENERATOR_CONFIG_NAMES if "generator" in weights.name else CONFIG_NAMES
     fields = read_config_fields(folder, names)
     if fields is None:
@@ -99,6 +102,16 @@ def open_foreign(source: Path, *, generator: Path | None = None, may_be_fresh: b
         origin=origin,
         fresh=fresh,
     )
+
+
+def find_foreign(source: Path) -> tuple[Path, Path]:
+    """The folder, and the file of weights in it, that a folder, one model of a pair, or a file stands for."""
+    folder, part = split_part(source)
+    if part == "generator":
+        if not (folder / GENERATOR_NAME).is_file():
+            raise CheckpointError(no_generator(folder))
+        return folder, folder / GENERATOR_NAME
+    return (folder, find_weight_file(folder)) if folder.is_dir() else (folder.parent, folder)
 
 
 def open_generator(folder: Path, given: Path | None) -> LazyTensors | None:

@@ -22,8 +22,9 @@ from deberta_xl.weights.foreign_heads import Pooling, from_their_head, read_fore
 from deberta_xl.weights.head_facts import HEAD_NAME, read_head
 from deberta_xl.weights.named_folder import find_pretrained, first_that_opens, peek
 from deberta_xl.weights.names import EXTRA
-from deberta_xl.weights.native import check_fits, open_weights
-from deberta_xl.weights.pretrained_folder import ORIGIN_NAME, Origin
+from deberta_xl.weights.native import check_fits, open_model, origin_name
+from deberta_xl.weights.pair import split_part
+from deberta_xl.weights.pretrained_folder import Origin
 
 PROJECTION = ("classifier.weight", "classifier.bias")
 ENCODER = ("embeddings.", "encoder.")
@@ -45,7 +46,8 @@ def peek_pooling(folder: Path, architecture: DebertaConfig) -> Pooling:
         if (folder / HEAD_NAME).is_file():
             head = read_head(folder).head
             return Pooling(head.pooler_act, head.pooler_dropout)
-        origin = Origin.read(folder / ORIGIN_NAME)
+        place, part = split_part(folder)
+        origin = Origin.read(place / origin_name(part))
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error
     if origin is None:
@@ -130,7 +132,7 @@ def described_head(folder: Path) -> tuple[str, list[str]]:
 def open_any_weights(folder: Path) -> LazyTensors:
     """Weights under our names of a pretrained or fine-tuned folder of any layout; those of a head, too."""
     if not is_foreign_folder(folder):
-        return open_weights(folder)
+        return open_model(folder)[1]
     model = open_foreign(folder, may_be_fresh=True)
     fresh = model.origin.fresh if model.origin else ()
     weights = {n.removeprefix(EXTRA): tensor for n, tensor in model.tensors.items() if n not in fresh}

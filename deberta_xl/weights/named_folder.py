@@ -14,6 +14,7 @@ from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.foreign import is_foreign_folder, parse_config, read_config_fields
 from deberta_xl.weights.native import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder
 from deberta_xl.weights.native_config import read_native_config
+from deberta_xl.weights.pair import no_generator, split_part, with_part
 
 Opened = TypeVar("Opened")
 
@@ -21,7 +22,7 @@ Opened = TypeVar("Opened")
 def find_pretrained(directory: str | Path) -> Path:
     """The folder with the weights behind what a user named, verified: of a run, its newest whole checkpoint."""
     directory = Path(directory).expanduser()
-    if not directory.is_dir():
+    if not split_part(directory)[0].is_dir():
         raise CheckpointError(f"{directory} is not a folder")
     return directory if is_foreign_folder(directory) else find_weights_folder(directory)
 
@@ -32,17 +33,25 @@ def peek(directory: str | Path, setting: str = "train.init") -> tuple[Path, Debe
     Nothing is verified: `find_pretrained` does that, once for all ranks. Raises ConfigError when it cannot be meant by
     `setting`.
     """
-    folder = Path(directory)
-    steps = step_folders(folder / "checkpoints")
-    folder = steps[0] if steps else folder
+    folder = steps_or_itself(Path(directory))[0]
+    place, part = split_part(folder)
     try:
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder")
+        if not place.is_dir():
+            raise CheckpointError(f"{place} is not a folder")
         if is_foreign_folder(folder):
             return folder, parse_config(read_config_fields(folder) or {}, folder)
-        return folder, read_native_config(folder / CONFIG_NAME).architecture
+        stated = read_native_config(place / CONFIG_NAME)
+        if part == "generator" and stated.generator is None:
+            raise CheckpointError(no_generator(place))
+        return folder, stated.generator if part == "generator" else stated.architecture
     except CheckpointError as error:
         raise ConfigError(f"{setting}: {error}") from error
+
+
+def steps_or_itself(directory: Path) -> list[Path]:
+    """The checkpoints of a run, newest first, each with the part that is named; any other folder as it is."""
+    folder, part = split_part(directory)
+    return [with_part(step, part) for step in step_folders(folder / "checkpoints")] or [directory]
 
 
 def first_that_opens(directory: Path, opened: Callable[[Path], Opened]) -> tuple[Path, Opened]:
@@ -51,7 +60,7 @@ def first_that_opens(directory: Path, opened: Callable[[Path], Opened]) -> tuple
     Raises ConfigError for why the newest cannot be.
     """
     failures = []
-    for folder in step_folders(directory / "checkpoints") or [directory]:
+    for folder in steps_or_itself(directory):
         try:
             return folder, opened(folder)
         except CheckpointError as error:
@@ -61,6 +70,7 @@ def first_that_opens(directory: Path, opened: Callable[[Path], Opened]) -> tuple
 
 def tokenizer_folders(checkpoint: Path) -> Iterator[Path]:
     """Where a checkpoint has a tokenizer: `tokenizer/` in our layouts, the folder itself in the others."""
+    checkpoint, _ = split_part(checkpoint)
     return (folder for folder in (checkpoint / TOKENIZER_NAME, checkpoint) if (folder / MODEL_FILE).is_file())
 
 

@@ -42,11 +42,15 @@ PREFIXES = {
 HEADS: dict[str, str] = {
     "pooler.dense": "pooler.dense",
     "classifier": "classifier",
+    "detector.norm": "mask_predictions.LayerNorm",
+    "detector.dense": "mask_predictions.dense",
+    "detector.classifier": "mask_predictions.classifier",
 }
+DETECTOR = "detector.classifier.weight"
+"""Who has it is a discriminator: it tells which tokens of a text were replaced."""
 
-#: Beginnings of tensors that belong to a DeBERTa but to no parameter of ours: the discriminator's head of v3, others'
-#: heads for tasks.
-RIDERS = ("mask_predictions.", "qa_outputs.")
+#: Beginnings of tensors that belong to a DeBERTa but to no parameter of ours: others' heads for tasks.
+RIDERS = ("qa_outputs.",)
 #: The ending of v3's gradient-disentangled tables: what the discriminator adds to the generator's table of that name.
 DELTA = "._weight"
 #: Before the original name of a rider among our names.

@@ -36,6 +36,7 @@ from deberta_xl.data.tokenizer import Tokenizer, tokenizer_contents
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.objectives import Sharing
 from deberta_xl.weights.native_config import Form, WritingObjective, native_config, read_native_config
+from deberta_xl.weights.pair import Part, merged_discriminator, no_generator, split_part, tensors_of, with_part
 from deberta_xl.weights.pretrained_folder import ORIGIN_NAME, Origin, Pretrained, complete
 
 CONFIG_NAME = "config.json"
@@ -64,14 +65,15 @@ def files_beside_weights(
 def find_weights_folder(folder: Path) -> Path:
     """The verified folder with the weights, `config.json` and `tokenizer/` behind what a user named.
 
-    `folder` is a weights folder, a checkpoint, or a run folder (its newest whole checkpoint is taken). Raises
-    CheckpointError when it is none of them, or damaged.
+    `folder` is a weights folder, a checkpoint, or a run folder (its newest whole checkpoint is taken), with the name of
+    one model of a pair behind it, or none (`pair.py`). Raises CheckpointError when it is none of them, or damaged.
     """
+    folder, part = split_part(folder)
     if (folder / "checkpoints").is_dir():
         newest = newest_whole_checkpoint(folder / "checkpoints", collective=False)
         if newest is None:
             raise CheckpointError(f"{folder / 'checkpoints'} holds no checkpoint yet")
-        return newest
+        return with_part(newest, part)
     if (folder / MANIFEST_NAME).exists():
         verify_checkpoint(folder, collective=False)
     elif weights_file(folder) is None:
@@ -79,7 +81,7 @@ def find_weights_folder(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder} {what} {WEIGHTS_NAME} (weights), {MANIFEST_NAME} (a checkpoint) or checkpoints/ (a run)"
         )
-    return folder
+    return with_part(folder, part)
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -91,10 +93,10 @@ def weights_file(folder: Path) -> Path | None:
 
 
 def open_weights(folder: Path) -> LazyTensors:
-    """Canonical name → weight, from a folder given by `find_weights_folder`; each is read when asked for.
+    """Name → weight as stored, from a folder given by `find_weights_folder`; each is read when asked for.
 
-    From a checkpoint, of any layout, these are the float32 master weights. Raises CheckpointError when the files do
-    not hold them.
+    From a checkpoint, of any layout, these are the float32 master weights. Of a pair they are those of both models.
+    Raises CheckpointError when the files do not hold them.
     """
     if (path := weights_file(folder)) is not None:
         return open_tensors(path)
@@ -119,6 +121,20 @@ def _stored_weight(name: str, shape: tuple[int, ...], stored: StoredIndex, folde
     return LazyTensor(shape, torch.float32, read, f"{folder}: {name}")
 
 
+def open_model(folder: Path) -> tuple[DebertaConfig, LazyTensors]:
+    """Architecture, and canonical name → weight, of the one model meant by a folder given by `find_weights_folder`."""
+    folder, part = split_part(folder)
+    stated = read_native_config(folder / CONFIG_NAME)
+    tensors = open_weights(folder)
+    if stated.generator is None:
+        if part == "generator":
+            raise CheckpointError(no_generator(folder))
+        return stated.architecture, tensors
+    if part == "generator":
+        return stated.generator, tensors_of("generator", tensors)
+    return stated.architecture, merged_discriminator(tensors, stated.sharing, folder)
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All of `open_weights`; the memory needed is that of the model."""
     return read_all(open_weights(folder))
@@ -130,13 +146,12 @@ def open_native(folder: Path, *, may_be_fresh: bool = False, takes_any_head: boo
     `may_be_fresh` lets absolute positions and the masked-LM head be absent, as they are in a model for a task;
     `takes_any_head` lets there be one of an objective of a user's own.
     """
-    config = read_native_config(folder / CONFIG_NAME).architecture
-    tensors, fresh = complete(
-        open_weights(folder), config, folder, may_be_fresh=may_be_fresh, takes_any_head=takes_any_head
-    )
-    tokenizer, origin = folder / TOKENIZER_NAME, Origin.read(folder / ORIGIN_NAME)
+    config, tensors = open_model(folder)
+    tensors, fresh = complete(tensors, config, folder, may_be_fresh=may_be_fresh, takes_any_head=takes_any_head)
+    place, part = split_part(folder)
+    tokenizer, origin = place / TOKENIZER_NAME, Origin.read(place / origin_name(part))
     return Pretrained(
-        folder=folder,
+        folder=place,
         kind="native",
         config=config,
         tensors=tensors,
@@ -144,6 +159,11 @@ def open_native(folder: Path, *, may_be_fresh: bool = False, takes_any_head: boo
         origin=origin,
         fresh=fresh + (origin.fresh if origin else ()),
     )
+
+
+def origin_name(part: Part | None) -> str:
+    """The file with the origin of one model of a folder."""
+    return f"generator_{ORIGIN_NAME}" if part == "generator" else ORIGIN_NAME
 
 
 def check_fits(

@@ -19,7 +19,8 @@ from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.dialect import Dialect
-from deberta_xl.weights.names import is_beside_the_model
+from deberta_xl.weights.names import DETECTOR, is_beside_the_model
+from deberta_xl.weights.pair import split_part
 
 Kind = Literal["native", "huggingface", "microsoft"]
 ORIGIN_NAME = "conversion.json"
@@ -91,6 +92,8 @@ def complete(
     with `takes_any_head`, what is not the trunk's may be another objective's.
     Raises CheckpointError naming tensors that are missing, too many, or of another shape.
     """
+    if DETECTOR in tensors and not may_be_fresh:
+        raise CheckpointError(no_mask_filler(path))
     check_num_layers(config, tensors, path)
     with torch.device("meta"):
         model = MaskedLanguageModel(config)
@@ -116,6 +119,16 @@ def complete(
     if unknown:
         raise complain_about_names(path, unknown, "holds tensors that its configuration has no place for")
     return known | others, tuple(fresh)
+
+
+def no_mask_filler(path: Path) -> str:
+    """Why a discriminator fills no mask, and what it is good for."""
+    folder, _ = split_part(path)
+    return (
+        f"{path} is a discriminator, which fills no masks: it finds replaced tokens (python tools/detect.py {folder} "
+        f'"TEXT") and can be fine-tuned (train.init={folder}). Where its generator is in the folder, too, that fills '
+        f"masks: {folder / 'generator'}"
+    )
 
 
 ABSENT_HINT = "is without absolute positions or masked-LM head (tools/convert.py --to native makes fresh ones): it "
