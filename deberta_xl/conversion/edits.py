@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deberta_xl.base.log import logger
 from deberta_xl.checkpoint.folders import verify_checkpoint
-from deberta_xl.checkpoint.lazy import LazyTensor, LazyTensors, derived
+from deberta_xl.checkpoint.lazy import LazyTensor, derived
 from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE
@@ -30,7 +30,7 @@ from deberta_xl.kernels.relative_index import log_bucket
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.names import DELTA
 from deberta_xl.weights.native import open_native
-from deberta_xl.weights.pretrained_folder import Pretrained
+from deberta_xl.weights.pretrained_folder import Pretrained, spaced_layers, with_layers_kept
 
 WORD = "embeddings.word.weight"
 OUTPUT_BIAS = "head.bias"
@@ -261,15 +261,7 @@ def with_layers(model: Pretrained, num_layers: int) -> Pretrained:
     old = model.config.num_layers
     if not 2 <= num_layers <= old:
         raise CheckpointError(f"--num_layers {num_layers}: the model has {old} layers; allowed: 2 … {old}")
-    kept = [round(number * (old - 1) / (num_layers - 1)) for number in range(num_layers)]
+    kept = spaced_layers(old, num_layers)
     logger.info("layers: %s of 0 … %d", ", ".join(map(str, kept)), old - 1)
-    tensors: LazyTensors = {}
-    for name, tensor in model.tensors.items():
-        beginning, found, rest = name.partition("encoder.layers.")
-        if beginning or not found:
-            tensors[name] = tensor
-            continue
-        number, _, parameter = rest.partition(".")
-        if int(number) in kept:
-            tensors[f"encoder.layers.{kept.index(int(number))}.{parameter}"] = tensor
+    tensors = with_layers_kept(model.tensors, kept)
     return replace(model, config=replace(model.config, num_layers=num_layers), tensors=tensors)

@@ -114,9 +114,16 @@ def find_foreign(source: Path) -> tuple[Path, Path]:
     return (folder, find_weight_file(folder)) if folder.is_dir() else (folder.parent, folder)
 
 
+def find_generator(source: Path, given: Path | None) -> Path | None:
+    """What `open_foreign` takes for the generator of a discriminator: the one given, or beside it; None for neither."""
+    if given is not None:
+        return given
+    beside = source / "generator"
+    is_there = (source / GENERATOR_NAME).is_file() or (beside.is_dir() and read_config_fields(beside) is not None)
+    return beside if is_there else None
+
+
 def open_generator(folder: Path, given: Path | None) -> LazyTensors | None:
     """The generator's tensors as its file has them; None when there is no generator."""
-    path = given or folder / GENERATOR_NAME
-    if given is None and not path.is_file():
-        return None
-    return open_tensors(find_weight_file(path) if path.is_dir() else path)
+    path = find_generator(folder, given)
+    return None if path is None else open_tensors(find_foreign(path)[1])

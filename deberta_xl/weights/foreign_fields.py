@@ -50,6 +50,7 @@ COMPUTED = (
     "model_type",
     "legacy",
     "bucket_rule",
+    "embedding_sharing",
 )
 #: What a task's head is computed with (`foreign_heads.py`); an encoder alone carries it along.
 OF_A_HEAD = ("pooling", "pooler_hidden_act", "pooler_dropout", "pooler_hidden_size", "cls_dropout", "problem_type")

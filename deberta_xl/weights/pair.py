@@ -116,7 +116,7 @@ def native_pair(
         is_read = table == "embeddings.word" or architecture.position_biased_input
         if whole is not None and shared is not None and is_read:
             check_shapes(whole, shared)
-        if sharing == "es" and is_read:
+        if sharing == "es" and is_read and whole is not None:
             generator = generator | {name: equal_table(shared, whole)}
         elif sharing == "gdes" and (is_read or delta is not None):
             own[delta_name(table)] = delta if not is_read else what_is_added(whole, shared, delta)

@@ -163,6 +163,25 @@ def fresh_parameters(
     return fresh
 
 
+def spaced_layers(old: int, new: int) -> list[int]:
+    """Which of `old` layers make a model of `new`: evenly spaced; the first (convolution) and last (decoder) stay."""
+    return [round(number * (old - 1) / max(1, new - 1)) for number in range(new)]
+
+
+def with_layers_kept(tensors: LazyTensors, kept: list[int]) -> LazyTensors:
+    """The tensors of a model of these layers alone, in this order."""
+    chosen: LazyTensors = {}
+    for name, tensor in tensors.items():
+        beginning, found, rest = name.partition("encoder.layers.")
+        if beginning or not found:
+            chosen[name] = tensor
+            continue
+        number, _, parameter = rest.partition(".")
+        if int(number) in kept:
+            chosen[f"encoder.layers.{kept.index(int(number))}.{parameter}"] = tensor
+    return chosen
+
+
 def describe_fresh(names: Iterable[str]) -> str:
     """What a set of fresh parameters is, in words."""
     words = {
