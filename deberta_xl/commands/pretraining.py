@@ -26,6 +26,7 @@ from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import masked_lm_workload
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.settings.presets import complete_config, load_run_config, model_folder
 from deberta_xl.settings.pretraining import ModelSection, RunConfig
 
@@ -99,7 +100,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     check_model(architecture, layout.grid, config)
     check_stages(architecture, layout.grid.num_stages)
     if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
-        check_init(config.train.init, architecture, tokenizer, tokenizer_folder)
+        check_init(config, architecture, tokenizer, tokenizer_folder)
     options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)
     data = PretrainingData(store, *options)
     data.check_training()
@@ -133,11 +134,13 @@ def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
     return complete_config({"model": model}, str(folder), overrides, RunConfig)
 
 
-def check_init(init: str, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
+def check_init(config: RunConfig, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
     """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
     from deberta_xl.weights.initial_weights import check_same_architecture, peek_tensors
     from deberta_xl.weights.named_folder import peek, tokenizer_folders
+    from deberta_xl.weights.replaced_tokens import peek_initial_pair
 
+    init = config.train.init
     folder, there = peek(init)
     own = next(tokenizer_folders(folder), None)
     theirs = Tokenizer.load(own) if own is not None else None
@@ -152,5 +155,9 @@ def check_init(init: str, architecture: DebertaConfig, tokenizer: Tokenizer, tok
             f"made with {own}, or let the weights follow their pieces to the ids of this one: python tools/convert.py "
             f"--to native --tokenizer {tokenizer_folder} {init} NEW_FOLDER, then train.init=NEW_FOLDER"
         )
+    if config.train.objective == "replaced_tokens":
+        partner = generator_architecture(architecture, config.generator)
+        peek_initial_pair(init, architecture, partner, config.replaced_tokens.sharing)
+        return
     check_same_architecture(architecture, there, folder)
     peek_tensors(init)

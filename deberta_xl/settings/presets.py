@@ -79,9 +79,13 @@ def find_preset(name: str, root: type = RunConfig) -> Path:
 
 
 def model_folder(name: str, root: type = RunConfig) -> Path | None:
-    """The folder of a model that `--config` names instead of a preset; presets come first."""
-    folder = os.path.expanduser(name)
-    return Path(folder) if name not in preset_names(root) and os.path.isdir(folder) else None
+    """The folder of a model that `--config` names instead of a preset; presets come first.
+
+    `FOLDER/generator`, which need not be a folder itself, is the generator of the two models in one.
+    """
+    folder = Path(name).expanduser()
+    is_one_of_two = folder.name in ("generator", "discriminator") and folder.parent.is_dir() and os.sep in name
+    return folder if name not in preset_names(root) and (folder.is_dir() or is_one_of_two) else None
 
 
 def section_types(root: type = RunConfig) -> dict[str, type]:
