@@ -134,6 +134,10 @@ class PretrainingData:
         batch = self.shuffled(HELD_OUT_SEED, first, present)
         return Batch(*(np.pad(part, ((0, count - present), (0, 0))) for part in batch))
 
+    def keys(self, seed: int, first_sample: int, count: int) -> np.ndarray:
+        """What names the random draws of those samples in the order that `seed` gives, uint64 `[count]`."""
+        return derive(seed, *sample_rows(seed, self.num_rows, first_sample, count))
+
     def shuffled(self, seed: int, first_sample: int, count: int) -> Batch:
         """The samples first_sample … first_sample + count − 1 of the order that `seed` gives, masked."""
         epochs, rows = sample_rows(seed, self.num_rows, first_sample, count)

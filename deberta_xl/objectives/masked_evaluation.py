@@ -1,4 +1,4 @@
-"""Masked-LM loss, accuracy and perplexity on held-out rows, over any number of ranks."""
+"""Loss, accuracy and perplexity on held-out rows, over any number of ranks: of masked tokens, or of the next one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deberta_xl.data.unigram import cross_entropy
 from deberta_xl.model.masked_lm import MaskedLMOutput
 from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.objective import Evaluator, Judged, Sums
-from deberta_xl.objectives.rows import MaskedRows
+from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows
 
 Built = TypeVar("Built")
 
@@ -43,8 +43,8 @@ class MaskedEvaluation(NamedTuple):
 
 
 def evaluation_batches(
-    data: PretrainingData,
-    build: Callable[[Batch], Built] = MaskedRows.of,
+    data: PretrainingData | KeyedData,
+    build: Callable[[Batch | KeyedBatch], Built] = MaskedRows.of,
     *,
     max_samples: int,
     micro_batch_size: int,
@@ -75,14 +75,17 @@ def judged_by(run: Evaluator, batches: Iterable[MaskedRows]) -> Iterator[Judged]
     """What the plain model says of each micro-batch."""
     for host_batch in batches:
         batch = on_device(host_batch, run.device)
-        output = run.model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=1.0)
+        output = run.model(
+            batch.input_ids_BS, batch.segments_BS, labels=batch.labelled, label_count=1.0, open_BS=batch.open_BS
+        )
         yield Judged(host_batch, masked_sums(output, batch), output.guess_L)
 
 
 @torch.no_grad()
 def evaluate_masked_lm(
     run: Evaluator,
-    data: PretrainingData,
+    data: PretrainingData | KeyedData,
+    build: Callable[[Batch | KeyedBatch], MaskedRows] = MaskedRows.of,
     *,
     vocab_size: int,
     max_samples: int,
@@ -90,25 +93,29 @@ def evaluate_masked_lm(
     log_unigram: np.ndarray | None = None,
     watch: Callable[[Iterable[MaskedRows]], Iterable[MaskedRows]] = iter,
 ) -> MaskedEvaluation:
-    """Evaluate rows in a fixed order, under fixed masks. Collective over the ranks of `run`.
+    """Evaluate rows in a fixed order, under fixed masks, of which `build` makes what is predicted. Collective over the
+    ranks of `run`.
 
     `log_unigram` is `data/unigram.py`'s of the training set, where `unigram_entropy` is wanted. `watch` sees the
     batches on their way.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     label_counts = np.zeros(vocab_size, np.int64)
     labels, guesses = [], []
     num_batches = batches_per_rank(min(data.num_rows, max_samples or data.num_rows), micro_batch_size, run.size)
     rows = {"max_samples": max_samples, "micro_batch_size": micro_batch_size, "rank": run.rank, "size": run.size}
-    batches = watch(run.batches(evaluation_batches(data, **rows), does="evaluating", count=num_batches))
+    batches = watch(run.batches(evaluation_batches(data, build, **rows), does="evaluating", count=num_batches))
     for batch, found, guess_L in run.through_stages(batches) if run.through_stages else judged_by(run, batches):
         # The device is not waited for: labels are on the host, and guesses are fetched at the end.
-        sums += torch.stack([found["loss"].double(), found["accuracy"].double()])
+        loss_sum += found["loss"].double()
         label_counts += np.bincount(batch.labelled.label_L.numpy(), minlength=vocab_size)
         labels.append(batch.labelled.label_L)
         guesses.append(guess_L)
     label_counts = run.add_up(torch.from_numpy(label_counts).to(run.device)).cpu().numpy()
     num_labels = int(label_counts.sum())
-    loss, accuracy = (run.add_up(sums) / num_labels).tolist()  # not numbers where nothing was masked
+    label_L, guess_L = torch.cat(labels), torch.cat(guesses).cpu()
+    num_right = (label_L == guess_L).sum().double().to(run.device)
+    sums = run.add_up(torch.stack([loss_sum, num_right]))
+    loss, accuracy = (sums / num_labels).tolist()  # not numbers where nothing was masked
     unigram = None if log_unigram is None else cross_entropy(label_counts, log_unigram)
-    return MaskedEvaluation(loss, accuracy, num_labels, unigram, torch.cat(labels), torch.cat(guesses).cpu())
+    return MaskedEvaluation(loss, accuracy, num_labels, unigram, label_L, guess_L)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
@@ -18,7 +19,7 @@ from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_m
 from deberta_xl.objectives.masked_examples import MaskedExamples
 from deberta_xl.objectives.objective import Evaluation, Evaluator, Guessing, Mean, Model, Ratio, Sums
 from deberta_xl.objectives.pretraining import Pretraining
-from deberta_xl.objectives.rows import MaskedRows
+from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows
 from deberta_xl.planning.cost import step_flops
 from deberta_xl.run.figures import confusion_figure, loss_curves
 
@@ -54,6 +55,7 @@ class MaskedLM(Pretraining):
             labels=batch.labelled,
             label_count=shares["labels"],
             dropout_key=key,
+            open_BS=batch.open_BS,
         )
         return masked_sums(output, batch)
 
@@ -61,13 +63,14 @@ class MaskedLM(Pretraining):
         """Everything of a micro-batch: each stage has it from its own loader."""
         from deberta_xl.parallel.pipeline import StageInput
 
-        return StageInput(*batch, shares["labels"], key)
+        ids_BS, segments_BS, labelled = batch[:3]
+        return StageInput(ids_BS, segments_BS, labelled, shares["labels"], key, open_BS=batch.open_BS)
 
     def stage_guesses(self, batch: MaskedRows) -> Tensor:
         """One for each label."""
         return torch.empty_like(batch.labelled.label_L)
 
-    def stage_sums(self, batch: MaskedRows, guesses: Tensor) -> Sums:
+    def stage_sums(self, batch: MaskedRows, shares: Mapping[str, float], loss: Tensor, guesses: Tensor) -> Sums:
         """Right guesses."""
         return {"accuracy": (guesses == batch.labelled.label_L).sum()}
 
@@ -84,12 +87,10 @@ class MaskedLM(Pretraining):
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity and accuracy; examples in their sentence, and which words are taken for which."""
         examples = MaskedExamples()
-        found = evaluate_masked_lm(
+        found = self.measured(
             run,
             self.valid,
-            vocab_size=self.architecture.vocab_size,
-            max_samples=self.config.evaluation.max_samples,
-            micro_batch_size=self.config.train.micro_batch_size,
+            self.micro_batch,
             log_unigram=self.data.log_unigram if run.is_first else None,
             watch=examples.watch,
         )
@@ -106,6 +107,24 @@ class MaskedLM(Pretraining):
             f"perplexity {found.perplexity:.2f}  accuracy {100 * found.accuracy:.1f} %"
         )
         return Evaluation(values, line, *self.shown(found, examples))
+
+    def measured(
+        self,
+        run: Evaluator,
+        data: PretrainingData | KeyedData,
+        build: Callable[[Batch | KeyedBatch], MaskedRows],
+        **more: Any,
+    ) -> MaskedEvaluation:
+        """The weights on held-out rows, of which `build` makes what is predicted. Collective."""
+        return evaluate_masked_lm(
+            run,
+            data,
+            build,
+            vocab_size=self.architecture.vocab_size,
+            max_samples=self.config.evaluation.max_samples,
+            micro_batch_size=self.config.train.micro_batch_size,
+            **more,
+        )
 
     def shown(self, found: MaskedEvaluation, examples: MaskedExamples) -> tuple[dict, dict]:
         """Texts and pictures of an evaluation; none where nothing was masked."""

@@ -221,8 +221,8 @@ class Objective(ABC):
         """Where a stage that has none receives the last stage's guesses for a micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} has no pipeline")
 
-    def stage_sums(self, batch: Any, guesses: Tensor) -> Sums:
-        """What the last stage's guesses say of a micro-batch: all that `reports` has but `loss`."""
+    def stage_sums(self, batch: Any, shares: Mapping[str, float], loss: Tensor, guesses: Tensor) -> Sums:
+        """What the last stage's loss and guesses say of a micro-batch: all that `reports` has but `loss`."""
         raise NotImplementedError(f"{type(self).__name__} has no pipeline")
 
     # Held-out data.

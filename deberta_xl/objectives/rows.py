@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deberta_xl.data.loader import Batch, PretrainingData, rank_samples
+from deberta_xl.data.loader import HELD_OUT_SEED, Batch, PretrainingData, rank_samples
 from deberta_xl.model.masked_lm import LabelledPositions
 from deberta_xl.settings.pretraining import TrainSection
 
@@ -20,12 +21,16 @@ Built = TypeVar("Built")
 
 
 class MaskedRows(NamedTuple):
-    """Packed rows, some of whose tokens are masked and to be predicted."""
+    """Packed rows in which something is to be predicted: masked tokens, or what is hidden by what is not open."""
 
     input_ids_BS: Tensor
     segments_BS: Tensor
     """0 = padding, n = n-th document of the row: what a model takes as its attention mask."""
     labelled: LabelledPositions
+    open_BS: Tensor | None = None
+    """Tokens seen from everywhere in their document, bool; None for all of them."""
+    more_counts: tuple[int, ...] = ()
+    """What its objective counts besides."""
 
     @classmethod
     def of(cls, batch: Batch) -> MaskedRows:
@@ -34,9 +39,9 @@ class MaskedRows(NamedTuple):
         return cls(ids_BS, segments_BS, LabelledPositions.of(labels_BS))
 
     @property
-    def counts(self) -> tuple[int]:
-        """Labelled positions."""
-        return (len(self.labelled.label_L),)
+    def counts(self) -> tuple[int, ...]:
+        """Labelled positions, and more."""
+        return (len(self.labelled.label_L), *self.more_counts)
 
 
 class Rows(NamedTuple):
@@ -54,11 +59,38 @@ class Rows(NamedTuple):
         return cls(torch.where(labels_BS > 0, labels_BS, ids_BS), segments_BS, (int((segments_BS > 0).sum()),))
 
 
+class KeyedBatch(NamedTuple):
+    """Rows, and what names the random draws of each at this visit."""
+
+    rows: Batch
+    key_B: np.ndarray
+    """uint64, for `data/random_numbers.py`."""
+
+
+class KeyedData(NamedTuple):
+    """A dataset whose batches come with their keys, for an objective that draws something of its own."""
+
+    data: PretrainingData
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return self.data.num_rows
+
+    def batch(self, first_sample: int, count: int) -> KeyedBatch:
+        """As `PretrainingData.batch`."""
+        return KeyedBatch(self.data.batch(first_sample, count), self.data.keys(self.data.seed, first_sample, count))
+
+    def held_out_batch(self, first: int, count: int, end: int | None = None) -> KeyedBatch:
+        """As `PretrainingData.held_out_batch`."""
+        return KeyedBatch(self.data.held_out_batch(first, count, end), self.data.keys(HELD_OUT_SEED, first, count))
+
+
 def step_batches(
-    data: PretrainingData,
+    data: PretrainingData | KeyedData,
     train: TrainSection,
     first_sample: int,
-    build: Callable[[Batch], Built],
+    build: Callable[[Batch | KeyedBatch], Built],
     *,
     rank: int,
     size: int,

@@ -119,6 +119,7 @@ class PipelinedModel(PipelineModule):
         self.num_relative = 2 * stage_model.config.relative_span
         self.logical_shapes = shapes_of(stage_model.parts)
         self.inputs: Iterator[StageInput] = iter(())
+        self.losses: list[Tensor] = []
         self.guesses: list[Tensor] = []
         assert (self.global_rank, self.stage_id) == (grid.rank, grid.stage)
 
@@ -160,7 +161,7 @@ class PipelinedModel(PipelineModule):
     def feed(self, inputs: Iterable[StageInput]) -> None:
         """What the coming forwards are of, in order."""
         self.inputs = iter(inputs)
-        self.guesses = []
+        self.losses, self.guesses = [], []
 
     def forward(self, received: Tensor) -> Tensor:
         """The stage on the next micro-batch: from the rows received to the rows to send [P, D], or to the loss.
@@ -182,6 +183,7 @@ class PipelinedModel(PipelineModule):
         if not self.grid.is_last_stage:
             return Activations(hidden_BSD, scene.relative_RD).pack()
         output = model.predict(hidden_BSD, scene, given.labelled, label_count=given.label_count)
+        self.losses.append(output.loss.detach())
         self.guesses.append(output.guess_L)
         return output.loss
 

@@ -42,8 +42,8 @@ def run_pipeline_step(
         batches = [on_device(batch, engine.device) for batch in micro_batches]
         engine.module.feed(objective.stage_input(batch, shares, key) for batch, key in zip(batches, keys, strict=True))
         engine.train_batch(itertools.repeat(nothing_to_load(engine)))
-        judged = zip(engine.module.guesses, batches, strict=engine.is_last_stage())
-        found = [objective.stage_sums(batch, guesses) for guesses, batch in judged]
+        judged = zip(batches, engine.module.losses, engine.module.guesses, strict=engine.is_last_stage())
+        found = [objective.stage_sums(batch, shares, loss, guesses) for batch, loss, guesses in judged]
     zeros = {name: torch.zeros((), device=engine.device) for name in objective.reports}
     sums = over_micro_batches(found, objective.reports) if found else {}
     return {**zeros, **sums, "loss": engine.dp_group_loss}
@@ -79,5 +79,5 @@ def judge_in_pipeline(
             guesses = engine.module.guesses[number] if engine.is_last_stage() else objective.stage_guesses(batch)
             for tensor in (loss, guesses):
                 dist.broadcast(tensor, group=groups.pipeline_group, group_src=engine.num_stages - 1)
-            yield Judged(host_batch, {"loss": loss, **objective.stage_sums(batch, guesses)}, guesses)
+            yield Judged(host_batch, {"loss": loss, **objective.stage_sums(batch, whole, loss, guesses)}, guesses)
     engine.reset_activation_shape()
