@@ -22,6 +22,7 @@ from deberta_xl.planning.outlook import Outlook
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.mask import mask_of
 from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def read_layout(arguments: argparse.Namespace, config: RunConfig | FinetuneConfi
 def check_model(architecture: DebertaConfig, grid: Grid, config: RunConfig | FinetuneConfig) -> None:
     """Refuse a model that does not divide over the ranks, or that the kernel cannot compute. Raises ConfigError."""
     check_divisible(architecture, grid.tensor_parallel_size)
-    choose_kernel(config.model.kernel, Demand(architecture))
+    choose_kernel(config.model.kernel, Demand(architecture, mask_of(config)))
 
 
 class Words(NamedTuple):

@@ -20,7 +20,7 @@ from deberta_xl.commands.outlook import slips
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.objectives.choice import check_objective, is_masked_lm, objective_type
+from deberta_xl.objectives.choice import KNOWN_WITHOUT_TORCH, check_objective, objective_type
 from deberta_xl.parallel.grid import check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
@@ -62,7 +62,7 @@ class PretrainingInputs(Inputs):
     def outlook(self) -> Outlook:
         """Of full rows."""
         work = masked_lm_workload(self.architecture, self.config)
-        if not is_masked_lm(self.config.train.objective):
+        if self.config.train.objective not in KNOWN_WITHOUT_TORCH:
             work = work._replace(parts=self.objective().parts)
         num_saves = math.ceil(self.total_steps / self.config.checkpoint.interval)
         return Outlook(work, self.config, self.engine, self.grid, self.split, self.total_steps, num_saves)

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.mask import Mask
 
 if TYPE_CHECKING:
     from deberta_xl.kernels.contract import Attend
 
 FLOAT32 = 4
-Mask = Literal["bidirectional", "causal", "prefix"]
-"""Which keys of its document a query sees: all, those up to itself, or those and the document's prefix (`open_BT` of
-the contract's `Where`: none, False everywhere, True in the prefix)."""
 AUTO = "auto"
 """Instead of a name: the first kernel of `KERNELS` that supports what is asked."""
 
@@ -28,7 +26,8 @@ class Demand(NamedTuple):
 
     config: DebertaConfig
     mask: Mask = "bidirectional"
-    """The widest that it must compute besides `bidirectional`, which every kernel can."""
+    """What it must compute besides `bidirectional`, which every kernel can: in the contract's `Where` an `open_BT` of
+    None; `causal` is one that is False everywhere, `prefix` one that is True in each document's prefix."""
 
 
 class AttentionSizes(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.kernels.registry import Demand, Mask, choose_kernel, load_kernel
+from deberta_xl.kernels.registry import Demand, choose_kernel, load_kernel
 from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings
 from deberta_xl.model.encoder import Encoder, recompute
@@ -20,6 +20,7 @@ from deberta_xl.model.initialization import initialize_weights
 from deberta_xl.model.parts import Part, Shape, trunk_parts, with_heads
 from deberta_xl.model.scene import Scene, read_mask
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.mask import Mask
 
 Perturb = Callable[[Tensor], Tensor]
 """Changes the summed embeddings [B, S, D] before they are normalised."""

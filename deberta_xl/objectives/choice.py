@@ -13,23 +13,25 @@ if TYPE_CHECKING:
     from deberta_xl.objectives.pretraining import Pretraining
 
 MASKED_LM = "masked_lm"
-BUILT_IN = {MASKED_LM: "deberta_xl.objectives.masked_lm:MaskedLM"}
+BUILT_IN = {
+    MASKED_LM: "deberta_xl.objectives.masked_lm:MaskedLM",
+    "causal": "deberta_xl.objectives.autoregressive:Causal",
+    "prefix": "deberta_xl.objectives.autoregressive:Prefix",
+    "mixed": "deberta_xl.objectives.autoregressive:Mixed",
+}
+KNOWN_WITHOUT_TORCH = (MASKED_LM, "causal", "prefix", "mixed")
+"""Those that train the masked-LM model, with its parts and its stages."""
 TOLD_BY_STAGES = ("build", "micro_batch", "losses", "reports")
 """What a class that `has_stages` tells a second time, for a stage."""
 FORM = "it is {names}, or PACKAGE.MODULE:CLASS, as in train.objective=my_package.my_module:MyObjective"
 
 
-def is_masked_lm(name: str) -> bool:
-    """Whether it is the one about which everything is known without torch."""
-    return name == MASKED_LM
-
-
 def check_objective(name: str, num_stages: int) -> None:
-    """Refuse an objective that cannot be had, or not in so many stages. Imports it, unless it is the default.
+    """Refuse an objective that cannot be had, or not in so many stages. Imports it, unless all is known of it.
 
     Raises ConfigError.
     """
-    if is_masked_lm(name):
+    if name in KNOWN_WITHOUT_TORCH:
         return
     chosen = objective_type(name)
     if num_stages > 1 and not chosen.has_stages:

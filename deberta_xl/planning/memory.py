@@ -13,6 +13,7 @@ from deberta_xl.planning.cost import MASTER_AND_MOMENTS
 from deberta_xl.planning.workload import Workload
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
 from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.mask import mask_of
 from deberta_xl.settings.pretraining import RunConfig
 
 GIB = 2**30
@@ -64,9 +65,11 @@ def stage_activations(
     work: Workload, run: RunConfig | FinetuneConfig, grid: Grid, split: Split, element_bytes: int
 ) -> float:
     """What a stage keeps for the backward pass at its fullest, and the temporaries of the unit that has most."""
-    load, size = work.example.times(run.train.micro_batch_size), grid.tensor_parallel_size
+    load, size = (work.largest or work.example).times(run.train.micro_batch_size), grid.tensor_parallel_size
     slices = size if run.parallel.sequence_parallel else 1
-    division = Division(element_bytes, size, slices, choose_kernel(run.model.kernel, Demand(work.architecture)))
+    division = Division(
+        element_bytes, size, slices, choose_kernel(run.model.kernel, Demand(work.architecture, mask_of(run)))
+    )
     recomputes = run.train.activation_checkpointing
     kept, working = 0.0, dict.fromkeys(split.units(grid.stage), 0.0)
     for part in work.parts:

@@ -10,10 +10,15 @@ from deberta_xl.parallel.stages import Split, split_model
 from deberta_xl.planning.cost import FORWARD_AND_BACKWARD
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.mask import mask_of
 from deberta_xl.settings.pretraining import RunConfig
 
 SIFT_STEP = 2
 """Forward passes that a step of SiFT's perturbation is worth: there and back, without the weights' gradients."""
+
+
+MEAN_REST = 0.5
+"""Share of a document that stands behind its prefix, whose length is drawn evenly."""
 
 
 class Workload(NamedTuple):
@@ -27,6 +32,8 @@ class Workload(NamedTuple):
     """Forward passes that training on an example is worth."""
     kept_passes: int = 1
     """Forward passes that are kept for the backward pass at once."""
+    largest: Load | None = None
+    """Of the sequence that takes most memory, where that is another than the mean one."""
 
     @property
     def num_parameters(self) -> int:
@@ -43,9 +50,14 @@ class Workload(NamedTuple):
 
 
 def masked_lm_workload(architecture: DebertaConfig, run: RunConfig) -> Workload:
-    """Pretraining: full rows, of which a share is predicted."""
-    length = run.model.sequence_length
-    return Workload(architecture, masked_lm_parts(architecture), Load(1, length, run.data.mask_probability * length))
+    """Pretraining of a masked-LM model: full rows, of which a share is predicted."""
+    length, masked = run.model.sequence_length, run.data.mask_probability
+    after = {"causal": 1.0, "prefix": MEAN_REST}.get(mask_of(run))
+    if after is None:
+        return Workload(architecture, masked_lm_parts(architecture), Load(1, length, masked * length))
+    share = run.autoregressive.share if run.train.objective == "mixed" else 1.0
+    example = Load(1, length, (share * after + (1 - share) * masked) * length)
+    return Workload(architecture, masked_lm_parts(architecture), example, largest=Load(1, length, length))
 
 
 def task_workload(architecture: DebertaConfig, head: HeadConfig, run: FinetuneConfig, num_options: int) -> Workload:

@@ -162,7 +162,7 @@ class PretrainingTrainSection(TrainSection):
     """`train`: what is learned, how long, in which batches, from what."""
 
     objective: str = "masked_lm"
-    """What is learned: `masked_lm`, or a class of yours as PACKAGE.MODULE:CLASS (docs/pretraining.md)."""
+    """`masked_lm`, `replaced_tokens`, `causal`, `prefix`, `mixed`, or a class of yours as PACKAGE.MODULE:CLASS."""
 
 
 @frozen

@@ -71,6 +71,7 @@ class Case(NamedTuple):
     """Sequence parallelism beside tensor parallelism."""
     bias_correction: bool = True
     """False for the original's form of Adam."""
+    objective: str = "masked_lm"
     shipped: str = ""
     """A file of `deepspeed_configs/`, which has stage and precision then."""
 
@@ -103,6 +104,7 @@ def overrides(dataset: SmallDataset, layout: Layout, case: Case, config: Deberta
         f"train.micro_batch_size={ROWS // (layout.data * case.accumulation)}",
         f"train.max_grad_norm={MAX_GRAD_NORM}",
         f"train.activation_checkpointing={case.recompute}",
+        f"train.objective={case.objective}",
         "train.log_interval=1",
         "schedule.decay=constant",
         f"parallel.tensor_parallel_size={layout.tensor}",

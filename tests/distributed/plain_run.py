@@ -6,8 +6,9 @@ m = (1 − β1) g (arXiv 1412.6980).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.pretraining import DataSection, OptimizerSection, TrainSection
 from deberta_xl.training.optimizer import build_optimizer
 
+LossOf = Callable[[MaskedLanguageModel], Tensor]
+"""A step's loss, as a function of the model."""
 ROWS, LENGTH, STEPS, SEED = 8, 48, 10, 3
 OPTIMIZER = OptimizerSection(learning_rate=2e-3)
 MAX_GRAD_NORM = 1.0
@@ -62,20 +65,34 @@ def batches_from(
     return step_batches(data, train, 0, MaskedRows.of, rank=rank, size=size)
 
 
+def masked_losses(dataset: SmallDataset) -> Iterator[LossOf]:
+    """For every step, the loss of masked-LM in one forward."""
+    for (batch,) in batches_from(dataset, ROWS):
+        yield partial(masked_loss, batch)
+
+
+def masked_loss(batch: MaskedRows, model: MaskedLanguageModel) -> Tensor:
+    """Of a batch."""
+    return model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled).loss
+
+
 def train_plainly(
-    dataset: SmallDataset, config: DebertaConfig, steps: int = STEPS, optimizer: OptimizerSection = OPTIMIZER
+    dataset: SmallDataset,
+    config: DebertaConfig,
+    steps: int = STEPS,
+    optimizer: OptimizerSection = OPTIMIZER,
+    losses: Callable[[SmallDataset], Iterator[LossOf]] = masked_losses,
 ) -> tuple[Curve, FullState]:
-    """The reference: one process, one forward per step, torch's AdamW and clipping; the state after step 1."""
+    """The reference: one process, the whole batch at once, torch's AdamW and clipping; the state after step 1."""
     model = MaskedLanguageModel(config, seed=SEED)
     adam = build_optimizer(model, optimizer)
-    batches = batches_from(dataset, ROWS)
+    loss_of_steps = losses(dataset)
     curve, state = Curve([], []), {}
     for step in range(1, steps + 1):
-        (batch,) = next(batches)
         for group in adam.param_groups:
             group["lr"] = optimizer.learning_rate * min(step / warmup_steps(steps), 1.0)
         adam.zero_grad()
-        loss = model(batch.input_ids_BS, batch.segments_BS, labels=batch.labelled).loss
+        loss = next(loss_of_steps)(model)
         loss.backward()
         curve.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)))
         adam.step()

@@ -74,7 +74,7 @@ def test_another_built_in_objective_is_asked_for_its_stages_too(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("masked_ml", "no such objective; it is masked_lm, or PACKAGE.MODULE:CLASS, as in train.objective=my_pack"),
+        ("masked_ml", "no such objective; it is masked_lm, causal, prefix, mixed, or PACKAGE.MODULE:CLASS, as in"),
         ("mine:", "no such objective"),
         ("nobody.mine:Whole", "there is no module nobody on PYTHONPATH or in "),
         ("mine.inner:Whole", "there is no module mine.inner"),

@@ -1,0 +1,126 @@
+"""Causal, prefix and mixed training in every layout is what one process trains, written in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from full_state import FullState
+from layouts import Case, Layout
+from plain_run import LENGTH, ROWS, SEED, Curve, LossOf, architecture, train_plainly
+from small_dataset import SmallDataset
+from test_layout_matrix import LAYOUTS, compare
+from torch import Tensor
+
+from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.random_numbers import derive, uniform
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.objectives.autoregressive import KIND, draw_prefixes
+from deberta_xl.objectives.rows import KeyedBatch, KeyedData
+from deberta_xl.settings.pretraining import DataSection
+
+SHARE = 0.5
+MICRO = 2
+"""Sequences that are of one kind in `mixed`, in all cases."""
+
+
+class Kind:
+    """The sum of a micro-batch's losses by its kind, and how many there are."""
+
+    def __init__(self, batch: KeyedBatch, name: str):
+        ids, segments, labels = map(torch.from_numpy, batch.rows)
+        self.ids, self.segments, self.name = ids, segments, name
+        if name == "masked":
+            self.labels, self.open = labels, None
+            return
+        self.ids = torch.where(labels > 0, labels, ids)
+        is_open = torch.from_numpy(draw_prefixes(batch.rows.segments, batch.key_B))
+        self.open = is_open if name == "prefix" else torch.zeros_like(is_open)
+        self.labels = torch.zeros_like(ids)
+        for row, place in np.ndindex(len(ids), LENGTH - 2):
+            is_together = segments[row, place + 1] == segments[row, place] > 0
+            if is_together and not self.open[row, place + 1]:
+                self.labels[row, place] = self.ids[row, place + 1]
+
+    @property
+    def count(self) -> int:
+        """Of labels."""
+        return int((self.labels > 0).sum())
+
+    def sum(self, model: MaskedLanguageModel) -> Tensor:
+        """Of the cross-entropies."""
+        return model(self.ids, self.segments, labels=self.labels, label_count=1.0, open_BS=self.open).loss
+
+
+def kind_of(objective: str, batch: KeyedBatch) -> str:
+    """By the objective; in `mixed` by the first row's key."""
+    if objective != "mixed":
+        return objective
+    return "causal" if uniform(derive(batch.key_B[:1], KIND), np.zeros(1))[0] < SHARE else "masked"
+
+
+def loss_of(kinds: list[Kind], model: MaskedLanguageModel) -> Tensor:
+    """The mean over each kind's labels, weighed by how many micro-batches are of it."""
+    total = torch.zeros(())
+    for name in {kind.name for kind in kinds}:
+        of_name = [kind for kind in kinds if kind.name == name]
+        mean = sum(kind.sum(model) for kind in of_name) / sum(kind.count for kind in of_name)
+        total = total + mean * len(of_name) / len(kinds)
+    return total
+
+
+def losses(objective: str, dataset: SmallDataset) -> Iterator[LossOf]:
+    """Of every step."""
+    data = KeyedData(PretrainingData(TokenStore(dataset.train), dataset.tokenizer, DataSection(), LENGTH, seed=SEED))
+    for first in range(0, 10**6, ROWS):
+        batches = [data.batch(start, MICRO) for start in range(first, first + ROWS, MICRO)]
+        yield partial(loss_of, [Kind(batch, kind_of(objective, batch)) for batch in batches])
+
+
+@pytest.fixture(scope="module")
+def plain(small_dataset) -> dict[str, tuple[Curve, FullState]]:
+    """The reference runs by objective; each learns something."""
+    config = architecture(small_dataset.tokenizer.vocab_size)
+    runs = {}
+    for objective in ("causal", "prefix", "mixed"):
+        runs[objective] = train_plainly(small_dataset, config, losses=partial(losses, objective))
+        assert runs[objective][0].losses[-1] < runs[objective][0].losses[0] - 0.1
+    return runs
+
+
+def case(objective: str, layout: Layout, **options: object) -> Case:
+    """With micro-batches of MICRO sequences."""
+    return Case(accumulation=ROWS // (layout.data * MICRO), objective=objective, **options)
+
+
+EVERY_TIME = {
+    "TP2": [{"stage": 3, "objective": "causal", "sliced": True, "recompute": True}],
+    "PP2xDP2": [{"objective": "mixed", "recompute": True}],
+    "TP2xPP2": [{"objective": "prefix"}, {"objective": "mixed", "sliced": True}],
+}
+"""Every objective in some layout, and every kind of division with a causal mask; the full matrix has the rest."""
+
+
+@pytest.mark.parametrize("name", EVERY_TIME)
+def test_a_layout_gives_the_plain_run(small_dataset, plain, tmp_path, name):
+    for options in EVERY_TIME[name]:
+        of_case = case(layout=LAYOUTS[name], **options)
+        compare(small_dataset, tmp_path, LAYOUTS[name], [of_case], plain[of_case.objective])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("objective", ["causal", "prefix", "mixed"])
+@pytest.mark.parametrize("name", ["TP2", "TP2xDP2", "PP2", "PP2xDP2", "TP2xPP2", "TP2xPP2xDP2"])
+def test_every_layout_and_stage_gives_the_plain_run(small_dataset, plain, tmp_path, name, objective):
+    layout = LAYOUTS[name]
+    stages = (1,) if layout.pipeline > 1 else (1, 2, 3)
+    cuts = (False, True) if layout.tensor > 1 else (False,)
+    cases = [
+        case(objective, layout, stage=stage, sliced=cut, recompute=recompute)
+        for stage in stages for cut in cuts for recompute in (False, True)
+    ]  # fmt: skip
+    compare(small_dataset, tmp_path, layout, cases, plain[objective])

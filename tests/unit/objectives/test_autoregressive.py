@@ -1,0 +1,186 @@
+"""What is predicted and what is seen of a row by the objectives that predict the next token, and how they are mixed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.random_numbers import derive
+from deberta_xl.data.token_store import TokenStore
+from deberta_xl.objectives.autoregressive import Causal, Mixed, Prefix, draw_prefixes, next_token_rows, next_tokens
+from deberta_xl.objectives.choice import objective_type
+from deberta_xl.objectives.masked_lm import MaskedLM
+from deberta_xl.objectives.objective import Evaluator
+from deberta_xl.objectives.rows import KeyedData, MaskedRows
+from deberta_xl.planning.workload import masked_lm_workload
+from deberta_xl.settings.presets import load_run_config
+from deberta_xl.training.step import even_shares, over_micro_batches
+
+LENGTH, MICRO = 40, 2
+WORDS = [
+    "model.hidden_size=16", "model.num_layers=2", "model.num_heads=2", "model.intermediate_size=24",
+    f"model.sequence_length={LENGTH}", "model.max_position_embeddings=48", "model.hidden_dropout=0",
+    "model.attention_dropout=0", f"train.micro_batch_size={MICRO}", "evaluation.max_samples=6",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def build(small_dataset):
+    """An objective by its name, with further settings."""
+
+    def built(name: str, *words: str) -> MaskedLM:
+        config = load_run_config("debug", [*WORDS, f"train.objective={name}", *words])
+        tokenizer = small_dataset.tokenizer
+        data, valid = (
+            PretrainingData(TokenStore(prefix), tokenizer, config.data, LENGTH, config.train.seed)
+            for prefix in (small_dataset.train, small_dataset.valid)
+        )
+        architecture = config.model.architecture(tokenizer.vocab_size)
+        return objective_type(name)(config, architecture, tokenizer, data, valid)
+
+    return built
+
+
+def test_the_next_token_of_the_same_document_is_predicted_and_nothing_closes_a_row():
+    ids = np.array([[1, 7, 8, 2, 1, 9, 2], [1, 7, 8, 9, 6, 5, 2], [1, 7, 2, 0, 0, 0, 0]])
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2], [1] * 7, [1, 1, 1, 0, 0, 0, 0]])
+    expected = [[7, 8, 2, 0, 9, 0, 0], [7, 8, 9, 6, 5, 0, 0], [7, 2, 0, 0, 0, 0, 0]]
+    assert next_tokens(ids, segments, np.zeros_like(ids, bool)).tolist() == expected
+    is_open = np.array([[1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]], bool)
+    behind = [[0, 8, 2, 0, 0, 0, 0], [0] * 7, [7, 2, 0, 0, 0, 0, 0]]
+    assert next_tokens(ids, segments, is_open).tolist() == behind
+
+
+def test_a_prefix_has_every_length_equally_often_as_its_row_and_visit_have_it():
+    segments = np.tile([[1] * 4 + [2] * 6 + [0] * 2], (6000, 1))
+    keys = derive(3, 0, np.arange(6000))
+    drawn = draw_prefixes(segments, keys)
+    assert not drawn[:, 10:].any()
+    for part in (drawn[:, :4], drawn[:, 4:10]):
+        lengths = part.sum(1)
+        assert (part == (np.arange(part.shape[1]) < lengths[:, None])).all()  # the first so many
+        counts = np.bincount(lengths, minlength=part.shape[1] + 1)
+        assert counts[0] == counts[-1] == 0
+        expected = 6000 / (part.shape[1] - 1)
+        assert np.abs(counts[1:-1] - expected).max() < 5 * expected**0.5
+    assert np.array_equal(draw_prefixes(segments[7:9], keys[7:9]), drawn[7:9])
+    assert not np.array_equal(draw_prefixes(segments, derive(3, 1, np.arange(6000))), drawn)
+
+
+def test_rows_without_documents_draw_nothing():
+    assert not draw_prefixes(np.zeros((2, 8), np.int64), derive(1, 0, np.arange(2))).any()
+
+
+@pytest.mark.parametrize("name", ["causal", "prefix"])
+def test_a_row_is_shown_without_masks_and_tells_what_is_open(build, name):
+    objective = build(name)
+    (micro_batches,) = [next(objective.batches(1, 6, rank=1, size=2))]
+    start = 6 + MICRO  # the second rank's first
+    batch = objective.data.batch(start, MICRO)
+    rows = micro_batches[0]
+    assert torch.equal(rows.input_ids_BS, torch.from_numpy(np.where(batch.labels > 0, batch.labels, batch.input_ids)))
+    assert rows.open_BS.any() == (name == "prefix")
+    key_B = KeyedData(objective.data).batch(start, MICRO).key_B
+    expected = next_token_rows(batch, key_B if name == "prefix" else None)
+    assert torch.equal(rows.open_BS, expected.open_BS)
+    assert torch.equal(rows.labelled.label_L, expected.labelled.label_L)
+    assert rows.counts == (len(rows.labelled.label_L),)
+
+
+def test_mixed_draws_as_many_autoregressive_micro_batches_as_stated_whatever_the_layout(build):
+    objective = build("mixed", "autoregressive.share=0.25", "train.global_batch_size=32", "model.sequence_length=40")
+    steps = [next(objective.batches(1, 32 * step, rank=0, size=1)) for step in range(12)]
+    kinds = [objective.kind_of(rows) for step in steps for rows in step]
+    assert 24 <= kinds.count("causal") <= 72  # of 192: 48, four deviations wide
+    halves = [next(objective.batches(1, 0, rank=rank, size=2)) for rank in range(2)]
+    assert [objective.kind_of(rows) for pair in zip(*halves, strict=True) for rows in pair] == kinds[:16]
+
+
+def step_of(objective: MaskedLM, batches: list[MaskedRows]) -> Mapping[str, torch.Tensor]:
+    """The figures of a step, as the loop makes them."""
+    torch.manual_seed(0)
+    counts = {
+        name: sum(of) for name, of in zip(objective.counts, zip(*(b.counts for b in batches), strict=True), strict=True)
+    }
+    shares = even_shares(counts, len(batches), 1)
+    model = objective.build().eval()
+    return over_micro_batches([objective.losses(model, b, shares, None) for b in batches], objective.reports)
+
+
+def test_the_loss_of_mixed_is_each_kinds_mean_weighed_by_its_micro_batches(build):
+    objective = build("mixed", "autoregressive.form=prefix", "train.global_batch_size=10")
+    batches = next(objective.batches(1, 0, rank=0, size=1))
+    kinds = [objective.kind_of(rows) for rows in batches]
+    assert {"masked", "prefix"} == set(kinds)
+    found = step_of(objective, batches)
+    model = objective.build().eval()
+    total = 0.0
+    for name in ("masked", "prefix"):
+        sums = [0.0, 0, 0]
+        for rows, kind in zip(batches, kinds, strict=True):
+            if kind == name:
+                output = model(
+                    rows.input_ids_BS, rows.segments_BS, labels=rows.labelled, label_count=1.0, open_BS=rows.open_BS
+                )
+                right = int((output.guess_L == rows.labelled.label_L).sum())
+                sums = [a + b for a, b in zip(sums, (output.loss.item(), right, len(output.guess_L)), strict=True)]
+        mean = sums[0] / sums[2]
+        assert found[f"{name}_loss"].item() == pytest.approx(mean, rel=1e-5)
+        assert found[f"{name}_accuracy"] == sums[1]
+        total += mean * kinds.count(name) / len(kinds)
+    assert found["loss"].item() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_a_step_of_one_kind_has_that_kinds_loss_and_counts_none_of_the_other(build, kind):
+    objective = build("mixed")
+    batches = [b for b in next(objective.batches(1, 0, rank=0, size=1)) if objective.kind_of(b) == kind][:2]
+    found = step_of(objective, batches)
+    assert found["loss"].item() == pytest.approx(found[f"{kind}_loss"].item())
+    other = "causal" if kind == "masked" else "masked"
+    assert found[f"{other}_loss"] == found[f"{other}_accuracy"] == 0
+    assert sum(b.counts[objective.counts.index(f"{other}_labels")] for b in batches) == 0
+
+
+@pytest.mark.parametrize("name", ["causal", "prefix", "mixed"])
+def test_an_evaluation_tells_loss_perplexity_and_accuracy_of_each_kind(build, name):
+    objective = build(name)
+    run = Evaluator(model=objective.build().eval(), device=torch.device("cpu"))
+    found = objective.evaluate(run)
+    kinds = [""] if name != "mixed" else ["masked_", "causal_"]
+    for kind in kinds:
+        assert found.values[f"{kind}perplexity"] == pytest.approx(np.exp(found.values[f"{kind}loss"]))
+        assert 0 <= found.values[f"{kind}accuracy"] <= 1
+    if name == "mixed":
+        means = [build(of).evaluate(run).values["loss"] for of in ("masked_lm", "causal")]
+        assert [found.values["masked_loss"], found.values["causal_loss"]] == means
+        assert found.values["loss"] == pytest.approx(sum(means) / 2)
+    assert found.values == objective.evaluate(run).values
+    assert "perplexity" in found.line
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("causal", Causal), ("prefix", Prefix), ("mixed", Mixed)])
+def test_a_checkpoint_says_that_its_model_can_write(build, name, chosen):
+    objective = build(name)
+    assert type(objective) is chosen
+    assert json.loads(objective.checkpoint_files["config.json"])["objective"] == name
+    assert objective.fingerprints["objective"] == name
+    assert objective.fingerprints.get("autoregressive.form") == ("causal" if name == "mixed" else None)
+
+
+def test_the_work_told_at_the_start_counts_the_tokens_that_are_predicted(build):
+    labels = {}
+    for name in ("masked_lm", "causal", "prefix", "mixed"):
+        objective = build(name, "data.mask_probability=0.2", "train.global_batch_size=64")
+        work = masked_lm_workload(objective.architecture, objective.config)
+        labels[name] = work.example.labelled / LENGTH
+        assert (work.largest is None) == (name == "masked_lm")
+        counts = [sum(b.counts[0] for b in next(objective.batches(1, 64 * n, rank=0, size=1))) for n in range(3)]
+        # [CLS], [SEP] and the ends of documents are predicted by nobody, which the estimate leaves out.
+        assert labels[name] == pytest.approx(np.mean(counts) / (64 * LENGTH), rel=0.25)
+    assert labels == {"masked_lm": pytest.approx(0.2), "causal": 1, "prefix": 0.5, "mixed": pytest.approx(0.6)}
