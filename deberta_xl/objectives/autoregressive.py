@@ -150,6 +150,11 @@ class Mixed(Keyed):
         return {**super().fingerprints, "autoregressive.form": self.form}
 
     @property
+    def checkpoint_files(self) -> Mapping[str, bytes]:
+        """Architecture and tokenizer, and in which form the model writes."""
+        return files_beside_weights(self.architecture, self.tokenizer, objective="mixed", form=self.form)
+
+    @property
     def reports(self) -> Mapping[str, Mean | Ratio]:
         """The loss, then loss and right guesses of either kind."""
         kinds = [("masked", "masked_labels"), (self.form, f"{self.form}_labels")]
