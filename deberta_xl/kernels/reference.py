@@ -34,9 +34,21 @@ def disentangled_scores(
     if position_query_NRH is not None:
         # The paper indexes this term with delta(j, i); the released models were trained with delta(i, j), and their
         # weights must stay usable.
-        scores_BNST = scores_BNST + (position_query_NRH @ key_BNTH.transpose(-1, -2)).gather(-2, index_BNST)
+        scores_BNST = scores_BNST + position_to_content(position_query_NRH, key_BNTH, index_BNST)
         num_terms = 3
     return scores_BNST / math.sqrt(query_BNSH.shape[-1] * num_terms)
+
+
+def position_to_content(position_query_NRH: Tensor, key_BNTH: Tensor, index_BNST: Tensor) -> Tensor:
+    """The third term, [B, N, S, T]: every row with every key, of which those at `index_BNST` are taken.
+
+    One query of a sequence, as generation has it at each step, needs one row for each key, not all R.
+    """
+    if index_BNST.shape[2] > 1:
+        return (position_query_NRH @ key_BNTH.transpose(-1, -2)).gather(-2, index_BNST)
+    index_BNTH = index_BNST.transpose(-1, -2).expand_as(key_BNTH)
+    row_BNTH = position_query_NRH.expand(len(key_BNTH), -1, -1, -1).gather(2, index_BNTH)
+    return (row_BNTH * key_BNTH).sum(-1).unsqueeze(2)
 
 
 def masked_softmax(scores_BNST: Tensor, blocked_BST: Tensor) -> Tensor:

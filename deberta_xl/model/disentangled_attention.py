@@ -68,8 +68,10 @@ class DisentangledAttention(nn.Module):
 
     def forward(self, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
         """The attended and projected context of the scene's queries, [B, S, D]."""
-        relative_RD = self.relative_dropout(scene.relative_RD, fold_key(scene.key, "relative"))
-        relative = self.project_positions(self.relative_entry(relative_RD))
+        relative = scene.projected
+        if relative is None:
+            relative_RD = self.relative_dropout(scene.relative_RD, fold_key(scene.key, "relative"))
+            relative = self.project_positions(self.relative_entry(relative_RD))
         dropout = self.probability_dropout.rule(fold_key(scene.key, "probabilities"))
         dropout = dropout._replace(first_head=self.first_head)
         context_BNSH = self.attend(query_BNSH, memory, relative, scene.where, dropout)

@@ -39,11 +39,16 @@ class Embeddings(nn.Module):
         token_type_ids_BS: Tensor | None = None,
         key: DropoutKey | None = None,
         perturb: Callable[[Tensor], Tensor] | None = None,
+        position_BS: Tensor | None = None,
     ) -> Tensor:
-        """Normalised embeddings, zero at padding, [B, S, D]; `perturb` changes their sum before it is normalised."""
+        """Normalised embeddings, zero at padding, [B, S, D]; `perturb` changes their sum before it is normalised.
+
+        `position_BS` says where in their documents the tokens stand, for a sequence that does not begin with the first.
+        """
         summed_BSD = self.word(input_ids_BS)
         if self.adds_positions:
-            summed_BSD = summed_BSD + self.positions(segments_BS)
+            positions_BSD = self.positions(segments_BS) if position_BS is None else self.position(position_BS)
+            summed_BSD = summed_BSD + positions_BSD
         if self.token_type is not None:
             types_BS = torch.zeros_like(input_ids_BS) if token_type_ids_BS is None else token_type_ids_BS
             summed_BSD = summed_BSD + self.token_type(types_BS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.kernels.contract import Where
+from deberta_xl.kernels.contract import RelativeRows, Where
 from deberta_xl.kernels.relative_index import Buckets
 from deberta_xl.model.dropout import DropoutKey, fold_key
 
@@ -29,6 +29,8 @@ class Scene(NamedTuple):
     """The relative table as the layers see it; differentiable."""
     key: DropoutKey | None = None
     """Names the dropout masks of this place; torch's global generator draws them when absent."""
+    projected: RelativeRows | None = None
+    """The table as the layer at hand projects it, where that has been done before; projected anew when absent."""
 
     @property
     def segments_BS(self) -> Tensor:
