@@ -90,8 +90,7 @@ class Tokenizer:
 
     def flags_of_piece(self, number: int) -> int:
         """`word_flags` of a piece."""
-        piece = self.processor.id_to_piece(number)
-        return word_flags(piece, int(piece[1:-1], 16) if self.processor.is_byte(number) else None)
+        return word_flags(self.processor.id_to_piece(number), self.byte_of(number))
 
     @property
     def word_starts(self) -> np.ndarray:
@@ -256,10 +255,15 @@ class Tokenizer:
             return self.added[token_id].content
         return MASK_PIECE if token_id == self.mask_id else f"[SPARE {token_id - self.mask_id}]"
 
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that an id stands for, of a character without a piece; None for all other ids."""
+        if token_id < self.num_pieces and self.processor.is_byte(int(token_id)):
+            return int(self.processor.id_to_piece(int(token_id))[1:-1], 16)
+        return None
+
     def surface(self, token_id: int) -> str:
         """The text that an id stands for, with a space before a word; of a byte that is no character, nothing."""
-        if token_id < self.num_pieces and self.processor.is_byte(int(token_id)):
-            byte = int(self.id_to_piece(token_id)[1:-1], 16)
+        if (byte := self.byte_of(token_id)) is not None:
             return chr(byte) if byte < 0x80 else ""
         return self.id_to_piece(token_id).replace(WORD_MARK, " ")
 

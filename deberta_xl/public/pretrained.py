@@ -8,10 +8,12 @@ from typing import Self
 import torch
 
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.weights.foreign import is_foreign_folder
 from deberta_xl.weights.initial_weights import read_pretrained
 from deberta_xl.weights.named_folder import find_pretrained
-from deberta_xl.weights.native import fill_model, write_weights
-from deberta_xl.weights.native_config import native_config
+from deberta_xl.weights.native import CONFIG_NAME, fill_model, write_weights
+from deberta_xl.weights.native_config import Form, NativeConfig, native_config, read_native_config
+from deberta_xl.weights.pair import split_part
 
 
 class DebertaForMaskedLM(MaskedLanguageModel):
@@ -19,6 +21,14 @@ class DebertaForMaskedLM(MaskedLanguageModel):
 
     `DebertaForMaskedLM(config)` has fresh weights; `from_pretrained` reads them. See `MaskedLanguageModel.forward`.
     """
+
+    stated: NativeConfig | None = None
+    """What its folder says besides the architecture, where that is one of ours: what it was trained for."""
+
+    @property
+    def writes_as(self) -> Form | None:
+        """How it goes on with a text (`public/generation.py`); None for a model that has not learnt to."""
+        return self.stated.writes_as if self.stated else None
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
@@ -35,6 +45,8 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         with torch.device("meta"):
             model = cls(config)
         fill_model(model, weights, source, dtype)
+        if not is_foreign_folder(source):
+            model.stated = read_native_config(split_part(source)[0] / CONFIG_NAME)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: str | Path | None = None) -> None:
@@ -43,4 +55,6 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         Raises CheckpointError when the folder exists and is not empty.
         """
         weights = {name: p.detach() for name, p in self.named_parameters()}
-        write_weights(Path(directory), weights, native_config(self.config), Path(tokenizer) if tokenizer else None)
+        written = {"objective": self.stated.objective, "form": self.stated.form} if self.stated else {}
+        config = native_config(self.config, **written)
+        write_weights(Path(directory), weights, config, Path(tokenizer) if tokenizer else None)
