@@ -151,3 +151,10 @@ class VocabularyLoss:
         torch.distributed.all_gather(indices, index_L + first, group=self.groups.tensor_group)
         best_1L = torch.stack(values).argmax(0, keepdim=True)
         return torch.stack(indices).gather(0, best_1L).squeeze(0)
+
+
+def join_vocabulary(logits_BV: Tensor, vocab_size: int, groups: Groups) -> Tensor:
+    """Logits of the whole vocabulary, on every rank, from those that each rank has. Collective, without gradients."""
+    parts = [torch.empty_like(logits_BV) for _ in range(groups.grid.tensor_parallel_size)]
+    torch.distributed.all_gather(parts, logits_BV.contiguous(), group=groups.tensor_group)
+    return torch.cat(parts, dim=-1)[..., :vocab_size]  # behind it there is padding
