@@ -6,7 +6,6 @@ model's. The destination appears whole, verified where asked for, or not at all.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,12 +29,12 @@ from deberta_xl.checkpoint.tensor_writer import (
 )
 from deberta_xl.conversion.card_metadata import CardMetadata
 from deberta_xl.conversion.edits import Edits, apply_edits, average_of_newest
+from deberta_xl.conversion.expressible import check_expressible, check_expressible_in_the_original, warn_of_decoder
 from deberta_xl.conversion.model_card import model_card
 from deberta_xl.conversion.tokenizer_export import json_bytes, tokenizer_files
 from deberta_xl.conversion.verify import verify
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE, unread_files
-from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.dialect import Dialect, can_be_fused, write_dialect
 from deberta_xl.weights.foreign import is_foreign_folder, open_foreign, read_config_fields, stated_length
 from deberta_xl.weights.foreign_config import to_huggingface_config, to_microsoft_config
@@ -163,7 +162,8 @@ def write_native_layout(partial: Path, model: Pretrained, conversion: Conversion
 
 def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, advance: Advance) -> None:
     """A folder that transformers loads with AutoModel, AutoTokenizer and AutoModelForMaskedLM."""
-    check_expressible(model)
+    check_expressible(model.config)
+    warn_of_decoder(model.config)
     dialect = choose_dialect(model)
     fields = to_huggingface_config(model.config, is_fused=dialect.is_fused, is_legacy=dialect.is_legacy)
     fields |= other_fields(model.origin.fields) if model.origin else {}
@@ -210,56 +210,6 @@ def choose_dialect(model: Pretrained) -> Dialect:
         return Dialect(is_fused=can_be_fused(model.tensors, model.config))
     came = model.origin.dialect
     return came._replace(prefix="deberta." if came.prefix == "bert." else came.prefix)
-
-
-def check_expressible(model: Pretrained) -> None:
-    """Refuse what transformers' DeBERTa cannot hold; warn of what it computes differently."""
-    config = model.config
-    refuse_other_width(config, "transformers' DeBERTa-v2 has no such attention")
-    if config.embedding_width != config.hidden_size:
-        logger.warning(
-            "embedding_size=%d differs from hidden_size=%d: AutoModel loads the export, but transformers has no such "
-            "masked-LM head for AutoModelForMaskedLM",
-            config.embedding_width,
-            config.hidden_size,
-        )
-    warn_of_other_buckets(config, "transformers", "it reads a row of the relative table that is never trained")
-
-
-def check_expressible_in_the_original(config: DebertaConfig) -> None:
-    """Refuse what the original code cannot hold; warn of what it computes differently."""
-    refuse_other_width(config, "the original has a square output projection")
-    if "gelu_tanh" in (config.hidden_act, config.conv_act if config.conv_kernel_size else None):
-        raise CheckpointError(
-            "an activation is gelu_tanh, which the original does not have; it has gelu, relu, tanh, silu"
-        )
-    if config.relative_reach < config.max_position_embeddings:  # longer sequences than its table it does not take
-        warn_of_other_buckets(config, "original", "those beyond it share the last bucket there")
-
-
-def refuse_other_width(config: DebertaConfig, why: str) -> None:
-    """Refuse heads that together are not as wide as the states."""
-    if config.attention_size != config.hidden_size:
-        raise CheckpointError(
-            f"{config.num_heads} heads of {config.head_size} make {config.attention_size}, not hidden_size="
-            f"{config.hidden_size}: {why}"
-        )
-
-
-def warn_of_other_buckets(config: DebertaConfig, rule_there: str, why: str) -> None:
-    """Say from which length on the destination computes something else: where distances fall into other buckets.
-
-    It is worth a warning where our own sequences can be so long.
-    """
-    reach = config.relative_reach
-    if config.position_buckets and config.bucket_rule != rule_there:
-        logger.log(
-            logging.WARNING if reach < config.max_position_embeddings else logging.INFO,
-            "the export gives other values for sequences of more than max_relative_positions=%d tokens, from %d on: %s",
-            reach,
-            reach + 1,
-            why,
-        )
 
 
 def trained_length(model: Pretrained) -> int:

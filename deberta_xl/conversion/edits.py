@@ -209,7 +209,7 @@ def with_positions(model: Pretrained, edits: Edits) -> Pretrained:
         position_buckets=buckets,
     )
     tensors = dict(model.tensors)
-    if length != old.max_position_embeddings:
+    if length != old.max_position_embeddings and POSITION in tensors:  # what reads none has none
         rows = torch.arange(length) % old.max_position_embeddings
         tensors[POSITION] = with_table_rows(tensors[POSITION], rows)
         logger.info("absolute positions: %d rows, the new ones repeat the old %d", length, old.max_position_embeddings)

@@ -36,6 +36,7 @@ PIPELINES: dict[HeadKind, str] = {
 def model_card(model: Pretrained, tokenizer: Tokenizer | None, metadata: CardMetadata) -> str:
     """`README.md` in the Hub's form. What is not recorded is said to be missing, never guessed."""
     run = run_folder(model.folder)
+    decoded = "with an" if model.config.num_decoder_passes else "without an"
     facts = {
         "Architecture": architecture(model.config, model.tensors),
         "Training data": data_facts(model.folder),
@@ -44,10 +45,10 @@ def model_card(model: Pretrained, tokenizer: Tokenizer | None, metadata: CardMet
     }
     return card(
         (run or model.folder).resolve().name,
-        "A DeBERTa encoder pretrained with an enhanced mask decoder, written by deberta_xl.",
+        f"A DeBERTa encoder pretrained {decoded} enhanced mask decoder, written by deberta_xl.",
         fill_mask_example(tokenizer, metadata.example),
         facts,
-        INTENDED_USE + longer_sequences(model.config),
+        INTENDED_USE + loading(model.config) + longer_sequences(model.config),
         pipeline="fill-mask",
         metadata=with_base_model(metadata, run),
     )
@@ -116,14 +117,27 @@ def card(
 INTENDED_USE = """\
 As an encoder to be fine-tuned for classification, tagging, question answering or retrieval, and for filling masks.
 It generates no text. It repeats the biases of the text it was trained on; examine it on your own data before use.
-
-`AutoModel` and `AutoTokenizer` load this folder. `AutoModelForMaskedLM` predicts from the encoder's last state, since
-transformers has no enhanced mask decoder; the tensor `deberta.embeddings.position_embeddings.weight`, which it leaves
-aside, is what the decoder adds. `DebertaForMaskedLM.from_pretrained` of deberta_xl uses both.
 """
 TASK_USE = """\
 For texts like those it was trained on. It repeats the biases of that text, and of what its encoder was pretrained on;
 examine it on your own data before use.
+"""
+
+
+def loading(config: DebertaConfig) -> str:
+    """What loads an export, and where transformers predicts otherwise than we do."""
+    if config.predicts_from_last_state:
+        return """
+`AutoModel` and `AutoTokenizer` load this folder. `AutoModelForMaskedLM` and `DebertaForMaskedLM` of deberta_xl predict
+alike, from the encoder's last state.
+"""
+    aside = ["`deberta.embeddings.position_embeddings.weight`"] if config.decodes_positions else []
+    aside += ["`decoder.layers.#`"] if config.num_own_decoder_layers else []
+    left_aside = f"\nand leaves aside what that adds: {' and '.join(aside)}" if aside else ""
+    return f"""
+`AutoModel` and `AutoTokenizer` load this folder. `AutoModelForMaskedLM` predicts from the encoder's last state, since
+transformers has no enhanced mask decoder{left_aside}.
+`DebertaForMaskedLM.from_pretrained` of deberta_xl has all of it.
 """
 
 
@@ -171,8 +185,19 @@ def architecture(config: DebertaConfig, tensors: LazyTensors) -> dict[str, Any]:
         "relative positions": f"{config.position_buckets or 'no'} buckets, {config.relative_reach} told apart",
         "position terms": config.pos_att_type.replace("|", ", "),
         "n-gram convolution": f"width {config.conv_kernel_size}" if config.conv_kernel_size else "none",
-        "decoder": "none (positions in the input)" if config.position_biased_input else "enhanced mask decoder",
+        "decoder": decoder(config),
     }
+
+
+def decoder(config: DebertaConfig) -> str:
+    """How a model predicts, in a few words."""
+    if config.has_released_decoder:
+        return "none (positions in the input)" if config.position_biased_input else "enhanced mask decoder"
+    if not config.num_decoder_passes:
+        return "none"
+    layers = "layers of its own" if config.num_own_decoder_layers else "passes of the last layer"
+    begin = "states and absolute positions" if config.decodes_positions else "states"
+    return f"enhanced mask decoder, {config.num_decoder_passes} {layers} over the {begin}"
 
 
 def run_folder(folder: Path) -> Path | None:

@@ -13,7 +13,8 @@ from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
 from deberta_xl.checkpoint.lazy import LazyTensors, in_type
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, most_common_type, total_bytes, write_shards
-from deberta_xl.conversion.convert import Conversion, check_expressible
+from deberta_xl.conversion.convert import Conversion
+from deberta_xl.conversion.expressible import check_expressible
 from deberta_xl.conversion.model_card import task_card
 from deberta_xl.conversion.tokenizer_export import json_bytes, tokenizer_files
 from deberta_xl.conversion.verify_task import verify_task
@@ -51,7 +52,7 @@ def export_task(source: Path, destination: Path, conversion: Conversion = TO_HUG
     named = {to_huggingface(name, facts.head.kind): tensor for name, tensor in open_weights(source).items()}
     tensors: LazyTensors = in_type(named, conversion.dtype)
     model = Pretrained(folder=source, kind="native", config=config, tensors=tensors, tokenizer=source / TOKENIZER_NAME)
-    check_expressible(model)
+    check_expressible(model.config)
     if facts.normalized_twice:
         raise CheckpointError(
             f"{source} was trained with sift.variant=original: its embeddings are normalised twice, which transformers "

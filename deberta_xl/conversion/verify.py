@@ -119,11 +119,12 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
                 stack.enter_context(filled(model.encoder.convolution, "encoder.convolution.", source.tensors))
             (hidden_BSD,) = model.encoder(hidden_BSD, scene, numbers=range(number, number + 1))
         yield hidden_BSD[0]
-    # The enhanced mask decoder starts from what the last layer reads.
-    last_BSD = hidden_BSD if source.config.position_biased_input else inputs[0]
+    # A decoder that takes the last layer's place starts from what that reads.
+    last_BSD = inputs[0] if source.config.shares_last_layer else hidden_BSD
     with (
         filled_layer(model, source.config.num_layers - 1, source.tensors),
         filled(model.embeddings, "embeddings.", source.tensors),
+        filled(model.decoder, "decoder.", source.tensors),
         filled(model.head, "head.", source.tensors),
     ):
         yield model.predict(last_BSD, scene, LabelledPositions.of(labels_BS)).logits

@@ -17,13 +17,16 @@ from deberta_xl.settings.architecture import PAD_ID, DebertaConfig
 
 
 class Embeddings(nn.Module):
-    """Tables and their normalised sum. The absolute-position table lives here; EMD reads it through `positions`."""
+    """Tables and their normalised sum. The absolute-position table lives here where anything reads it; EMD does so
+    through `positions`."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
         width = config.embedding_width
         self.word = nn.Embedding(config.vocab_size, width, padding_idx=PAD_ID)
-        self.position = nn.Embedding(config.max_position_embeddings, width)
+        self.position = None
+        if config.position_biased_input or config.decodes_positions:
+            self.position = nn.Embedding(config.max_position_embeddings, width)
         self.token_type = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
         self.projection = nn.Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)

@@ -62,7 +62,7 @@ class EncoderLayer(nn.Module):
         return self.finish(hidden_BSD, query_BNSH, memory, scene)
 
     def refine(self, source_BSD: Tensor, memory: Memory, scene: Scene) -> Tensor:
-        """States of their own attend to a given memory. The enhanced mask decoder applies this twice."""
+        """States of their own attend to a given memory. What the enhanced mask decoder applies."""
         query_BNSH = self.attention.ask(self.attention.entry(source_BSD))
         return self.finish(source_BSD, query_BNSH, memory, scene)
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.enhanced_mask_decoder import enhanced_mask_decoder
-from deberta_xl.model.layer import ACTIVATIONS
+from deberta_xl.model.enhanced_mask_decoder import EnhancedMaskDecoder
+from deberta_xl.model.layer import ACTIVATIONS, EncoderLayer
 from deberta_xl.model.parts import Part, masked_lm_parts
 from deberta_xl.model.scene import Scene
 from deberta_xl.model.trunk import Trunk
@@ -89,6 +89,7 @@ class MaskedLanguageModel(Trunk):
         """Fresh weights from `seed`. Under `torch.device("meta")` nothing is allocated or initialised."""
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             super().__init__(config)
+            self.decoder = EnhancedMaskDecoder(config)
             self.head = MaskedLanguageModelHead(config)
         self.loss = masked_lm_loss
         """Cross-entropy and guesses from logits; the plan puts another here where the vocabulary is divided."""
@@ -97,7 +98,12 @@ class MaskedLanguageModel(Trunk):
     @property
     def num_ordinary_layers(self) -> int:
         """Layers whose states are read: without the last where EMD takes the place of its ordinary pass."""
-        return self.config.num_layers - (0 if self.config.position_biased_input else 1)
+        return self.config.num_layers - self.config.shares_last_layer
+
+    @property
+    def encoder_layers(self) -> dict[str, EncoderLayer]:
+        """The encoder's, and the decoder's own."""
+        return super().encoder_layers | {f"decoder.layers.{n}": layer for n, layer in enumerate(self.decoder.layers)}
 
     def describe(self) -> list[Part]:
         """All of it."""
@@ -156,12 +162,13 @@ class MaskedLanguageModel(Trunk):
 
     def decode(self, hidden_BSD: Tensor, scene: Scene, position_BM: Tensor | None) -> Tensor:
         """The states to predict from: those at `position_BM`, [B, M, D], or at all positions, [B, S, D]."""
-        if self.config.position_biased_input:
-            return take_rows(hidden_BSD, position_BM)
-        query_BMD = take_rows(hidden_BSD + self.embeddings.positions(scene.segments_BS), position_BM)
-        return enhanced_mask_decoder(
-            self.encoder.layers[-1], hidden_BSD, query_BMD, scene.of_queries(position_BM), self.encoder.apply_layer
-        )
+        query_BSD = hidden_BSD
+        if self.config.decodes_positions:
+            query_BSD = hidden_BSD + self.embeddings.positions(scene.segments_BS)
+        query_BMD = take_rows(query_BSD, position_BM)
+        if not self.config.num_decoder_passes:
+            return query_BMD
+        return self.decoder(hidden_BSD, query_BMD, scene.of_queries(position_BM), self.encoder)
 
 
 def take_rows(x_BSD: Tensor, position_BM: Tensor | None) -> Tensor:

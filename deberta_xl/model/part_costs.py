@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from deberta_xl.kernels.registry import FLOAT32, KERNELS, AttentionSizes
-from deberta_xl.settings.architecture import EMD_PASSES, DebertaConfig, HeadConfig
+from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 
 
 class Load(NamedTuple):
@@ -85,9 +85,14 @@ def layer_flops(config: DebertaConfig, load: Load) -> float:
     return attended_flops(config, load, load.tokens, passes=1)
 
 
-def decoder_flops(config: DebertaConfig, load: Load) -> float:
+def shared_decoder_flops(config: DebertaConfig, load: Load) -> float:
     """The last layer as the enhanced mask decoder applies it, to the labelled positions."""
-    return attended_flops(config, load, load.labelled, EMD_PASSES)
+    return attended_flops(config, load, load.labelled, config.num_decoder_passes)
+
+
+def decoder_layer_flops(config: DebertaConfig, load: Load) -> float:
+    """A layer of the decoder's own: one pass over the labelled positions."""
+    return attended_flops(config, load, load.labelled, passes=1)
 
 
 def convolution_flops(config: DebertaConfig, load: Load) -> float:
@@ -148,11 +153,28 @@ def layer_activations(config: DebertaConfig, load: Load, division: Division) -> 
     )
 
 
-def decoder_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
+def shared_decoder_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
     """The last layer: as much as any other, and the enhanced mask decoder's passes over the labelled positions."""
     ordinary = layer_activations(config, load, division)
-    passes = EMD_PASSES * layer_bytes(config, load, load.labelled / load.rows, division._replace(slices=1))
+    passes = config.num_decoder_passes * decoder_pass_bytes(config, load, division)
     return ordinary._replace(working=ordinary.working + passes)
+
+
+def decoder_layer_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
+    """A layer of the decoder's own: its pass, and what that begins with, keys and values, which stay where it is
+    recomputed."""
+    queries = load.labelled / load.rows
+    memory = 2 * load.tokens * config.attention_size / division.tensor_parallel_size
+    return Activations(
+        kept=decoder_pass_bytes(config, load, division),
+        entry=(load.labelled * config.hidden_size + memory) * division.element_bytes,
+        working=KERNELS[division.kernel].working_bytes(attention_sizes(config, load, queries, division)),
+    )
+
+
+def decoder_pass_bytes(config: DebertaConfig, load: Load, division: Division) -> float:
+    """What autograd keeps of a pass over the labelled positions, of the whole sequence on every rank."""
+    return layer_bytes(config, load, load.labelled / load.rows, division._replace(slices=1))
 
 
 def vocabulary_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:

@@ -21,14 +21,16 @@ from deberta_xl.model.part_costs import (
     Division,
     Load,
     convolution_flops,
-    decoder_activations,
-    decoder_flops,
+    decoder_layer_activations,
+    decoder_layer_flops,
     head_positions,
     layer_activations,
     layer_flops,
     linear_flops,
     no_bytes,
     no_work,
+    shared_decoder_activations,
+    shared_decoder_flops,
     vocabulary_activations,
     vocabulary_flops,
 )
@@ -84,12 +86,19 @@ class Part(NamedTuple):
 
 
 def masked_lm_parts(config: DebertaConfig) -> list[Part]:
-    """`MaskedLanguageModel(config)`: the head shares the word table, and EMD takes the place of the last layer."""
+    """`MaskedLanguageModel(config)`: the head shares the word table, and EMD takes the last layer's place, or has some
+    layers of its own."""
     last = config.num_layers
     *trunk, top = trunk_parts(config)
     trunk = [part._replace(units=(0, last)) if part.name == "embeddings.word" else part for part in trunk]
-    if not config.position_biased_input:
-        top = top._replace(flops=partial(decoder_flops, config), activations=partial(decoder_activations, config))
+    if config.shares_last_layer:
+        flops, activations = partial(shared_decoder_flops, config), partial(shared_decoder_activations, config)
+        top = top._replace(flops=flops, activations=activations)
+    flops, activations = partial(decoder_layer_flops, config), partial(decoder_layer_activations, config)
+    decoder = [
+        Part(f"decoder.layers.{n}", layer_parameters(config), (last,), 0, flops, activations)
+        for n in range(config.num_own_decoder_layers)
+    ]
     width = config.embedding_width
     parameters = {
         **linear("dense", config.hidden_size, width),
@@ -99,13 +108,13 @@ def masked_lm_parts(config: DebertaConfig) -> list[Part]:
     head = Part(
         "head", parameters, (last,), 0, partial(vocabulary_flops, config), partial(vocabulary_activations, config)
     )
-    return [*trunk, top, head]
+    return [*trunk, top, *decoder, head]
 
 
 def task_parts(config: DebertaConfig, head: HeadConfig) -> list[Part]:
     """`TaskModel(config, head)`: without the absolute positions that only EMD reads."""
     trunk = trunk_parts(config)
-    if not config.position_biased_input:
+    if config.decodes_positions:
         trunk = [part for part in trunk if part.name != "embeddings.position"]
     last, hidden = config.num_layers, config.hidden_size
     positions = partial(head_positions, head)
@@ -123,12 +132,13 @@ def trunk_parts(config: DebertaConfig) -> list[Part]:
     # Where it is no input, the enhanced mask decoder adds absolute positions.
     position_unit = 0 if config.position_biased_input else layers
     position = {"weight": Parameter((config.max_position_embeddings, width))}
+    is_read = config.position_biased_input or config.decodes_positions
     relative = {"table.weight": Parameter((2 * config.relative_span, hidden))}
     if config.normalize_relative_table:
         relative |= norm("norm", hidden)
     parts = [
         table("embeddings.word", {"weight": Parameter((config.vocab_size, width), "vocabulary")}, config),
-        table("embeddings.position", position, config)._replace(units=(position_unit,)),
+        *([table("embeddings.position", position, config)._replace(units=(position_unit,))] if is_read else []),
         table("embeddings", embedding_parameters(config), config),
         table("encoder.relative_position", relative, config),
     ]

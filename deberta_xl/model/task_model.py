@@ -55,7 +55,7 @@ class TaskModel(Trunk):
             self.classifier = nn.Linear(config.hidden_size, head.num_labels)
         self.head = head
         self.dropout = Dropout(head.dropout)
-        if not config.position_biased_input:
+        if config.decodes_positions:
             self.embeddings.position = None
         self.draw_weights(seed)
 

@@ -17,6 +17,7 @@ from deberta_xl.model.dropout import DropoutKey, fold_key
 from deberta_xl.model.embeddings import Embeddings
 from deberta_xl.model.encoder import Encoder, recompute
 from deberta_xl.model.initialization import initialize_weights
+from deberta_xl.model.layer import EncoderLayer
 from deberta_xl.model.parts import Part, Shape, trunk_parts, with_heads
 from deberta_xl.model.scene import Scene, read_mask
 from deberta_xl.settings.architecture import DebertaConfig
@@ -63,6 +64,12 @@ class Trunk(nn.Module):
         """Layers that run as they are, 0 … n−1: all of them, unless a model applies the last in a way of its own."""
         return self.config.num_layers
 
+    @property
+    def encoder_layers(self) -> dict[str, EncoderLayer]:
+        """By their names, the layers that a kernel computes attention in and that ranks divide: the encoder's. A model
+        may have others; a head's own are not divided."""
+        return {f"encoder.layers.{number}": layer for number, layer in enumerate(self.encoder.layers)}
+
     def describe(self) -> list[Part]:
         """The anatomy as far as it is told beforehand; a model with a head may add its part."""
         return trunk_parts(self.config)
@@ -104,7 +111,7 @@ class Trunk(nn.Module):
         """
         chosen = choose_kernel(name, Demand(self.config, mask))
         attend = load_kernel(chosen)
-        for layer in self.encoder.layers:
+        for layer in self.encoder_layers.values():
             layer.attention.attend = attend
         return chosen
 

@@ -11,7 +11,7 @@ reads. There the whole sequence is joined again, and the enhanced mask decoder w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from deberta_xl.base.errors import ConfigError
@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # the tables are read before torch is imported
     from deberta_xl.model.trunk import Trunk
     from deberta_xl.parallel.groups import Groups
 
-#: Modules without weights of each of the encoder's layers, and what takes their place; a head may have layers of its
-#: own, which are not divided. `model/parts.py` has what divides weights.
+#: Modules without weights of each layer of `Trunk.encoder_layers`, and what takes their place; a head may have layers
+#: of its own, which are not divided. `model/parts.py` has what divides weights.
 LAYER_PLAN = {
     "attention.entry": "copy",
     "attention.relative_entry": "copy",
@@ -58,7 +58,7 @@ SLICED_MODEL_PLAN = {
 def plan_of(model: Trunk, *, sequence_parallel: bool) -> dict[str, str]:
     """Name of each module of `model` that is replaced -> what takes its place. Raises ConfigError for one it lacks."""
     names = [name for name, _ in model.named_modules()]
-    plan = planned_layers(len(model.encoder.layers), LAYER_PLAN)
+    plan = planned_layers(model.encoder_layers, LAYER_PLAN)
     for name, parameter in parameters_of(model.parts).items():
         module, _, kind = name.rpartition(".")
         if parameter.cut is not None and kind == "weight":
@@ -66,14 +66,15 @@ def plan_of(model: Trunk, *, sequence_parallel: bool) -> dict[str, str]:
                 raise ConfigError(f"a part tells of {name!r}, but the model has no module {module!r}; mend `describe`")
             plan[module] = parameter.cut
     if sequence_parallel:
-        sliced = SLICED_MODEL_PLAN | planned_layers(model.num_ordinary_layers, SLICED_LAYER_PLAN)
+        ordinary = [f"encoder.layers.{number}" for number in range(model.num_ordinary_layers)]
+        sliced = SLICED_MODEL_PLAN | planned_layers(ordinary, SLICED_LAYER_PLAN)
         plan |= {name: style for name, style in sliced.items() if name in names}
     return plan
 
 
-def planned_layers(num_layers: int, plan: Mapping[str, str]) -> dict[str, str]:
-    """A layer's plan, for the first so many of the encoder's."""
-    return {f"encoder.layers.{number}.{place}": plan[place] for number in range(num_layers) for place in plan}
+def planned_layers(layers: Iterable[str], plan: Mapping[str, str]) -> dict[str, str]:
+    """A layer's plan, for layers of these names."""
+    return {f"{layer}.{place}": plan[place] for layer in layers for place in plan}
 
 
 def divide(model: nn.Module, groups: Groups, *, sequence_parallel: bool = False) -> None:
@@ -115,7 +116,7 @@ def divide_trunk(model: Trunk, groups: Groups, *, sequence_parallel: bool) -> No
             continue  # another stage's layers have no parameters
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, builders[style](plain).train(plain.training))
-    for layer in model.encoder.layers:
+    for layer in model.encoder_layers.values():
         layer.attention.first_head = groups.grid.tensor_parallel_rank * (model.config.num_heads // size)
     if isinstance(model, MaskedLanguageModel):
         divide_vocabulary(model, groups)

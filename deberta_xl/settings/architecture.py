@@ -15,8 +15,8 @@ PAD_ID = 0
 """Id of [PAD], in every tokenizer and every word table."""
 IGNORED = -100
 """Label of a token that has none: in no loss and no metric."""
-EMD_PASSES = 2
-"""How often the enhanced mask decoder applies the last layer, with the same weights (the paper's n)."""
+RELEASED_PASSES = 2
+"""How often the released models' enhanced mask decoder applies the last layer."""
 
 
 @frozen
@@ -33,7 +33,7 @@ class DebertaConfig:
     hidden_size: int = 768
     """Width of the residual stream (H)."""
     num_layers: int = 12
-    """Encoder layers (N). The last one is applied twice by the enhanced mask decoder."""
+    """Encoder layers (N). A decoder of shared weights takes the place of the last one."""
     num_heads: int = 12
     """Attention heads."""
     head_dim: int | None = None
@@ -59,6 +59,15 @@ class DebertaConfig:
     """LayerNorm on the relative table (v2, v3)."""
     position_biased_input: bool = False
     """Add absolute positions to the input, as BERT does; there is no enhanced mask decoder then."""
+    decoder_passes: int | None = None
+    """Layers of the enhanced mask decoder (the paper's n), each applied to what the one before it gives; 0 leaves the
+    decoder out: prediction then reads the last encoder layer. When unset 2, or 0 with position_biased_input."""
+    decoder_weights: Literal["shared", "own"] = "shared"
+    """The decoder's layers: the encoder's last one, as often as there are passes, or layers of its own behind all of
+    the encoder's."""
+    decoder_input: Literal["positions", "states"] = "positions"
+    """What the decoder's queries begin as: the states it attends to with absolute positions added, or those states
+    alone. One pass over them is BERT's decoding: with shared weights, the plain encoder."""
     type_vocab_size: int = 0
     """Rows of the token-type table; 0 leaves it out."""
     conv_kernel_size: int = 0
@@ -94,7 +103,8 @@ class DebertaConfig:
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}; "
                 f"choose one of {divisors(self.hidden_size)} or set head_dim"
             )
-        if self.embedding_width != self.hidden_size and not self.position_biased_input:
+        self._check_decoder()
+        if self.embedding_width != self.hidden_size and self.decodes_positions:
             raise ConfigError(
                 f"embedding_size={self.embedding_size} differs from hidden_size={self.hidden_size}, but the enhanced "
                 "mask decoder adds position vectors to hidden states; leave embedding_size unset"
@@ -103,15 +113,70 @@ class DebertaConfig:
             raise ConfigError(f"conv_kernel_size={self.conv_kernel_size} must be odd, or 0 for no convolution")
         if self.conv_groups < 1 or self.hidden_size % self.conv_groups:
             raise ConfigError(f"conv_groups={self.conv_groups} does not divide hidden_size={self.hidden_size}")
-        if self.num_layers < 2 and not self.position_biased_input:
-            raise ConfigError(
-                f"num_layers={self.num_layers}: the enhanced mask decoder reads the layer before the last"
-            )
         if self.position_buckets and not 2 <= self.position_buckets < 2 * self.relative_reach:
             raise ConfigError(
                 f"position_buckets={self.position_buckets} must lie in 2 … {2 * self.relative_reach - 1} "
                 f"(below twice max_relative_positions={self.relative_reach}), or be 0 for no buckets"
             )
+
+    def _check_decoder(self) -> None:
+        """Raise ConfigError for a decoder that contradicts the rest."""
+        at_least(0, decoder_passes=self.decoder_passes)
+        if self.position_biased_input and self.decoder_passes:
+            raise ConfigError(
+                f"decoder_passes={self.decoder_passes} with position_biased_input=true: with absolute positions in the "
+                "input there is no decoder; leave decoder_passes unset, or position_biased_input=false"
+            )
+        if not self.num_decoder_passes:
+            for name, value, default in (
+                ("decoder_weights", self.decoder_weights, "shared"), ("decoder_input", self.decoder_input, "positions"),
+            ):  # fmt: skip
+                if value != default:
+                    raise ConfigError(
+                        f"{name}={value}, but there is no decoder (decoder_passes={self.decoder_passes}, "
+                        f"position_biased_input={str(self.position_biased_input).lower()}); leave {name} unset, or set "
+                        "decoder_passes to 1 or more"
+                    )
+        if self.num_layers < 2 and self.shares_last_layer:
+            raise ConfigError(
+                f"num_layers={self.num_layers}: the enhanced mask decoder reads the layer before the last; take 2 or "
+                "more, or decoder_passes=0"
+            )
+
+    @property
+    def num_decoder_passes(self) -> int:
+        """Layers that the enhanced mask decoder applies; 0 without one."""
+        if self.decoder_passes is None:
+            return 0 if self.position_biased_input else RELEASED_PASSES
+        return self.decoder_passes
+
+    @property
+    def num_own_decoder_layers(self) -> int:
+        """Layers of the decoder's own weights."""
+        return self.num_decoder_passes if self.decoder_weights == "own" else 0
+
+    @property
+    def shares_last_layer(self) -> bool:
+        """Whether the decoder takes the place of the encoder's last layer."""
+        return self.num_decoder_passes > 0 and self.decoder_weights == "shared"
+
+    @property
+    def decodes_positions(self) -> bool:
+        """Whether the decoder's queries have absolute positions in them."""
+        return self.num_decoder_passes > 0 and self.decoder_input == "positions"
+
+    @property
+    def has_released_decoder(self) -> bool:
+        """Whether prediction is that of the released models: two passes of the last layer over absolute positions, or
+        none with positions in the input."""
+        is_plain = (self.decoder_weights, self.decoder_input) == ("shared", "positions")
+        return is_plain and self.num_decoder_passes == (0 if self.position_biased_input else RELEASED_PASSES)
+
+    @property
+    def predicts_from_last_state(self) -> bool:
+        """Whether prediction reads what the encoder gives when all its layers run as they are."""
+        is_plain_layer = self.shares_last_layer and not self.decodes_positions and self.num_decoder_passes == 1
+        return is_plain_layer or not self.num_decoder_passes
 
     @property
     def head_size(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.settings.architecture import Activation, DebertaConfig
-from deberta_xl.weights.foreign_fields import RENAMED, refuse_unknown
+from deberta_xl.weights.foreign_fields import DECODER, RENAMED, refuse_unknown
 
 #: Names of activations there, and ours; of those of one function, the first is the one written.
 ACTIVATION_NAMES: dict[str, Activation] = {
@@ -62,7 +62,8 @@ def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
     refuse_unknown(fields)
     refuse_v1_with_parts_of_v2(fields)
     values = ABSENT | (ABSENT_IN_V2 if fields.get("model_type") == "deberta-v2" else {})
-    values |= {ours: fields[theirs] for ours, theirs in RENAMED.items() if fields.get(theirs) is not None}
+    there = RENAMED | {name: name for name in DECODER}
+    values |= {ours: fields[theirs] for ours, theirs in there.items() if fields.get(theirs) is not None}
     for name in UNSET_BELOW_ONE:
         if isinstance(values.get(name), int) and values[name] < 1:
             del values[name]
@@ -155,7 +156,8 @@ def to_microsoft_config(config: DebertaConfig) -> dict[str, Any]:
 
 
 def to_huggingface_config(config: DebertaConfig, *, is_fused: bool = False, is_legacy: bool = False) -> dict[str, Any]:
-    """Fields of a config.json that `transformers` loads; our own absolute positions and EMD ride along.
+    """Fields of a config.json that `transformers` loads; our own absolute positions and EMD ride along, and what says
+    how it decodes, unless it is as released.
 
     `is_fused` writes `deberta` (v1's attention) instead of `deberta-v2`; `is_legacy` its older masked-LM head.
     """
@@ -169,5 +171,7 @@ def to_huggingface_config(config: DebertaConfig, *, is_fused: bool = False, is_l
         "pooler_dropout": 0,
         "pooler_hidden_act": "gelu",
     }
+    if not config.has_released_decoder:
+        fields |= {name: getattr(config, name) for name in DECODER if getattr(config, name) is not None}
     v2_only = ("share_att_key", "position_buckets", "norm_rel_ebd", "attention_head_size") if is_fused else ()
     return {name: value for name, value in fields.items() if name not in v2_only}

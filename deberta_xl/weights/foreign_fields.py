@@ -40,6 +40,8 @@ RENAMED = {
     "layer_norm_eps": "layer_norm_eps",
     "initializer_range": "initializer_range",
 }
+#: Fields of ours that others do not read, of the decoder where it is not the released models'.
+DECODER = ("decoder_passes", "decoder_weights", "decoder_input")
 #: Fields that are computed from the architecture in another way, and written anew.
 COMPUTED = (
     "relative_attention",
@@ -51,6 +53,7 @@ COMPUTED = (
     "legacy",
     "bucket_rule",
     "embedding_sharing",
+    *DECODER,
 )
 #: What a task's head is computed with (`foreign_heads.py`); an encoder alone carries it along.
 OF_A_HEAD = ("pooling", "pooler_hidden_act", "pooler_dropout", "pooler_hidden_size", "cls_dropout", "problem_type")

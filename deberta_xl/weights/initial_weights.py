@@ -17,6 +17,7 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.trunk import Trunk
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.foreign import is_foreign_folder, open_foreign
+from deberta_xl.weights.foreign_fields import DECODER
 from deberta_xl.weights.named_folder import first_that_opens
 from deberta_xl.weights.native import fill_model, open_native
 from deberta_xl.weights.native_config import native_config
@@ -87,7 +88,8 @@ def check_same_architecture(here: DebertaConfig, there: DebertaConfig, folder: P
     ours, theirs = computed_by(here), computed_by(there)
     values = {key: (theirs[key], ours[key]) for key in theirs if key in ours}
     # What only one of them has to say is of no effect in the other, such as the activation of no convolution.
-    values |= {key: (getattr(there, key), getattr(here, key)) for key in (ours.keys() ^ theirs.keys()) - IDLE_TOGETHER}
+    only_one = (ours.keys() ^ theirs.keys()) - IDLE_TOGETHER
+    values |= {key: (resolved(there)[key], resolved(here)[key]) for key in only_one}
     different = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
     if different:
         pairs = ", ".join(
@@ -110,16 +112,22 @@ def encoder_fingerprints(config: DebertaConfig, sequence_length: int, tokenizer:
 def computed_by(config: DebertaConfig) -> dict[str, object]:
     """What a model computes without dropout, as far as its configuration decides it: equal for equal functions.
 
-    Unset sizes count as what they stand for; the convolution's activation counts only where there is a convolution,
-    and another rule than the original's for buckets only where a sequence can be longer than the reach.
+    The convolution's activation counts only where there is a convolution, another rule than the original's for buckets
+    only where a sequence can be longer than the reach, and the decoder only where it is another than the released one.
     """
     idle = {"model_type", "hidden_dropout", "attention_dropout", "initializer_range"}
     idle |= set() if config.conv_kernel_size else IDLE_TOGETHER
     is_within_reach = config.relative_reach >= config.max_position_embeddings or not config.position_buckets
     idle |= {"bucket_rule"} if is_within_reach or config.bucket_rule == "original" else set()
-    sizes = {
+    idle |= set(DECODER) if config.has_released_decoder else set()
+    return {key: value for key, value in resolved(config).items() if key not in idle}
+
+
+def resolved(config: DebertaConfig) -> dict[str, object]:
+    """A native configuration in which unset sizes are what they stand for."""
+    return native_config(config) | {
         "head_dim": config.head_size,
         "embedding_size": config.embedding_width,
         "max_relative_positions": config.relative_reach,
+        "decoder_passes": config.num_decoder_passes,
     }
-    return {key: value for key, value in (native_config(config) | sizes).items() if key not in idle}

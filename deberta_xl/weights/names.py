@@ -12,7 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+#: The modules of a layer that have weights.
+LAYER_PLACES = (
+    *(f"attention.{kind}_proj" for kind in ("query", "key", "value", "pos_key", "pos_query", "out")),
+    *("attention_norm", "feed_forward.up", "feed_forward.down", "feed_forward_norm"),
+)
 #: Ours and theirs; `#` stands for a layer's number. Whatever follows (weight, bias) is the same on both sides.
+#: A decoder's own layers nobody else has: they are carried along, and found again, under our names.
 PREFIXES = {
     "embeddings.word": "deberta.embeddings.word_embeddings",
     "embeddings.position": "deberta.embeddings.position_embeddings",
@@ -33,6 +39,7 @@ PREFIXES = {
     "encoder.layers.#.feed_forward.up": "deberta.encoder.layer.#.intermediate.dense",
     "encoder.layers.#.feed_forward.down": "deberta.encoder.layer.#.output.dense",
     "encoder.layers.#.feed_forward_norm": "deberta.encoder.layer.#.output.LayerNorm",
+    **{f"decoder.layers.#.{place}": f"decoder.layers.#.{place}" for place in LAYER_PLACES},
     "head.dense": "lm_predictions.lm_head.dense",
     "head.norm": "lm_predictions.lm_head.LayerNorm",
     "head": "lm_predictions.lm_head",

@@ -16,6 +16,7 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.checkpoint.tensor_files import complain_about_names
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE, SETTINGS_FILE
+from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.dialect import Dialect
@@ -26,9 +27,9 @@ Kind = Literal["native", "huggingface", "microsoft"]
 ORIGIN_NAME = "conversion.json"
 TRUNK = ("embeddings.", "encoder.")
 """How the names of the parameters begin that every model has."""
-REPLACEABLE = ("embeddings.position.", "head.")
-"""Groups of parameters that a release may lack as a whole: transformers drops absolute positions where only EMD reads
-them, and a task's model has no masked-LM head."""
+REPLACEABLE = ("embeddings.position.", "head.", "decoder.")
+"""Groups of parameters that a release may lack as a whole: transformers drops what only EMD reads, absolute positions
+and layers of its own, and a task's model has no masked-LM head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def complete(
 ) -> tuple[LazyTensors, tuple[str, ...]]:
     """The tensors in the model's order, checked against its parameters; and the names of those made fresh.
 
-    With `may_be_fresh`, absent absolute positions become zeros and an absent head is initialised;
+    With `may_be_fresh`, absent absolute positions become zeros, an absent head or decoder is initialised;
     with `takes_any_head`, what is not the trunk's may be another objective's.
     Raises CheckpointError naming tensors that are missing, too many, or of another shape.
     """
@@ -153,12 +154,14 @@ def fresh_parameters(
     for name in missing:
         if not name.startswith(tuple(groups)) or not groups:
             continue
-        if name == "head.dense.weight":
-            random = torch.randn(shapes[name], generator=torch.Generator().manual_seed(0))
+        if len(shapes[name]) > 1 and not name.startswith("embeddings."):
+            # The head's one matrix has always been drawn from 0; matrices of one shape must not be equal.
+            seed = 0 if name.startswith("head.") else DropoutKey(0).fold(name).seed
+            random = torch.randn(shapes[name], generator=torch.Generator().manual_seed(seed))
             values = (random * config.initializer_range).to(dtype)
             fresh |= in_memory({name: values}, "a new model")
         else:
-            value = 1.0 if name == "head.norm.weight" else 0.0
+            value = 1.0 if name.endswith("norm.weight") else 0.0
             fresh[name] = constant(value, shapes[name], dtype, f"a new model: {name}")
     return fresh
 
@@ -187,5 +190,6 @@ def describe_fresh(names: Iterable[str]) -> str:
     words = {
         "embeddings.position.": "absolute positions (zeros instead)",
         "head.": "a masked-LM head (a new one instead)",
+        "decoder.": "layers of the decoder's own (new ones instead)",
     }
     return " and ".join(words[group] for group in REPLACEABLE if any(name.startswith(group) for name in names))

@@ -41,8 +41,16 @@ VARIANTS = {
     "c2p without convolution": {"pos_att_type": "c2p", "conv_kernel_size": 0},
     "positions in the input": {"position_biased_input": True, "type_vocab_size": 2},
     "two layers": {"num_layers": 2},
+    "a decoder of its own": {"decoder_weights": "own", "decoder_input": "states"},
 }
 """Other architectures, under tensor and pipeline parallelism at once."""
+
+DECODERS = {
+    "own layers": {"decoder_weights": "own"},
+    "none": {"decoder_passes": 0},
+    "three passes over the states": {"decoder_passes": 3, "decoder_input": "states"},
+}
+"""Other decoders than the released one, where every parameter is gathered for each use."""
 
 LOW_PRECISION = {
     "bf16": (2e-3, 3e-2),
@@ -117,6 +125,18 @@ def test_every_architecture_gives_its_plain_run_over_stages_and_slices(small_dat
     options = {"vocab_size": small_dataset.tokenizer.vocab_size | 1} | options
     plain = train_plainly(small_dataset, architecture(**options))
     compare(small_dataset, tmp_path, Layout(tensor=2, pipeline=2), [Case(accumulation=2)], plain, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=() if name == "own layers" else pytest.mark.full)
+        for name, options in DECODERS.items()
+    ],
+)
+def test_every_decoder_gives_its_plain_run_with_all_of_it_partitioned(small_dataset, tmp_path, options):
+    plain = train_plainly(small_dataset, architecture(small_dataset.tokenizer.vocab_size, **options))
+    compare(small_dataset, tmp_path, Layout(data=2), [Case(3, 2, recompute=True)], plain, **options)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ LAYOUTS = {
     "own_position_projections": {"share_att_key": False},
     "c2p": {"pos_att_type": "c2p"},
     "positions_in_the_input": {"position_biased_input": True, "type_vocab_size": 2},
+    "own_decoder_layers": {"decoder_weights": "own"},
+    "three_passes_over_the_states": {"decoder_passes": 3, "decoder_input": "states"},
 }
 # 101 and 99 do not divide by 2 or 4: the last rank's part of the vocabulary is padded.
 VOCABULARIES = (101, 99)
@@ -130,7 +132,7 @@ def test_a_divided_model_has_the_plain_ones_loss_guesses_and_gradients(tensor_pa
     dropped = {"hidden_dropout": 0.3, "attention_dropout": 0.2}
     configs = [
         DebertaConfig(vocab_size=size, max_position_embeddings=24, **SIZES, **dropped, **options)
-        for options, size in zip(LAYOUTS.values(), VOCABULARIES * 2, strict=True)
+        for options, size in zip(LAYOUTS.values(), VOCABULARIES * 3, strict=True)
     ]
     expected = [outcome(MaskedLanguageModel(c, seed=3).train(key is not None), key) for c in configs for key in KEYS]
     for results in run_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.trunk import Trunk
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.weights.initial_weights import load_initial_weights, open_pretrained
+from deberta_xl.weights.initial_weights import computed_by, load_initial_weights, open_pretrained
 from deberta_xl.weights.native import write_weights
 from deberta_xl.weights.native_config import native_config
 
@@ -50,6 +51,21 @@ def test_a_head_stays_fresh_where_the_weights_have_none_and_is_taken_by_its_name
     again = MaskedLanguageModel(CONFIG, seed=4)
     load_initial_weights(again, tmp_path / "first")
     assert torch.equal(again.embeddings.word.weight, masked.embeddings.word.weight)
+
+
+def test_a_checkpoint_from_before_the_decoder_could_be_chosen_says_nothing_of_it_and_goes_on(tmp_path):
+    assert not {name for name in computed_by(CONFIG) if name.startswith("decoder")}
+    assert computed_by(CONFIG) == computed_by(replace(CONFIG, decoder_passes=2))
+    model = MaskedLanguageModel(CONFIG)
+    before = {name: value for name, value in native_config(CONFIG).items() if not name.startswith("decoder")}
+    write_weights(tmp_path / "before", dict(model.named_parameters()), before, None)
+    assert open_pretrained(tmp_path / "before").config == CONFIG
+
+
+def test_another_decoder_is_another_architecture_and_named(tmp_path):
+    folder = saved(MaskedLanguageModel(CONFIG), tmp_path / "released")
+    with pytest.raises(ConfigError, match=r"another architecture: .*decoder_passes is 2 there, 0 here"):
+        load_initial_weights(MaskedLanguageModel(replace(CONFIG, decoder_passes=0)), folder)
 
 
 def test_a_model_that_is_no_trunk_is_told_of_its_own_way(tmp_path):

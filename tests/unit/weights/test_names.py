@@ -19,6 +19,7 @@ LAYOUTS = {
     "own position projections": {"share_att_key": False, "normalize_relative_table": False, "position_buckets": 0},
     "c2p only": {"share_att_key": False, "pos_att_type": "c2p"},
     "everything in the input": {"position_biased_input": True, "type_vocab_size": 2, "embedding_size": 8},
+    "a decoder of its own": {"decoder_weights": "own", "share_att_key": False},
 }
 # A value other than the default for every field.
 OTHER_VALUES = {
@@ -37,6 +38,9 @@ OTHER_VALUES = {
     "share_att_key": False,
     "normalize_relative_table": False,
     "position_biased_input": True,
+    "decoder_passes": 1,
+    "decoder_weights": "own",
+    "decoder_input": "states",
     "type_vocab_size": 2,
     "conv_kernel_size": 5,
     "conv_groups": 2,
