@@ -36,9 +36,13 @@ class EnhancedMaskDecoder(nn.Module):
         them already. Queries do not see each other: decoding only the labelled positions is exact.
         """
         memory = None
-        for number, layer in enumerate(self.layers or [encoder.layers[-1]] * self.num_passes):
+        for number, layer in enumerate(self.layers_of_passes(encoder)):
             if memory is None or self.layers:
                 memory = layer.attention.memorize(layer.attention.entry(hidden_BSD))
             pass_scene = scene.within("enhanced_mask_decoder", number)
             query_BMD = encoder.apply_layer(layer.refine, query_BMD, memory, scene=pass_scene)
         return query_BMD
+
+    def layers_of_passes(self, encoder: Encoder) -> list[EncoderLayer]:
+        """The layer that each pass applies: one of its own, or the encoder's last."""
+        return list(self.layers) or [encoder.layers[-1]] * self.num_passes

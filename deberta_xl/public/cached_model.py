@@ -20,7 +20,6 @@ from deberta_xl.kernels.contract import Memory, RelativeRows, Where
 from deberta_xl.model.layer import EncoderLayer
 from deberta_xl.model.masked_lm import MaskedLanguageModel, take_rows
 from deberta_xl.model.scene import Scene
-from deberta_xl.settings.architecture import EMD_PASSES
 
 
 class CachedLayer:
@@ -60,7 +59,11 @@ class CachedModel:
         read at once, in the first call of `read`; T is the room for each text."""
         self.model = model
         self.scene = model.scene(open_BT, open_BS=open_BT)
-        self.layers = [CachedLayer(layer, self.scene.relative_RD) for layer in model.encoder.layers]
+        passes = model.decoder.layers_of_passes(model.encoder)
+        cached = {layer: CachedLayer(layer, self.scene.relative_RD) for layer in [*model.encoder.layers, *passes]}
+        self.ordinary = [cached[layer] for layer in model.encoder.layers[: model.num_ordinary_layers]]
+        self.passes = [cached[layer] for layer in passes]
+        """Those of the decoder; one of shared weights has the same layer in each."""
         self.num_read_B = torch.zeros(len(open_BT), dtype=torch.int64, device=open_BT.device)
         self.recent_BWD: Tensor | None = None
         """Embeddings of the last tokens, as many as the convolution's window has on one side; zeros before a text."""
@@ -77,7 +80,7 @@ class CachedModel:
         hidden_BMD = embedded_BMD = model.embeddings(
             input_ids_BM, torch.ones_like(input_ids_BM), position_BS=position_BM
         )
-        for number, layer in enumerate(self.layers[: model.num_ordinary_layers]):
+        for number, layer in enumerate(self.ordinary):
             layer.memorize(hidden_BMD, position_BM, self.num_slots)
             hidden_BMD = layer.refine(hidden_BMD, scene)
             if number == 0 and model.encoder.convolution is not None:
@@ -106,16 +109,14 @@ class CachedModel:
 
     def decode(self, hidden_BMD: Tensor, position_BM: Tensor, last_B1: Tensor) -> Tensor:
         """The decoded state of each text's last token, [B, 1, D]."""
-        query_B1D = take_rows(hidden_BMD, last_B1)
-        if self.model.config.position_biased_input:
-            return query_B1D
-        last = self.layers[-1]
-        last.memorize(hidden_BMD, position_BM, self.num_slots)
-        position_B1 = position_BM.gather(1, last_B1)
-        query_B1D = query_B1D + self.model.embeddings.position(position_B1)
+        for layer in dict.fromkeys(self.passes):
+            layer.memorize(hidden_BMD, position_BM, self.num_slots)
+        query_B1D, position_B1 = take_rows(hidden_BMD, last_B1), position_BM.gather(1, last_B1)
+        if self.model.config.decodes_positions:
+            query_B1D = query_B1D + self.model.embeddings.position(position_B1)
         scene = self.scene.of_queries(position_B1)
-        for _ in range(EMD_PASSES):
-            query_B1D = last.refine(query_B1D, scene)
+        for layer in self.passes:
+            query_B1D = layer.refine(query_B1D, scene)
         return query_B1D
 
     def keep(self, row_K: Tensor) -> None:
@@ -128,5 +129,5 @@ class CachedModel:
         self.num_read_B = self.num_read_B.index_select(0, row_K)
         if self.recent_BWD is not None:
             self.recent_BWD = self.recent_BWD.index_select(0, row_K)
-        for layer in self.layers:
+        for layer in dict.fromkeys([*self.ordinary, *self.passes]):
             layer.keep(row_K)
