@@ -1,13 +1,18 @@
-"""Masked-LM loss, perplexity and accuracy of a checkpoint on a held-out dataset.
+"""Loss, perplexity and accuracy of a checkpoint on a held-out dataset: of masked tokens, or of each next token.
 
 CHECKPOINT is a run folder (its newest whole checkpoint), a step or weights folder, or a folder in the original
 release's or Hugging Face's layout. DATA is the prefix of a dataset made by tools/preprocess.py with the same tokenizer.
 Order and masks of the rows are fixed, and those of every run's own evaluations, so that checkpoints and runs can be
 compared; the numbers do not depend on the number of ranks.
 
+--metric masked_lm predicts the masked tokens of each row. --metric perplexity predicts every token from those before it
+in its row: exp(loss), the loss being the mean of -ln p over the predicted tokens, ends of documents included. The same
+sum divided by the words and by the bytes of the text gives figures that can be compared between tokenizers.
+
 examples:
   python tools/evaluate.py runs/first data/valid
   torchrun --nproc_per_node 2 tools/evaluate.py runs/first data/valid --max_samples 1000
+  python tools/evaluate.py runs/causal data/valid --metric perplexity
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +32,27 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 from deberta_xl.base.command_line import add_precision, build_parser, run_tool
 from deberta_xl.base.errors import ConfigError, TokenStoreError, counted
 from deberta_xl.base.launch import read_launch
+from deberta_xl.base.log import logger
 from deberta_xl.base.strict import at_least
 from deberta_xl.data.loader import HELD_OUT_SEED, PretrainingData
+from deberta_xl.data.text_size import TextMeasure, TextSize
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.unigram import log_unigram, token_counts
+from deberta_xl.objectives.autoregressive import next_token_rows
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm
 from deberta_xl.objectives.objective import Evaluator
+from deberta_xl.objectives.rows import MaskedRows
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.run.joining import join_ranks
 from deberta_xl.settings.presets import load_run_config
 from deberta_xl.settings.pretraining import DataSection, RunConfig
-from deberta_xl.weights.named_folder import tokenizer_for
+from deberta_xl.weights.foreign import is_foreign_folder
+from deberta_xl.weights.named_folder import find_pretrained, tokenizer_for
+from deberta_xl.weights.native import CONFIG_NAME
+from deberta_xl.weights.native_config import read_native_config
+
+METRICS = ("masked_lm", "perplexity")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,6 +60,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a run, checkpoint or weights")
     parser.add_argument("data", metavar="DATA", help="prefix of the held-out dataset")
+    parser.add_argument(
+        "--metric", choices=METRICS, help="what is predicted (default: perplexity for a model that only writes)"
+    )
     parser.add_argument(
         "--sequence_length", type=int, help="tokens in a row (default: the run's own, or the longest possible)"
     )
@@ -105,24 +123,70 @@ def run(arguments: argparse.Namespace) -> None:
         sizes = f"{tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise ConfigError(f"the tokenizer has {sizes}; give the one that the model was trained with")
     data = PretrainingData(store, tokenizer, run_config.data if run_config else DataSection(), length, HELD_OUT_SEED)
-    data.check_held_out(arguments.max_samples)
-    unigram = read_unigram(arguments.train, run_config, tokenizer) if launch.rank == 0 else None
+    is_masked = choose_metric(arguments, launch.rank) == "masked_lm"
+    if is_masked:
+        data.check_held_out(arguments.max_samples)
+    needs_unigram = is_masked and launch.rank == 0
+    unigram = read_unigram(arguments.train, run_config, tokenizer) if needs_unigram else None
+    text = PredictedText(tokenizer)
     device = join_ranks(launch)
+    ranks = Evaluator(model=model.to(device), device=device, rank=launch.rank, size=launch.world_size)
     result = evaluate_masked_lm(
-        Evaluator(model=model.to(device), device=device, rank=launch.rank, size=launch.world_size),
+        ranks,
         data,
+        MaskedRows.of if is_masked else next_token_rows,
         vocab_size=model.config.vocab_size,
         max_samples=arguments.max_samples,
         micro_batch_size=arguments.micro_batch_size,
         log_unigram=unigram,
+        watch=text.watch,
     )
+    size = TextSize(*ranks.add_up(torch.tensor(text.sizes, device=device).sum(0)).tolist())
     if launch.rank == 0:
         check_finite(arguments.checkpoint, result)
-        report(arguments, length, result)
+        print_head(arguments, length, result, "masked" if is_masked else "predicted")
+        report(result) if is_masked else report_perplexity(result, size)
+
+
+class PredictedText:
+    """Measures the text of what is predicted in the batches that pass."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.measure = TextMeasure(tokenizer)
+        self.sizes: list[TextSize] = []
+        """Of each batch."""
+
+    def watch(self, batches: Iterable[MaskedRows]) -> Iterator[MaskedRows]:
+        """The same batches."""
+        for batch in batches:
+            position_BM, slot_L, label_L = batch.labelled
+            row_L = slot_L.numpy() // position_BM.shape[1]
+            self.sizes.append(self.measure.size(label_L.numpy(), np.diff(row_L, prepend=-1) != 0))
+            yield batch
+
+
+def choose_metric(arguments: argparse.Namespace, rank: int) -> str:
+    """The metric asked for, or that of what the model was trained for; on rank 0 a warning where the two differ."""
+    folder = find_pretrained(arguments.checkpoint)
+    native = None if is_foreign_folder(folder) else read_native_config(folder / CONFIG_NAME)
+    only_writes = native is not None and native.objective in ("causal", "prefix")
+    metric = arguments.metric or ("perplexity" if only_writes else "masked_lm")
+    untrained = (metric == "perplexity" and not (native and native.writes_as)) or (
+        metric == "masked_lm" and only_writes
+    )
+    if untrained and rank == 0:
+        task = "predict the next token" if metric == "perplexity" else "fill masks"
+        logger.warning(
+            "%s was never trained to %s (train.objective=%s): the figures say little of what it can do",
+            arguments.checkpoint, task, (native and native.objective) or "masked_lm",
+        )  # fmt: skip
+    return metric
 
 
 def check_finite(checkpoint: Path, result: MaskedEvaluation) -> None:
-    """Refuse to report a loss that is not a finite number."""
+    """Refuse to report a loss that is not a finite number. Raises ConfigError."""
+    if not result.num_labels:
+        raise ConfigError("nothing is predicted in these rows: give more text, or longer rows (--sequence_length)")
     if not math.isfinite(result.loss):
         raise ConfigError(
             f"the loss of {checkpoint} is {result.loss}: its training has diverged or its weights are damaged; take an "
@@ -130,16 +194,39 @@ def check_finite(checkpoint: Path, result: MaskedEvaluation) -> None:
         )
 
 
-def report(arguments: argparse.Namespace, length: int, result: MaskedEvaluation) -> None:
-    """Print the result."""
-    labels = counted(result.num_labels, "masked token")
+def print_head(arguments: argparse.Namespace, length: int, result: MaskedEvaluation, kind: str) -> None:
+    """What was measured on what."""
+    labels = counted(result.num_labels, f"{kind} token")
     print(f"{arguments.checkpoint} on {arguments.data}, rows of {length} tokens, {labels}")
+
+
+def report(result: MaskedEvaluation) -> None:
+    """Print the result for masked tokens."""
     unigram = f" (the training set's unigram: {result.unigram_entropy:.4f})" if result.unigram_entropy else ""
     print(f"  loss        {result.loss:.4f} nats{unigram}")
     print(f"  perplexity  {result.perplexity:.2f}")
     print(f"  accuracy    {result.accuracy:.2%}")
     names = ("loss", "perplexity", "accuracy", "unigram_entropy", "num_labels")
     print(json.dumps({name: getattr(result, name) for name in names}))
+
+
+def report_perplexity(result: MaskedEvaluation, size: TextSize) -> None:
+    """Print the result for next tokens: per token, and per word and byte of the text where all of it is known."""
+    nats = result.loss * result.num_labels
+    number_of = {"token": result.num_labels}
+    if not size.unknown:
+        number_of |= {"word": size.words, "byte": size.bytes}
+    found = {unit: nats / number for unit, number in number_of.items() if number}
+    perplexity = {unit: math.exp(min(loss, 700.0)) for unit, loss in found.items()}
+    for unit, loss in found.items():
+        print(f"  per {unit:6}  perplexity {perplexity[unit]:.2f}  loss {loss:.4f} nats  ({number_of[unit]:,} {unit}s)")
+    if size.unknown:
+        print(f"  per word and byte: not known, since the text of {counted(size.unknown, '[UNK]')} is not")
+    print(f"  accuracy    {result.accuracy:.2%}")
+    json_of = {"loss": result.loss, "perplexity": perplexity["token"], "accuracy": result.accuracy}
+    json_of |= {f"{unit}_perplexity": perplexity.get(unit) for unit in ("word", "byte")}
+    json_of |= {"bits_per_byte": found["byte"] / math.log(2) if "byte" in found else None}
+    print(json.dumps(json_of | {"num_labels": result.num_labels, "num_words": size.words, "num_bytes": size.bytes}))
 
 
 if __name__ == "__main__":

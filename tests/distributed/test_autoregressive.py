@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ import torch
 from full_state import FullState
 from layouts import Case, Layout
 from plain_run import LENGTH, ROWS, SEED, Curve, LossOf, architecture, train_plainly
+from ranks import run_ranks
 from small_dataset import SmallDataset
 from test_layout_matrix import LAYOUTS, compare
+from test_own_objective import STOPPED_AFTER, TINY, command, figures, weights
 from torch import Tensor
 
 from deberta_xl.data.loader import PretrainingData
@@ -21,7 +26,9 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.objectives.autoregressive import KIND, draw_prefixes
 from deberta_xl.objectives.rows import KeyedBatch, KeyedData
+from deberta_xl.settings.deepspeed_config import SHIPPED_CONFIGS
 from deberta_xl.settings.pretraining import DataSection
+from deberta_xl.weights.native import find_weights_folder
 
 SHARE = 0.5
 MICRO = 2
@@ -124,3 +131,49 @@ def test_every_layout_and_stage_gives_the_plain_run(small_dataset, plain, tmp_pa
         for stage in stages for cut in cuts for recompute in (False, True)
     ]  # fmt: skip
     compare(small_dataset, tmp_path, layout, cases, plain[objective])
+
+
+def words(dataset: SmallDataset, layout: str, run: str, objective: str) -> list[str]:
+    """What the user types for a run with dropout."""
+    _, engine, options = COMMAND_LAYOUTS[layout]
+    settings = ["--config", "debug", "--deepspeed_config", str(SHIPPED_CONFIGS / f"{engine}.json"), *TINY, *options]
+    return [
+        *settings, f"data.train={dataset.train}", f"data.valid={dataset.valid}", f"run.folder={run}",
+        f"train.objective={objective}",
+    ]  # fmt: skip
+
+
+def pretrain(folder: Path, given: list[str], layout: str, stop_after: int | None = None) -> None:
+    """One start of it."""
+    run_ranks(command, COMMAND_LAYOUTS[layout][0], folder, given, stop_after, backend=None, timeout=200)
+
+
+COMMAND_LAYOUTS = {
+    "plain": (1, "cpu_debug", []),
+    "ZeRO-3": (2, "zero3_fp32", []),
+    "TP2": (2, "cpu_debug", ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]),
+    "PP2": (2, "cpu_debug", ["parallel.pipeline_parallel_size=2"]),
+}
+RESUMED = [("plain", "mixed"), ("ZeRO-3", "mixed"), ("TP2", "prefix"), ("PP2", "mixed"), ("PP2", "causal")]
+
+
+@pytest.mark.parametrize(
+    ("layout", "objective"),
+    [pytest.param(*case, marks=pytest.mark.full) if case[0] != "plain" else case for case in RESUMED],
+)
+def test_a_stopped_run_resumes_to_identical_figures_and_weights(small_dataset, tmp_path, layout, objective):
+    whole, stopped = (words(small_dataset, layout, name, objective) for name in ("whole", "stopped"))
+    pretrain(tmp_path, whole, layout)
+    pretrain(tmp_path, stopped, layout, STOPPED_AFTER)
+    assert (tmp_path / "stopped" / "STATE").read_text() == "stopped\n"
+    pretrain(tmp_path, stopped, layout)
+    logged = figures(tmp_path / "whole")
+    assert figures(tmp_path / "stopped") == logged
+    kinds = ["masked_", "causal_"] if objective == "mixed" else [""]
+    for kind in kinds:
+        assert all(math.isfinite(logged[6][f"valid_{kind}{name}"]) for name in ("loss", "accuracy"))
+        assert any(f"{kind}loss" in logged[step] and f"{kind}accuracy" in logged[step] for step in logged)
+    actual, expected = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    config = json.loads((find_weights_folder(tmp_path / "whole") / "config.json").read_text())
+    assert config["objective"] == objective
