@@ -1,12 +1,13 @@
 """Input embeddings: words, and where configured token types and absolute positions.
 
 Shape suffixes of this file:
-    B batch   S sequence   D hidden
+    B batch   S sequence   D hidden   E width of the tables
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Embeddings(nn.Module):
         self.exit = nn.Identity()
         """The last thing; where ranks divide the sequence, the plan puts in its place what keeps this rank's slice."""
         self.adds_positions = config.position_biased_input
+        self.longest = config.max_position_embeddings
 
     def forward(
         self,
@@ -48,9 +50,11 @@ class Embeddings(nn.Module):
 
         `position_BS` says where in their documents the tokens stand, for a sequence that does not begin with the first.
         """
-        summed_BSD = self.word(input_ids_BS)
+        summed_BSD = self.look_up("word", input_ids_BS)
         if self.adds_positions:
-            positions_BSD = self.positions(segments_BS) if position_BS is None else self.position(position_BS)
+            positions_BSD = (
+                self.positions(segments_BS) if position_BS is None else self.look_up("position", position_BS)
+            )
             summed_BSD = summed_BSD + positions_BSD
         if self.token_type is not None:
             types_BS = torch.zeros_like(input_ids_BS) if token_type_ids_BS is None else token_type_ids_BS
@@ -63,12 +67,49 @@ class Embeddings(nn.Module):
 
     def positions(self, segments_BS: Tensor) -> Tensor:
         """Absolute-position vectors, counted from each document's first token, neither normalised nor masked."""
-        if segments_BS.shape[1] > self.position.num_embeddings:
+        if segments_BS.shape[1] > self.longest:
             raise ConfigError(
                 f"a sequence of {segments_BS.shape[1]} tokens is longer than the position table "
-                f"(max_position_embeddings={self.position.num_embeddings}); cut the input"
+                f"(max_position_embeddings={self.longest}); cut the input"
             )
-        return self.position(position_ids(segments_BS))
+        return self.look_up("position", position_ids(segments_BS))
+
+    def look_up(self, table: Literal["word", "position"], index_BS: Tensor) -> Tensor:
+        """Rows of a table, [B, S, E]."""
+        return getattr(self, table)(index_BS)
+
+
+class SharedEmbeddings(Embeddings):
+    """Embeddings that read another model's tables (arXiv 2111.09543, section 3.3).
+
+    Disentangled, they add what they learn themselves, `word_delta`, to the other's rows, into which no gradient flows.
+    The sum is made of the rows that are looked up, so no table of sums exists. The lender is no part of this module:
+    its parameters have their names where they belong, and whatever takes the place of its tables is found there.
+    """
+
+    def __init__(self, config: DebertaConfig, *, is_disentangled: bool):
+        super().__init__(config)
+        self.is_disentangled = is_disentangled
+        read = ("word", "position") if self.adds_positions else ("word",)
+        for name in ("word", "position"):
+            table = getattr(self, name)
+            delattr(self, name)
+            if is_disentangled and name in read:
+                setattr(self, f"{name}_delta", table)
+        self.lender: tuple[Embeddings, ...] = ()
+
+    def borrow_from(self, lender: Embeddings) -> None:
+        """Read the tables of `lender`."""
+        self.lender = (lender,)  # in a tuple, where nn.Module does not take it for a part
+
+    def look_up(self, table: Literal["word", "position"], index_BS: Tensor) -> Tensor:
+        """Rows of the lender's table, [B, S, E]; disentangled, plus rows of the delta."""
+        (lender,) = self.lender
+        if not self.is_disentangled:
+            return lender.look_up(table, index_BS)
+        with torch.no_grad():
+            lent_BSE = lender.look_up(table, index_BS)
+        return lent_BSE + getattr(self, f"{table}_delta")(index_BS)
 
 
 def position_ids(segments_BS: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deberta_xl.kernels.sampling import Drawn, DrawRule, draw_tokens
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.enhanced_mask_decoder import EnhancedMaskDecoder
 from deberta_xl.model.layer import ACTIVATIONS, EncoderLayer
@@ -30,6 +32,11 @@ class LabelledPositions(NamedTuple):
     """Which of the B·M slots are used, ascending."""
     label_L: Tensor
     """What is to be predicted there."""
+
+    def place_L(self, length: int) -> Tensor:
+        """Number of each labelled position among all of a batch of sequences of this length, row by row."""
+        num_slots = self.position_BM.shape[1]
+        return self.slot_L // num_slots * length + self.position_BM.view(-1)[self.slot_L]
 
     @classmethod
     def of(cls, labels_BS: Tensor) -> LabelledPositions:
@@ -54,6 +61,8 @@ class MaskedLMOutput(NamedTuple):
     over ranks, this rank's columns, and with labels spent: the loss is computed in their place."""
     guess_L: Tensor | None = None
     """The best guess at each labelled position."""
+    drawn_L: Tensor | None = None
+    """On request: a token drawn from the logits of each labelled position."""
     hidden_states: tuple[Tensor, ...] | None = None
     """On request: the embeddings and the states after each layer, N + 1 tensors [B, S, D]."""
 
@@ -93,6 +102,8 @@ class MaskedLanguageModel(Trunk):
             self.head = MaskedLanguageModelHead(config)
         self.loss = masked_lm_loss
         """Cross-entropy and guesses from logits; the plan puts another here where the vocabulary is divided."""
+        self.draw: Callable[[Tensor, Tensor, DrawRule], Drawn] = draw_tokens
+        """Tokens from logits; the plan replaces it together with the loss."""
         self.draw_weights(seed)
 
     @property
@@ -120,6 +131,7 @@ class MaskedLanguageModel(Trunk):
         output_hidden_states: bool = False,
         dropout_key: DropoutKey | None = None,
         open_BS: Tensor | None = None,
+        draw: DrawRule | None = None,
     ) -> MaskedLMOutput:
         """Predict the labelled positions, or every position without labels.
 
@@ -129,6 +141,7 @@ class MaskedLanguageModel(Trunk):
             labels: [batch, sequence], 0 or −100 where nothing is predicted; or the positions found beforehand.
             label_count: divisor of the loss, for a mean over more than this batch.
             output_hidden_states: return every layer's states too (the last layer then runs although EMD replaces it).
+            draw: draw a token at each labelled position, too; it names them by their places in the batch.
         """
         scene = self.scene(input_ids, attention_mask, dropout_key, open_BS=open_BS)
         states = self.encoder(
@@ -139,7 +152,7 @@ class MaskedLanguageModel(Trunk):
         )
         labelled = LabelledPositions.of(labels) if isinstance(labels, Tensor) else labels
         hidden_BSD = states[self.num_ordinary_layers if output_hidden_states else -1]
-        output = self.predict(hidden_BSD, scene, labelled, label_count=label_count)
+        output = self.predict(hidden_BSD, scene, labelled, label_count=label_count, draw=draw)
         return output._replace(hidden_states=tuple(states) if output_hidden_states else None)
 
     def predict(
@@ -149,16 +162,20 @@ class MaskedLanguageModel(Trunk):
         labelled: LabelledPositions | None,
         *,
         label_count: float | None = None,
+        draw: DrawRule | None = None,
     ) -> MaskedLMOutput:
-        """From the states after the ordinary layers to logits, loss and guesses."""
+        """From the states after the ordinary layers to logits, loss, guesses and drawn tokens."""
         hidden_BSD = self.prediction_entry(hidden_BSD)
         decoded = self.decode(hidden_BSD, scene, None if labelled is None else labelled.position_BM)
         if labelled is None:
             return MaskedLMOutput(None, self.head(decoded, self.embeddings.word))
         logits_LV = self.head(decoded.flatten(0, 1).index_select(0, labelled.slot_L), self.embeddings.word)
+        drawn_L = None
+        if draw is not None:  # before the loss, which may spend the logits
+            drawn_L = self.draw(logits_LV.detach(), labelled.place_L(hidden_BSD.shape[1]), draw).token_L
         loss_sum, guess_L = self.loss(logits_LV, labelled.label_L)
         divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
-        return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L)
+        return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L, drawn_L=drawn_L)
 
     def decode(self, hidden_BSD: Tensor, scene: Scene, position_BM: Tensor | None) -> Tensor:
         """The states to predict from: those at `position_BM`, [B, M, D], or at all positions, [B, S, D]."""

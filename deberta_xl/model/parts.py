@@ -126,6 +126,31 @@ def task_parts(config: DebertaConfig, head: HeadConfig) -> list[Part]:
     ]
 
 
+def discriminator_parts(config: DebertaConfig, sharing: str) -> list[Part]:
+    """`Discriminator(config, sharing)`: only the input embeddings read absolute positions, and tables may be another's.
+
+    What it keeps of the generator's tables is `word_delta` and the like; without disentangling, nothing.
+    """
+    hidden, last, tables = config.hidden_size, config.num_layers, ("embeddings.word", "embeddings.position")
+    unread = () if config.position_biased_input else tables[1:]
+    trunk = [part for part in trunk_parts(config) if part.name not in (tables if sharing == "es" else unread)]
+    if sharing == "gdes":
+        trunk = [part._replace(name=f"{part.name}_delta") if part.name in tables else part for part in trunk]
+    parameters = {**norm("norm", hidden), **linear("dense", hidden, hidden), **linear("classifier", hidden, 1)}
+    flops = partial(linear_flops, hidden, hidden + 1, lambda load: load.tokens)
+    return [*trunk, Part("detector", parameters, (last,), 0, flops, no_bytes)]
+
+
+def replaced_tokens_parts(discriminator: DebertaConfig, generator: DebertaConfig, sharing: str) -> list[Part]:
+    """`ReplacedTokenModel`: the discriminator's units follow the generator's."""
+    first = [part._replace(name=f"generator.{part.name}") for part in masked_lm_parts(generator)]
+    offset = generator.num_layers + 1
+    return first + [
+        part._replace(name=f"discriminator.{part.name}", units=tuple(offset + unit for unit in part.units))
+        for part in discriminator_parts(discriminator, sharing)
+    ]
+
+
 def trunk_parts(config: DebertaConfig) -> list[Part]:
     """What all models share: embeddings, relative table, convolution, and the layers as they are, in order."""
     hidden, width, layers = config.hidden_size, config.embedding_width, config.num_layers

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from deberta_xl.kernels.sampling import Drawn, DrawRule, draw_tokens
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.sequence import sum_to_slice
 from deberta_xl.parallel.shard import Shard
@@ -145,12 +146,7 @@ class VocabularyLoss:
     def guess(self, logits_LV: Tensor, first: int) -> Tensor:
         """The id of the largest logit over all ranks; the lowest id of equal ones, as argmax gives."""
         value_L, index_L = logits_LV.max(-1)
-        values = [torch.empty_like(value_L) for _ in range(self.groups.grid.tensor_parallel_size)]
-        indices = [torch.empty_like(index_L) for _ in values]
-        torch.distributed.all_gather(values, value_L, group=self.groups.tensor_group)
-        torch.distributed.all_gather(indices, index_L + first, group=self.groups.tensor_group)
-        best_1L = torch.stack(values).argmax(0, keepdim=True)
-        return torch.stack(indices).gather(0, best_1L).squeeze(0)
+        return largest_of_ranks(value_L, index_L + first, self.groups)[1]
 
 
 def join_vocabulary(logits_BV: Tensor, vocab_size: int, groups: Groups) -> Tensor:
@@ -158,3 +154,30 @@ def join_vocabulary(logits_BV: Tensor, vocab_size: int, groups: Groups) -> Tenso
     parts = [torch.empty_like(logits_BV) for _ in range(groups.grid.tensor_parallel_size)]
     torch.distributed.all_gather(parts, logits_BV.contiguous(), group=groups.tensor_group)
     return torch.cat(parts, dim=-1)[..., :vocab_size]  # behind it there is padding
+
+
+class VocabularyDraw:
+    """Tokens drawn from logits of which each rank holds some columns (`draw_tokens` divided), equal on all ranks."""
+
+    def __init__(self, vocab_size: int, groups: Groups):
+        self.vocab_size = vocab_size
+        self.groups = groups
+
+    def __call__(self, logits_LV: Tensor, row_L: Tensor, rule: DrawRule) -> Drawn:
+        """What one rank would draw from all columns."""
+        first = logits_LV.shape[-1] * self.groups.grid.tensor_parallel_rank
+        width = max(1, min(logits_LV.shape[-1], self.vocab_size - first))  # without the padding
+        drawn = draw_tokens(logits_LV[:, :width], row_L, rule, first, self.vocab_size)
+        is_padding = first >= self.vocab_size
+        value_L = torch.full_like(drawn.value_L, float("-inf")) if is_padding else drawn.value_L
+        return Drawn(*largest_of_ranks(value_L, drawn.token_L, self.groups))
+
+
+def largest_of_ranks(value_L: Tensor, id_L: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """At each position the largest of the tensor-parallel ranks' values and its id; of equal ones the first rank's."""
+    size = groups.grid.tensor_parallel_size
+    values, ids = ([torch.empty_like(own) for _ in range(size)] for own in (value_L, id_L))
+    torch.distributed.all_gather(values, value_L, group=groups.tensor_group)
+    torch.distributed.all_gather(ids, id_L, group=groups.tensor_group)
+    value_1L, best_1L = torch.stack(values).max(0, keepdim=True)
+    return value_1L.squeeze(0), torch.stack(ids).gather(0, best_1L).squeeze(0)

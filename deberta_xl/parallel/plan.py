@@ -141,3 +141,4 @@ def divide_vocabulary(model: MaskedLanguageModel, groups: Groups) -> None:
         model.head.bias = nn.Parameter(full_bias.new_empty(model.embeddings.word.weight.shape[0]))
         layers.keep_slice(model.head.bias, full_bias, 0, groups)
     model.loss = layers.VocabularyLoss(model.config.vocab_size, groups)
+    model.draw = layers.VocabularyDraw(model.config.vocab_size, groups)
