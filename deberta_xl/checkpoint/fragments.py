@@ -198,21 +198,32 @@ def _first_step_counter(inner: torch.optim.Optimizer, flat: Tensor) -> Tensor | 
     return torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
 
 
-def adam_step(engine: DeepSpeedEngine) -> int:
-    """Updates Adam has made (fewer than steps when fp16 skipped some). Needs `create_adam_state`."""
-    steps = {int(engine.optimizer.optimizer.state[flat]["step"]) for flat in flat_masters(engine)}
-    assert len(steps) == 1, f"the parameter groups have made different numbers of updates: {sorted(steps)}"
-    return steps.pop()
+def learners(engine: DeepSpeedEngine) -> list[str]:
+    """The learner (`Objective.learners`) that each flat tensor of `flat_masters` belongs to."""
+    optimizer, groups = engine.optimizer, engine.optimizer.optimizer.param_groups
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        groups = [groups[optimizer.sub_group_to_group_id[number]] for number in range(len(optimizer.fp16_groups))]
+    return [group.get("learner", "") for group in groups]
 
 
-def set_adam_step(engine: DeepSpeedEngine, step: int) -> None:
+def adam_steps(engine: DeepSpeedEngine) -> dict[str, int]:
+    """Updates that Adam has made of each learner (fewer than steps when fp16 skipped some). Needs
+    `create_adam_state`."""
+    state, found = engine.optimizer.optimizer.state, {}
+    for learner, flat in zip(learners(engine), flat_masters(engine), strict=True):
+        step = int(state[flat]["step"])
+        assert found.setdefault(learner, step) == step, f"groups of {learner!r} have made {step} and {found[learner]}"
+    return found
+
+
+def set_adam_steps(engine: DeepSpeedEngine, steps: Mapping[str, int]) -> None:
     """Set the number of updates in Adam's bias correction."""
-    for flat in flat_masters(engine):
+    for learner, flat in zip(learners(engine), flat_masters(engine), strict=True):
         state = engine.optimizer.optimizer.state[flat]
         if isinstance(state["step"], Tensor):
-            state["step"].fill_(step)
+            state["step"].fill_(steps[learner])
         else:
-            state["step"] = step
+            state["step"] = steps[learner]
 
 
 def set_master_weights(engine: DeepSpeedEngine, names: NamedParameters, weights: Mapping[str, Tensor]) -> None:

@@ -31,7 +31,7 @@ from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.folders import make_partial_folder
 from deberta_xl.checkpoint.fragments import (
     Fragment,
-    adam_step,
+    adam_steps,
     canonical_parameters,
     create_adam_state,
     engine_fragments,
@@ -39,7 +39,7 @@ from deberta_xl.checkpoint.fragments import (
     logical_shape,
     loss_scaler_state,
     refresh_model_weights,
-    set_adam_step,
+    set_adam_steps,
     set_loss_scaler_state,
 )
 from deberta_xl.checkpoint.manifest import (
@@ -218,7 +218,7 @@ def _snapshot(engine: DeepSpeedEngine, fragments: Sequence[Fragment]) -> dict[st
 def _engine_facts(engine: DeepSpeedEngine, *, tensor_parallel_size: int) -> dict[str, Any]:
     """What the engine needs besides tensors, and the layout it had (which is information only)."""
     return {
-        "adam_step": adam_step(engine),
+        "adam_steps": adam_steps(engine),
         "loss_scaler": loss_scaler_state(engine),
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
@@ -275,7 +275,7 @@ def _fill_engine(
     with progress("loading the checkpoint", total) as advance:
         for kind in KINDS:
             fill(fragment_values(engine, fragments, kind), stored, kind, advance)
-    set_adam_step(engine, facts["adam_step"])
+    set_adam_steps(engine, facts["adam_steps"] if "adam_steps" in facts else {"": facts["adam_step"]})
     set_loss_scaler_state(engine, facts["loss_scaler"])
     engine.global_steps = facts["global_steps"]
     engine.global_samples = facts["global_samples"]

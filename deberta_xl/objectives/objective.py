@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,35 @@ class Ratio(NamedTuple):
     divided by all of `count`."""
 
     count: str
+
+
+class Tally(NamedTuple):
+    """Something counted on the device that is not told itself: `Objective.derived` makes figures of its sum."""
+
+
+Report = Mean | Ratio | Tally
+Reports = Mapping[str, Report]
+"""Name of a figure -> what is told of it."""
+
+
+class Update(Protocol):
+    """How an objective makes an optimizer update."""
+
+    def __call__(
+        self,
+        losses: Losses,
+        batches: Sequence[MicroBatch],
+        shares: Mapping[str, float],
+        keys: Sequence[DropoutKey],
+        *,
+        learner: str | None = None,
+        reports: Reports | None = None,
+    ) -> Sums:
+        """Forward and backward of such losses over all micro-batches, then one update; the figures of this rank.
+
+        `learner` is the one of `Objective.learners` whose parameters are updated, with a gradient norm of its own; all
+        are when absent. `reports` has the figures that these losses give; those of the objective when absent.
+        """
 
 
 class Guessing(NamedTuple):
@@ -184,21 +213,32 @@ class Objective(ABC):
         """
 
     @property
-    def reports(self) -> Mapping[str, Mean | Ratio]:
-        """What is told of the figures of `losses`; `loss` comes first."""
+    def reports(self) -> Reports:
+        """What is told of the figures of a step; `loss` comes first."""
         return {"loss": Mean(self.counts[0])}
+
+    def derived(self, totals: Mapping[str, float]) -> Mapping[str, float | None]:
+        """Figures that follow from what is counted: `totals` has the sum of each `Ratio` and `Tally` by its name."""
+        return {}
+
+    @property
+    def learners(self) -> Mapping[str, float]:
+        """Submodules of the model that can be updated apart -> the share of the schedule's rate at which they learn.
+
+        Every parameter belongs to one of them. By default there is one, the model.
+        """
+        return {"": 1.0}
 
     def step(
         self,
-        update: Callable[..., Sums],
+        update: Update,
         batches: Sequence[MicroBatch],
         shares: Mapping[str, float],
         keys: Sequence[DropoutKey],
     ) -> Sums:
         """One step of this rank: its figures, as `reports` has them.
 
-        `update(losses, batches, shares, keys)` makes the forwards, backwards and one optimizer update of such losses.
-        An objective that makes several updates in one step overrides this.
+        An objective that makes several updates in one step, or updates of only some learners, overrides this.
         """
         return update(self.losses, batches, shares, keys)
 
@@ -251,8 +291,10 @@ class Objective(ABC):
             sums += torch.stack([found[name].double() for name in self.reports])
             counts += torch.tensor(batch.counts)
         count_of = dict(zip(self.counts, run.add_up(counts.to(run.device)).tolist(), strict=True))
-        pairs = zip(self.reports.items(), run.add_up(sums).tolist(), strict=True)
-        values = {name: total / count_of[report.count] for (name, report), total in pairs if count_of[report.count]}
+        totals = dict(zip(self.reports, run.add_up(sums).tolist(), strict=True))
+        counted = {name: report.count for name, report in self.reports.items() if not isinstance(report, Tally)}
+        values = {name: totals[name] / count_of[count] for name, count in counted.items() if count_of[count]}
+        values |= {name: value for name, value in self.derived(totals).items() if value is not None}
         return Evaluation(values, "  ".join(f"validation {name} {value:.4f}" for name, value in values.items()))
 
     def value_of(self, values: Mapping[str, float | None]) -> float | None:

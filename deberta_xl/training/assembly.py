@@ -9,7 +9,7 @@ from torch import nn
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.stop_request import StopRequest
-from deberta_xl.objectives.objective import Objective
+from deberta_xl.objectives.objective import Objective, Tally
 from deberta_xl.parallel.pipeline import PipelinedModel
 from deberta_xl.training.loop import Training
 from deberta_xl.training.safeguard import Safeguard
@@ -36,7 +36,7 @@ def assemble_training(
         describe()
         units = split.units(inputs.grid.stage) if is_pipeline else None
         model = build_model(objective, units, is_new=start.newest is None)
-        engine, state = start_engine(inputs, start, model, wrap)
+        engine, state = start_engine(inputs, start, model, objective.learners, wrap)
     return Training(
         config=config,
         objective=objective,
@@ -60,7 +60,7 @@ def check_told(objective: Objective) -> None:
     if "loss" not in objective.reports:
         raise ConfigError(f"{name}: reports has {', '.join(objective.reports)}, but no loss, which is differentiated")
     for figure, report in objective.reports.items():
-        if report.count not in objective.counts:
+        if not isinstance(report, Tally) and report.count not in objective.counts:
             raise ConfigError(
                 f"{name}: reports divides {figure} by {report.count}, but counts has only {', '.join(objective.counts)}"
             )

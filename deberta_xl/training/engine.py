@@ -14,7 +14,7 @@ import math
 import os
 import resource
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -22,6 +22,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
 from deberta_xl.base.errors import ConfigError, Diverged
@@ -32,7 +33,7 @@ from deberta_xl.parallel.pipeline import PipelinedModel
 from deberta_xl.run.rendezvous import export_launch
 from deberta_xl.run.roll_call import all_ranks_here
 from deberta_xl.settings.pretraining import OptimizerSection
-from deberta_xl.training.optimizer import build_optimizer
+from deberta_xl.training.optimizer import ONE_LEARNER, build_optimizer
 
 
 def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool) -> None:
@@ -88,11 +89,15 @@ def check_precision(precision: str) -> None:
 
 
 def build_engine(
-    model: nn.Module, optimizer: OptimizerSection, settings: dict[str, Any], groups: Groups | None = None
+    model: nn.Module,
+    optimizer: OptimizerSection,
+    settings: dict[str, Any],
+    groups: Groups | None = None,
+    learners: Mapping[str, float] = ONE_LEARNER,
 ) -> deepspeed.DeepSpeedEngine:
     """The engine around a model: plain, divided over `groups`, or a stage (`PipelinedModel`).
 
-    `settings` is DeepSpeed's complete configuration.
+    `settings` is DeepSpeed's complete configuration; `learners` are as `Objective.learners` has them.
     """
     unit = groups.model_parallel_unit() if groups else None
     if isinstance(model, PipelinedModel):
@@ -102,7 +107,7 @@ def build_engine(
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, optimizer),
+            optimizer=build_optimizer(model, optimizer, learners),
             config=settings,
             mpu=unit,
             dist_init_required=False,
@@ -114,6 +119,20 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
     """The rate of the coming update; each parameter group learns at its share of it."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group["rate_share"]
+
+
+@contextlib.contextmanager
+def only_learning(engine: deepspeed.DeepSpeedEngine, learner: str | None) -> Iterator[None]:
+    """Updates made inside leave all parameters alone but the learner's; None learns all."""
+    optimizer = engine.optimizer.optimizer
+    optimizer.learner = learner
+    try:
+        yield
+    finally:
+        optimizer.learner = None
+    if learner is not None and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # ZeRO-3 writes each gradient over the one of the step before; where none comes, the old one would stay.
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 @contextlib.contextmanager

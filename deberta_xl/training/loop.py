@@ -15,7 +15,7 @@ from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.data.loader import prefetch
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.micro_batch import MicroBatch, pinned
-from deberta_xl.objectives.objective import Losses, Objective, Sums
+from deberta_xl.objectives.objective import Losses, Objective, Reports, Sums
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.metrics import MetricsWriter
@@ -26,7 +26,7 @@ from deberta_xl.settings.finetuning import FinetuneConfig
 from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
 from deberta_xl.training.agreement import Agreement, StopRequested
 from deberta_xl.training.empty_steps import EmptySteps
-from deberta_xl.training.engine import scaler_in_words, set_learning_rate, update_is_finite
+from deberta_xl.training.engine import only_learning, scaler_in_words, set_learning_rate, update_is_finite
 from deberta_xl.training.evaluating import Evaluations
 from deberta_xl.training.pipelined import run_pipeline_step
 from deberta_xl.training.recorder import Recorder
@@ -65,6 +65,8 @@ class Training:
     evaluations: Evaluations = field(init=False)
     empty_steps: EmptySteps = field(init=False)
     profiler: StepProfiler = field(init=False)
+    is_finite: bool = field(init=False)
+    """Whether all updates of the last step had finite gradients."""
 
     def train(self) -> State:
         """Train to the last step or until asked to stop; how it ended. Collective."""
@@ -82,7 +84,7 @@ class Training:
             self.empty_steps.check(step, counts[self.objective.reports["loss"].count])
             self.profiler.before_step(step)
             sums = self.step(step, micro_batches, counts)
-            self.state.advance(self.config.train.global_batch_size, is_finite=update_is_finite(self.engine))
+            self.state.advance(self.config.train.global_batch_size, is_finite=self.is_finite)
             self.recorder.record(sums, counts, self.learning_rate(step))
             self.profiler.after_step(step)
             self.safeguard.after_step()
@@ -163,6 +165,7 @@ class Training:
         set_learning_rate(self.engine, self.learning_rate(step))
         shares = even_shares(counts, len(micro_batches), grid.data_parallel_size)
         keys = micro_batch_keys(self.config.train.seed, step, len(micro_batches), grid)
+        self.is_finite = True
         with scaler_in_words():
             return self.objective.step(self.update, micro_batches, shares, keys)
 
@@ -172,13 +175,21 @@ class Training:
         micro_batches: Sequence[MicroBatch],
         shares: Mapping[str, float],
         keys: Sequence[DropoutKey],
+        *,
+        learner: str | None = None,
+        reports: Reports | None = None,
     ) -> Sums:
-        """One optimizer update; its figures."""
+        """One optimizer update; its figures (`Update`)."""
         signs_of_life = {"heartbeat": self.heartbeat, "timer": self.recorder.timer}
-        if self.groups.grid.num_stages > 1:
-            return run_pipeline_step(self.engine, self.objective, micro_batches, shares, keys, **signs_of_life)
-        reports = self.objective.reports
-        return run_step(self.engine, losses, micro_batches, shares, keys, reports=reports, **signs_of_life)
+        with only_learning(self.engine, learner):
+            if self.groups.grid.num_stages > 1:
+                sums = run_pipeline_step(self.engine, self.objective, micro_batches, shares, keys, **signs_of_life)
+            else:
+                reports = self.objective.reports if reports is None else reports
+                sums = run_step(self.engine, losses, micro_batches, shares, keys, reports=reports, **signs_of_life)
+        self.is_finite &= update_is_finite(self.engine)
+        self.recorder.updated(learner)
+        return sums
 
     def learning_rate(self, step: int) -> float:
         """The rate of update number `step`."""

@@ -13,25 +13,35 @@ from deberta_xl.model.trunk import Trunk
 from deberta_xl.settings.finetuning import FinetuneOptimizerSection
 from deberta_xl.settings.pretraining import OptimizerSection
 
+ONE_LEARNER: Mapping[str, float] = {"": 1.0}
+"""All parameters learn together."""
 PART_ELEMENTS = 2**24
 """Elements that are updated at a time; enough to keep any device busy, and 64 MiB of temporaries."""
 
 
-def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
-    """Groups of equal depth: matrices and tables with decay; biases and norms, which are vectors, without.
+def parameter_groups(
+    model: nn.Module, section: OptimizerSection, learners: Mapping[str, float] = ONE_LEARNER
+) -> list[dict[str, Any]]:
+    """Groups of one learner and equal depth: matrices and tables with decay; biases and norms, vectors, without.
 
-    `rate_share` is the share of the schedule's rate at which a group learns. Without layer-wise decay there are two
-    groups, and it is 1.
+    `rate_share` is the share of the schedule's rate at which a group learns: the learner's, times what layer-wise decay
+    leaves of it. Without either there are two groups, and it is 1.
     """
     shares = rate_shares(model, section.layer_decay) if isinstance(section, FinetuneOptimizerSection) else {}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            share = shares[name] if shares else 1.0
-            groups.setdefault((share, parameter.dim() >= 2), []).append(parameter)
+            learner = next(learner for learner in learners if not learner or name.startswith(f"{learner}."))
+            share = learners[learner] * (shares[name] if shares else 1.0)
+            groups.setdefault((learner, share, parameter.dim() >= 2), []).append(parameter)
     return [
-        {"params": groups[share, decays], "weight_decay": section.weight_decay * decays, "rate_share": share}
-        for share, decays in sorted(groups, key=lambda key: (-key[0], not key[1]))
+        {
+            "params": groups[learner, share, decays],
+            "weight_decay": section.weight_decay * decays,
+            "rate_share": share,
+            "learner": learner,
+        }
+        for learner, share, decays in sorted(groups, key=lambda key: (key[0], -key[1], not key[2]))
     ]
 
 
@@ -41,17 +51,40 @@ def rate_shares(model: Trunk, layer_decay: float) -> dict[str, float]:
     return {name: layer_decay**part.layers_above for name, part in parts.items()}
 
 
-def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, section: OptimizerSection, learners: Mapping[str, float] = ONE_LEARNER
+) -> LearnsInTurns:
     """torch's AdamW, or the original's form without bias correction (for continuing released weights)."""
-    groups = parameter_groups(model, section)
+    groups = parameter_groups(model, section, learners)
     options = {"lr": section.learning_rate, "betas": (section.beta1, section.beta2), "eps": section.epsilon}
     if not section.bias_correction:
         return AdamWithoutBiasCorrection(groups, **options)
     # Fused, an update needs no tensor as large as the rank's shard beside it.
-    return torch.optim.AdamW(groups, **options, fused=True if torch.cuda.is_available() else None)
+    return AdamW(groups, **options, fused=True if torch.cuda.is_available() else None)
 
 
-class AdamWithoutBiasCorrection(torch.optim.Optimizer):
+class LearnsInTurns(torch.optim.Optimizer):
+    """Updates one learner's groups, or all."""
+
+    learner: str | None = None
+    """Whose groups the next step updates; None updates all."""
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        """One update of these groups; the others' weights, moments and counts of updates stay as they are."""
+        assert closure is None, "gradients come from the engine"
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if self.learner in (None, group["learner"])]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+
+class AdamW(LearnsInTurns, torch.optim.AdamW):
+    """torch's."""
+
+
+class PlainAdam(torch.optim.Optimizer):
     """The original release's optimizer (microsoft/DeBERTa: XAdam in DeBERTa/optims/xadam.py).
 
     m ← β1 m + (1 − β1) g,  v ← β2 v + (1 − β2) g²,  θ ← θ − lr (m / (√v + ε) + decay θ).
@@ -65,7 +98,6 @@ class AdamWithoutBiasCorrection(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         """One update of every parameter that has a gradient."""
-        assert closure is None, "gradients come from the engine"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -83,6 +115,10 @@ class AdamWithoutBiasCorrection(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
+
+
+class AdamWithoutBiasCorrection(LearnsInTurns, PlainAdam):
+    """`PlainAdam` in turns."""
 
 
 def update(parameter: Tensor, gradient: Tensor, average: Tensor, square: Tensor, group: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from deberta_xl.objectives.objective import Mean, Objective, Sums
+from deberta_xl.objectives.objective import Mean, Objective, Ratio, Sums
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.planning.hardware import peak_flops
 from deberta_xl.run.metrics import MetricsWriter
@@ -19,7 +20,7 @@ from deberta_xl.run.stragglers import NodeTimes
 from deberta_xl.run.timing import StepTimer
 from deberta_xl.settings.pretraining import TrainSection
 from deberta_xl.training.divergence import Explosion, SkippedSteps
-from deberta_xl.training.engine import gradient_norm, highest_memory_gib, loss_scale
+from deberta_xl.training.engine import highest_memory_gib, loss_scale
 from deberta_xl.training.state import TrainState
 
 
@@ -50,6 +51,8 @@ class Recorder:
         self.peak = self.device_peak()
         self.explosion = Explosion(self.guessing.loss) if self.guessing else None
         self.skipped = SkippedSteps(state)
+        self.norms: dict[str, float | Tensor] = {}
+        """Gradient norm of the last step's updates, by their names among the metrics."""
         self.reset()
 
     def device_peak(self) -> float | None:
@@ -82,6 +85,10 @@ class Recorder:
     def begin_step(self, step: int) -> None:
         """Before a step's data are asked for."""
         self.timer.begin_step(is_exact=self.is_logged(step))
+
+    def updated(self, learner: str | None) -> None:
+        """An update was made, of one learner or of all; its norm is not read yet."""
+        self.norms[f"{learner}_grad_norm" if learner else "grad_norm"] = self.engine.get_global_grad_norm()
 
     def record(self, sums: Sums, counts: Mapping[str, int], rate: float) -> None:
         """Take in a finished step; collective on logged steps."""
@@ -121,7 +128,7 @@ class Recorder:
         tokens = samples * per_sample if per_sample else self.counts["tokens"]
         return {
             **self.reported(),
-            "grad_norm": gradient_norm(self.engine),
+            **{name: float(norm) for name, norm in self.norms.items()},
             "loss_scale": loss_scale(self.engine),
             "skipped_steps": self.state.skipped_steps,
             "tokens_per_second": tokens / seconds,
@@ -137,13 +144,14 @@ class Recorder:
     def reported(self) -> dict[str, float | None]:
         """The objective's figures, each by its denominator; None where the interval has nothing of it."""
         values: dict[str, float | None] = {}
-        for (name, report), total in zip(self.reports.items(), self.sums.tolist(), strict=True):
+        totals = dict(zip(self.reports, self.sums.tolist(), strict=True))
+        for name, report in self.reports.items():
             if isinstance(report, Mean):
                 steps = self.counted_steps[report.count]
-                values[name] = total / (steps * self.grid.data_parallel_size) if steps else None
-            else:
-                values[name] = total / max(1, self.counts[report.count])
-        return values
+                values[name] = totals[name] / (steps * self.grid.data_parallel_size) if steps else None
+            elif isinstance(report, Ratio):
+                values[name] = totals[name] / max(1, self.counts[report.count])
+        return {**values, **self.objective.derived(totals)}
 
     def work(self, seconds: float) -> dict[str, float | None]:
         """Operations per second, and their share of the devices' peak, where either is known."""

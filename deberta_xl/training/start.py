@@ -101,11 +101,13 @@ def start_engine(
     inputs: RunInputs,
     start: Start,
     model: nn.Module,
+    learners: Mapping[str, float],
     wrap: Callable[[nn.Module], nn.Module] | None = None,
 ) -> tuple[DeepSpeedEngine, TrainState]:
     """The engine over `model`, divided over the ranks, and the state of the run it continues, if any. Collective.
 
-    `wrap` makes what the engine holds of the divided model, where that is not the model itself: a stage of a pipeline.
+    `learners` are the objective's. `wrap` makes what the engine holds of the divided model, where that is not the model
+    itself: a stage of a pipeline.
     """
     config, grid = inputs.config, inputs.grid
     trunks = [module for module in model.modules() if isinstance(module, Trunk)]
@@ -120,7 +122,7 @@ def start_engine(
     # The engine gives every parameter other memory, and leaves what it was built of as it is: no copy is needed.
     weights = {name: p.detach() for name, p in model.named_parameters()} if is_new else {}
     settings = inputs.engine.engine_dict(grid.data_parallel_size, config)
-    engine = build_engine(wrap(model) if wrap else model, config.optimizer, settings, start.groups)
+    engine = build_engine(wrap(model) if wrap else model, config.optimizer, settings, start.groups, learners)
     if is_new:
         set_master_weights(engine, canonical_parameters(engine), weights)
         return engine, TrainState()

@@ -10,7 +10,7 @@ from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 from deberta_xl.settings.finetuning import FinetuneOptimizerSection
 from deberta_xl.settings.pretraining import OptimizerSection
 from deberta_xl.training import optimizer as module
-from deberta_xl.training.optimizer import AdamWithoutBiasCorrection, build_optimizer, parameter_groups
+from deberta_xl.training.optimizer import PlainAdam, build_optimizer, parameter_groups
 
 SECTION = OptimizerSection(learning_rate=0.01, weight_decay=0.1, bias_correction=False)
 
@@ -32,7 +32,7 @@ def test_without_bias_correction_an_update_is_the_originals_formula():
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.Linear(3, 2)
     optimizer = build_optimizer(model, SECTION)
-    assert isinstance(optimizer, AdamWithoutBiasCorrection)
+    assert isinstance(optimizer, PlainAdam)
     weight, m, v = model.weight.detach().clone(), torch.zeros(2, 3), torch.zeros(2, 3)
     for _ in range(3):
         gradient = torch.randn(2, 3, generator=generator)
@@ -51,7 +51,7 @@ def test_a_long_parameter_is_updated_in_parts_as_if_in_one(monkeypatch):
         monkeypatch.setattr(module, "PART_ELEMENTS", elements)
         generator = torch.Generator().manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(1000, generator=generator))
-        optimizer = AdamWithoutBiasCorrection([parameter], lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
+        optimizer = PlainAdam([parameter], lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
         for _ in range(3):
             parameter.grad = torch.randn(1000, generator=generator)
             optimizer.step()
