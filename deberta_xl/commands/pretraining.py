@@ -20,11 +20,12 @@ from deberta_xl.commands.outlook import slips
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.objectives.choice import KNOWN_WITHOUT_TORCH, check_objective, objective_type
+from deberta_xl.model.parts import num_parameters
+from deberta_xl.objectives.choice import BUILT_IN, check_objective, objective_type
 from deberta_xl.parallel.grid import check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
-from deberta_xl.planning.workload import masked_lm_workload
+from deberta_xl.planning.workload import pretraining_workload
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.settings.presets import complete_config, load_run_config, model_folder
@@ -61,8 +62,8 @@ class PretrainingInputs(Inputs):
     @property
     def outlook(self) -> Outlook:
         """Of full rows."""
-        work = masked_lm_workload(self.architecture, self.config)
-        if self.config.train.objective not in KNOWN_WITHOUT_TORCH:
+        work = pretraining_workload(self.architecture, self.config)
+        if self.config.train.objective not in BUILT_IN:
             work = work._replace(parts=self.objective().parts)
         num_saves = math.ceil(self.total_steps / self.config.checkpoint.interval)
         return Outlook(work, self.config, self.engine, self.grid, self.split, self.total_steps, num_saves)
@@ -73,10 +74,21 @@ class PretrainingInputs(Inputs):
         samples, num_rows = self.total_steps * batch, self.data.num_rows
         rows, tokens = counted(num_rows, "row"), counted(self.data.tokens, "token")
         return Words(
-            f"vocabulary {self.architecture.vocab_size}",
+            f"vocabulary {self.architecture.vocab_size}{self.pair()}",
             f"{counted(batch, 'sequence')} x {length} tokens = {batch * length:,} tokens",
             f"{counted(samples, 'sequence')} = {samples / num_rows:.2f} epochs of {rows} ({tokens})",
         )
+
+    def pair(self) -> str:
+        """`; generator 142,417,764, discriminator 184,424,449` parameters, where there are two models."""
+        if self.config.train.objective != "replaced_tokens":
+            return ""
+        parts = self.outlook.work.parts
+        sizes = (
+            f"{name} {num_parameters(part for part in parts if part.name.startswith(f'{name}.')):,}"
+            for name in ("generator", "discriminator")
+        )
+        return f"; {', '.join(sizes)}"
 
     def print_more(self) -> None:
         """The stages, and what looks like a slip."""
@@ -97,7 +109,8 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     store = TokenStore(config.data.train)
     tokenizer, tokenizer_folder = store.tokenizer(), store.paths.tokenizer
     architecture = config.model.architecture(tokenizer.vocab_size)
-    check_model(architecture, layout.grid, config)
+    for model in models(architecture, config):
+        check_model(model, layout.grid, config)
     check_stages(architecture, layout.grid.num_stages)
     if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
         check_init(config, architecture, tokenizer, tokenizer_folder)
@@ -110,7 +123,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     return PretrainingInputs(
         config=config,
         **layout._asdict(),
-        split=masked_lm_workload(architecture, config).split(layout.grid.num_stages, config.train.micro_batch_size),
+        split=pretraining_workload(architecture, config).split(layout.grid.num_stages, config.train.micro_batch_size),
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         architecture=architecture,
@@ -119,6 +132,13 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
         data=data,
         valid=valid,
     )
+
+
+def models(architecture: DebertaConfig, config: RunConfig) -> list[DebertaConfig]:
+    """The architectures that are trained: the model's, and its generator's where it has one."""
+    if config.train.objective != "replaced_tokens":
+        return [architecture]
+    return [architecture, generator_architecture(architecture, config.generator)]
 
 
 def read_config(name: str, overrides: Sequence[str]) -> RunConfig:

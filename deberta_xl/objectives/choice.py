@@ -5,42 +5,56 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deberta_xl.base.errors import ConfigError
 
 if TYPE_CHECKING:
     from deberta_xl.objectives.pretraining import Pretraining
 
-MASKED_LM = "masked_lm"
+
+class BuiltIn(NamedTuple):
+    """One of the package's, as far as it is known without torch."""
+
+    place: str
+    """MODULE:CLASS."""
+    why_no_stages: str | None = None
+    """Why its model cannot be a pipeline; None where it can."""
+
+
 BUILT_IN = {
-    MASKED_LM: "deberta_xl.objectives.masked_lm:MaskedLM",
-    "causal": "deberta_xl.objectives.autoregressive:Causal",
-    "prefix": "deberta_xl.objectives.autoregressive:Prefix",
-    "mixed": "deberta_xl.objectives.autoregressive:Mixed",
+    "masked_lm": BuiltIn("deberta_xl.objectives.masked_lm:MaskedLM"),
+    "causal": BuiltIn("deberta_xl.objectives.autoregressive:Causal"),
+    "prefix": BuiltIn("deberta_xl.objectives.autoregressive:Prefix"),
+    "mixed": BuiltIn("deberta_xl.objectives.autoregressive:Mixed"),
+    "replaced_tokens": BuiltIn(
+        "deberta_xl.objectives.replaced_tokens:ReplacedTokens",
+        "trains two models of different depth, the second on what the first has drawn in the same step: stages would "
+        "wait for one another twice a step",
+    ),
 }
-KNOWN_WITHOUT_TORCH = (MASKED_LM, "causal", "prefix", "mixed")
-"""Those that train the masked-LM model, with its parts and its stages."""
 TOLD_BY_STAGES = ("build", "micro_batch", "losses", "reports")
 """What a class that `has_stages` tells a second time, for a stage."""
 FORM = "it is {names}, or PACKAGE.MODULE:CLASS, as in train.objective=my_package.my_module:MyObjective"
 
 
 def check_objective(name: str, num_stages: int) -> None:
-    """Refuse an objective that cannot be had, or not in so many stages. Imports it, unless all is known of it.
+    """Refuse an objective that cannot be had, or not in so many stages. Imports a user's.
 
     Raises ConfigError.
     """
-    if name in KNOWN_WITHOUT_TORCH:
-        return
-    chosen = objective_type(name)
-    if num_stages > 1 and not chosen.has_stages:
+    why_no_stages = "does not say what a stage of a pipeline does (has_stages)"
+    if name in BUILT_IN:
+        chosen, why_no_stages = None, BUILT_IN[name].why_no_stages
+    else:
+        chosen = objective_type(name)
+        why_no_stages = None if chosen.has_stages else why_no_stages
+    if num_stages > 1 and why_no_stages is not None:
         raise ConfigError(
-            f"train.objective={name} does not say what a stage of a pipeline does (has_stages), so "
-            f"parallel.pipeline_parallel_size={num_stages} cannot be: leave it at 1, and divide the model by "
-            "parallel.tensor_parallel_size and the ZeRO stage of the DeepSpeed JSON"
+            f"train.objective={name} {why_no_stages}, so parallel.pipeline_parallel_size={num_stages} cannot be: leave "
+            "it at 1, and divide the model by parallel.tensor_parallel_size and the ZeRO stage of the DeepSpeed JSON"
         )
-    if num_stages > 1:
+    if num_stages > 1 and chosen is not None:
         check_own_stages(name, chosen)
 
 
@@ -65,7 +79,8 @@ def objective_type(name: str) -> type[Pretraining]:
     Raises ConfigError when there is no such objective.
     """
     form = FORM.format(names=", ".join(BUILT_IN))
-    module_name, colon, class_name = BUILT_IN.get(name, name).partition(":")
+    place = BUILT_IN[name].place if name in BUILT_IN else name
+    module_name, colon, class_name = place.partition(":")
     if not (colon and module_name and class_name.isidentifier()):
         raise ConfigError(f"train.objective={name}: no such objective; {form}")
     if os.getcwd() not in sys.path:

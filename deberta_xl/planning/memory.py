@@ -71,14 +71,17 @@ def stage_activations(
         element_bytes, size, slices, choose_kernel(run.model.kernel, Demand(work.architecture, mask_of(run)))
     )
     recomputes = run.train.activation_checkpointing
-    kept, working = 0.0, dict.fromkeys(split.units(grid.stage), 0.0)
-    for part in work.parts:
-        unit = part.units[-1]
-        if unit in working and part.activations is not None:
-            taken = part.activations(load, division)
-            kept += taken.entry if recomputes else taken.kept
-            working[unit] += taken.working + (taken.kept if recomputes else 0.0)
     received = load.tokens * work.architecture.hidden_size * element_bytes
     # 1F1B: stage s has begun this many micro-batches before its first backward pass.
     in_flight = min(grid.num_stages - grid.stage, run.train.gradient_accumulation_steps(grid.data_parallel_size))
-    return in_flight * work.kept_passes * (kept + received) + max(working.values())
+    fullest = 0.0
+    for turn in work.turns:
+        kept, working = 0.0, dict.fromkeys(split.units(grid.stage), 0.0)
+        for part in work.parts:
+            unit = part.units[-1]
+            if unit in working and part.activations is not None and part.name.startswith(turn):
+                taken = part.activations(load, division)
+                kept += taken.entry if recomputes else taken.kept
+                working[unit] += taken.working + (taken.kept if recomputes else 0.0)
+        fullest = max(fullest, in_flight * work.kept_passes * (kept + received) + max(working.values()))
+    return fullest

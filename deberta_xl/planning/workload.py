@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from deberta_xl.model.part_costs import Load
-from deberta_xl.model.parts import Part, forward_flops, masked_lm_parts, num_parameters, task_parts
+from deberta_xl.model.parts import (
+    Part,
+    forward_flops,
+    masked_lm_parts,
+    num_parameters,
+    replaced_tokens_parts,
+    task_parts,
+)
 from deberta_xl.parallel.stages import Split, split_model
 from deberta_xl.planning.cost import FORWARD_AND_BACKWARD
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 from deberta_xl.settings.finetuning import FinetuneConfig
 from deberta_xl.settings.mask import mask_of
+from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.settings.pretraining import RunConfig
 
 SIFT_STEP = 2
@@ -34,6 +42,9 @@ class Workload(NamedTuple):
     """Forward passes that are kept for the backward pass at once."""
     largest: Load | None = None
     """Of the sequence that takes most memory, where that is another than the mean one."""
+    turns: tuple[str, ...] = ("",)
+    """Beginnings of the names of parts that are computed, forward and backward, one after the other: of such, only one
+    has activations at a time."""
 
     @property
     def num_parameters(self) -> int:
@@ -47,6 +58,21 @@ class Workload(NamedTuple):
     def step_flops(self, num_examples: int) -> float:
         """Operations of an optimizer step."""
         return self.forwards * forward_flops(self.parts, self.example.times(num_examples))
+
+
+def pretraining_workload(architecture: DebertaConfig, run: RunConfig) -> Workload:
+    """What `train.objective` computes; of a user's own, what masked-LM pretraining would."""
+    if run.train.objective == "replaced_tokens":
+        return replaced_tokens_workload(architecture, run)
+    return masked_lm_workload(architecture, run)
+
+
+def replaced_tokens_workload(architecture: DebertaConfig, run: RunConfig) -> Workload:
+    """Pretraining of a discriminator with its generator."""
+    section, length = run.replaced_tokens, run.model.sequence_length
+    parts = replaced_tokens_parts(architecture, generator_architecture(architecture, run.generator), section.sharing)
+    turns = ("generator.", "discriminator.") if section.training == "decoupled" else ("",)
+    return Workload(architecture, parts, Load(1, length, run.data.mask_probability * length), turns=turns)
 
 
 def masked_lm_workload(architecture: DebertaConfig, run: RunConfig) -> Workload:

@@ -42,6 +42,24 @@ def loss_curves(lines: Sequence[Mapping[str, float]], label: str = "loss") -> Fi
     return figure
 
 
+def detection_curves(lines: Sequence[Mapping[str, float]]) -> Figure:
+    """Replaced token detection over steps: both losses, and F1 and area under the ROC curve."""
+    figure = new_figure(8, 8)
+    panels = {
+        "generator's loss (nats per masked token)": ("generator_loss",),
+        "discriminator's loss (nats per token)": ("discriminator_loss",),
+        "found": ("f1", "auc"),
+    }
+    for axes, (label, names) in zip(figure.subplots(len(panels), sharex=True), panels.items(), strict=True):
+        styles = {name: {"label": f"{name}, training", "linewidth": 1} for name in names}
+        styles |= {f"valid_{name}": {"label": f"{name}, validation", "marker": "o"} for name in names}
+        draw_over_steps(axes, lines, styles)
+        axes.set_ylabel(label)
+        if axes.lines:
+            axes.legend()
+    return figure
+
+
 def draw_over_steps(axes: Axes, lines: Sequence[Mapping[str, float]], styles: Mapping[str, Mapping[str, Any]]) -> None:
     """A curve for each key of `styles` that lines of metrics.jsonl have."""
     for name, style in styles.items():

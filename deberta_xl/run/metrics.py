@@ -155,6 +155,9 @@ def described(values: Mapping[str, float | None]) -> list[str]:
         ("skipped_steps", "{} skipped"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("accuracy", "accuracy {:.1%}"),
+        ("generator_loss", "generator {:.4f}"),
+        ("discriminator_loss", "discriminator {:.4f}"),
+        ("f1", "F1 {:.1%}"),
         ("learning_rate", "lr {:.2e}"),
         ("grad_norm", "grad norm {:.3f}"),
     ]

@@ -64,17 +64,21 @@ def test_masked_language_modelling_goes_through_stages():
     assert objective_type("masked_lm").has_stages
 
 
-def test_another_built_in_objective_is_asked_for_its_stages_too(monkeypatch):
-    monkeypatch.setitem(BUILT_IN, "whole", "mine:Whole")
-    check_objective("whole", num_stages=1)
-    with pytest.raises(ConfigError, match="does not say what a stage of a pipeline does"):
-        check_objective("whole", num_stages=2)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_table_says_of_a_built_in_objective_what_its_class_says(name):
+    assert objective_type(name).has_stages is (BUILT_IN[name].why_no_stages is None)
+
+
+def test_a_pipeline_of_two_models_is_refused_with_the_reason():
+    check_objective("replaced_tokens", num_stages=1)
+    with pytest.raises(ConfigError, match=r"trains two models .* parallel.pipeline_parallel_size=2 cannot be"):
+        check_objective("replaced_tokens", num_stages=2)
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("masked_ml", "no such objective; it is masked_lm, causal, prefix, mixed, or PACKAGE.MODULE:CLASS, as in"),
+        ("masked_ml", "masked_lm, causal, prefix, mixed, replaced_tokens, or PACKAGE.MODULE:CLASS, as in"),
         ("mine:", "no such objective"),
         ("nobody.mine:Whole", "there is no module nobody on PYTHONPATH or in "),
         ("mine.inner:Whole", "there is no module mine.inner"),
