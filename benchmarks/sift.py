@@ -20,8 +20,7 @@ from deberta_xl.base.command_line import build_parser
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.sift import Sift
-from deberta_xl.objectives.task_batches import TaskMicroBatch
-from deberta_xl.objectives.task_loss import TaskLoss
+from deberta_xl.objectives.task_batches import TaskLoss, TaskMicroBatch
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 from deberta_xl.settings.finetuning import SiftSection
 from deberta_xl.settings.presets import load_run_config

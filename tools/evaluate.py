@@ -40,8 +40,8 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.unigram import log_unigram, token_counts
 from deberta_xl.objectives.autoregressive import next_token_rows
+from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm
-from deberta_xl.objectives.objective import Evaluator
 from deberta_xl.objectives.rows import MaskedRows
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.run.joining import join_ranks

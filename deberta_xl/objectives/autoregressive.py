@@ -21,9 +21,10 @@ from deberta_xl.data.loader import Batch
 from deberta_xl.data.random_numbers import derive, uniform
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import LabelledPositions
+from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation
 from deberta_xl.objectives.masked_lm import MaskedLM
-from deberta_xl.objectives.objective import Evaluation, Evaluator, Mean, Model, Ratio, Sums
+from deberta_xl.objectives.objective import Mean, Ratio
 from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows, Rows, step_batches
 from deberta_xl.run.figures import loss_curves
 from deberta_xl.weights.native import files_beside_weights

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.replaced_tokens import Proposal
+from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Sums
 from deberta_xl.objectives.masked_examples import text_of
-from deberta_xl.objectives.objective import Evaluation, Evaluator, Reports, Sums, Tally
+from deberta_xl.objectives.objective import Reports, Tally
 from deberta_xl.objectives.rows import MaskedRows
 from deberta_xl.run.figure_text import plain
 

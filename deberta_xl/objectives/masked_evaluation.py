@@ -13,8 +13,8 @@ from torch import Tensor
 from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.data.unigram import cross_entropy
 from deberta_xl.model.masked_lm import MaskedLMOutput
+from deberta_xl.objectives.evaluation import Evaluator, Judged, Sums
 from deberta_xl.objectives.micro_batch import on_device
-from deberta_xl.objectives.objective import Evaluator, Judged, Sums
 from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows
 
 Built = TypeVar("Built")

@@ -15,9 +15,10 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import masked_lm_parts
+from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm, masked_sums
 from deberta_xl.objectives.masked_examples import MaskedExamples
-from deberta_xl.objectives.objective import Evaluation, Evaluator, Guessing, Mean, Model, Ratio, Sums
+from deberta_xl.objectives.objective import Guessing, Mean, Ratio
 from deberta_xl.objectives.pretraining import Pretraining
 from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows
 from deberta_xl.planning.cost import step_flops

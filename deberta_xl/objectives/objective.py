@@ -7,33 +7,22 @@ needs of the run is handed in. `Pretraining` (pretraining.py) is where an object
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from deberta_xl.base.progress import tracked
-from deberta_xl.data.loader import prefetch
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.objectives.micro_batch import MicroBatch, on_device, pinned
+from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
+from deberta_xl.objectives.micro_batch import MicroBatch, on_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from deberta_xl.parallel.pipeline import StageInput
-    from deberta_xl.run.figure_text import Picture
 
-Item = TypeVar("Item")
-BATCHES_AHEAD = 2
-"""Held-out micro-batches that are prepared in the background."""
 
-Model = Callable[..., Any]
-"""What is trained as it is called: the engine, or the plain module."""
-Sums = Mapping[str, Tensor]
-"""Name of a figure -> one number on the device."""
 Losses = Callable[[Model, Any, Mapping[str, float], DropoutKey | None], Sums]
 """`Objective.losses`, or another of that form."""
 
@@ -88,62 +77,6 @@ class Guessing(NamedTuple):
     """Name of the loss."""
     loss: float
     """Nats."""
-
-
-class Judged(NamedTuple):
-    """A micro-batch and what the model says of it."""
-
-    batch: Any
-    """On the host."""
-    sums: Sums
-    """Its figures, undivided."""
-    guesses: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluator:
-    """What an evaluation is given of the run."""
-
-    model: Model
-    """In evaluation mode, without gradients."""
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-    """This data-parallel rank among all: each sees another part of the held-out data."""
-    group: dist.ProcessGroup | None = None
-    """Those ranks; None for all."""
-    is_first: bool = True
-    """Whether this rank shows what was found: the others need not draw anything."""
-    guard: Callable[[Iterable[Item]], Iterator[Item]] = iter
-    """What batches go through on their way, once; it may end the evaluation by raising."""
-    through_stages: Callable[[Iterable[Any]], Iterator[Judged]] | None = None
-    """Where the model is a stage of a pipeline: how micro-batches go through it."""
-
-    def batches(self, batches: Iterable[Item], *, does: str, count: int = 0) -> Iterator[Item]:
-        """Named tuples of the host's tensors, prepared in the background, with progress in what the rank `does`.
-
-        `count` is how many there are, where it is known.
-        """
-        ready = (pinned(batch) for batch in batches) if self.device.type == "cuda" else batches
-        return tracked(self.guard(prefetch(ready, BATCHES_AHEAD)), does, count, "batches")
-
-    def add_up(self, sums: Tensor) -> Tensor:
-        """In place: the sum of `sums` over all data. Collective."""
-        if self.size > 1:
-            dist.all_reduce(sums, group=self.group)
-        return sums
-
-
-class Evaluation(NamedTuple):
-    """What an evaluation has found."""
-
-    values: Mapping[str, float | None]
-    """Name -> value; logged as `valid_NAME`. None is not known here."""
-    line: str
-    """For the console."""
-    texts: Mapping[str, str] = {}
-    """Name -> Markdown, for TensorBoard."""
-    pictures: Mapping[str, Picture] = {}
 
 
 class Objective(ABC):

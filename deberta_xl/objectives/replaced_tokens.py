@@ -17,19 +17,9 @@ from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import replaced_tokens_parts
 from deberta_xl.model.replaced_tokens import Proposal, ReplacedTokenModel, detection_counts, detection_loss
 from deberta_xl.objectives.detection import DetectionEvaluation
+from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
 from deberta_xl.objectives.micro_batch import on_device
-from deberta_xl.objectives.objective import (
-    Evaluation,
-    Evaluator,
-    Guessing,
-    Mean,
-    Model,
-    Ratio,
-    Reports,
-    Sums,
-    Tally,
-    Update,
-)
+from deberta_xl.objectives.objective import Guessing, Mean, Ratio, Reports, Tally, Update
 from deberta_xl.objectives.pretraining import Pretraining
 from deberta_xl.objectives.rows import MaskedRows
 from deberta_xl.planning.cost import step_flops

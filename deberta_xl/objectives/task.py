@@ -20,12 +20,12 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import forward_flops
 from deberta_xl.model.task_model import TaskModel
-from deberta_xl.objectives.objective import Evaluation, Evaluator, Guessing, Mean, Model, Objective, Ratio, Sums
+from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
+from deberta_xl.objectives.objective import Guessing, Mean, Objective, Ratio
 from deberta_xl.objectives.sift import build_sift
-from deberta_xl.objectives.task_batches import TaskMicroBatch, task_step_batches
+from deberta_xl.objectives.task_batches import TaskLoss, TaskMicroBatch, task_step_batches
 from deberta_xl.objectives.task_evaluation import task_logits
 from deberta_xl.objectives.task_figures import metric_curves, task_figures
-from deberta_xl.objectives.task_loss import TaskLoss
 from deberta_xl.planning.workload import task_workload
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.finetuning import FinetuneConfig

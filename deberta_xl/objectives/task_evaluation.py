@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from deberta_xl.model.task_losses import hide_padding
 from deberta_xl.model.trunk import Perturb
+from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_evaluation import batches_per_rank
 from deberta_xl.objectives.micro_batch import on_device
-from deberta_xl.objectives.objective import Evaluator
 from deberta_xl.objectives.task_batches import TaskMicroBatch
 from deberta_xl.tasks.features import TaskData
 

@@ -14,7 +14,7 @@ from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.launch import Launch
 from deberta_xl.base.progress import progress
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.objectives.objective import Evaluator
+from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.sift import normalized
 from deberta_xl.objectives.task_evaluation import task_logits
 from deberta_xl.public.finetuned import DebertaForTask

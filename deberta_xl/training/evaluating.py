@@ -15,7 +15,8 @@ from deberta_xl.checkpoint.folders import verify_checkpoint
 from deberta_xl.checkpoint.manifest import step_folder_name
 from deberta_xl.checkpoint.store import load_checkpoint
 from deberta_xl.checkpoint.together import on_rank_zero
-from deberta_xl.objectives.objective import Evaluation, Evaluator, Objective
+from deberta_xl.objectives.evaluation import Evaluation, Evaluator
+from deberta_xl.objectives.objective import Objective
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.run.figure_text import Picture, legend_lines, legend_table
 from deberta_xl.run.heartbeat import Heartbeat

@@ -14,8 +14,9 @@ from deberta_xl.base.log import rank_zero
 from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.data.loader import prefetch
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.objectives.evaluation import Sums
 from deberta_xl.objectives.micro_batch import MicroBatch, pinned
-from deberta_xl.objectives.objective import Losses, Objective, Reports, Sums
+from deberta_xl.objectives.objective import Losses, Objective, Reports
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.metrics import MetricsWriter

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.objectives.evaluation import Judged, Sums
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device
-from deberta_xl.objectives.objective import Judged, Objective, Sums
+from deberta_xl.objectives.objective import Objective
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.timing import StepTimer

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deberta_xl.objectives.objective import Mean, Objective, Ratio, Sums
+from deberta_xl.objectives.evaluation import Sums
+from deberta_xl.objectives.objective import Mean, Objective, Ratio
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.planning.hardware import peak_flops
 from deberta_xl.run.metrics import MetricsWriter

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.objectives.evaluation import Sums
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device
-from deberta_xl.objectives.objective import Losses, Mean, Reports, Sums
+from deberta_xl.objectives.objective import Losses, Mean, Reports
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.timing import StepTimer

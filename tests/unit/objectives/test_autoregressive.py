@@ -14,8 +14,8 @@ from deberta_xl.data.random_numbers import derive
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.objectives.autoregressive import Causal, Mixed, Prefix, draw_prefixes, next_token_rows, next_tokens
 from deberta_xl.objectives.choice import objective_type
+from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_lm import MaskedLM
-from deberta_xl.objectives.objective import Evaluator
 from deberta_xl.objectives.rows import KeyedData, MaskedRows
 from deberta_xl.planning.workload import masked_lm_workload
 from deberta_xl.settings.presets import load_run_config

@@ -14,8 +14,8 @@ from deberta_xl.corpus.token_store_writer import TokenStoreWriter
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_evaluation import evaluate_masked_lm, evaluation_batches
-from deberta_xl.objectives.objective import Evaluator
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.pretraining import DataSection
 

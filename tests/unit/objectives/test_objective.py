@@ -9,8 +9,9 @@ import torch
 
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
+from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_lm import MaskedLM
-from deberta_xl.objectives.objective import Evaluator, Objective
+from deberta_xl.objectives.objective import Objective
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.pretraining import (
     DataSection,
