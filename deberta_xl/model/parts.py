@@ -127,10 +127,7 @@ def task_parts(config: DebertaConfig, head: HeadConfig) -> list[Part]:
 
 
 def discriminator_parts(config: DebertaConfig, sharing: str) -> list[Part]:
-    """`Discriminator(config, sharing)`: only the input embeddings read absolute positions, and tables may be another's.
-
-    What it keeps of the generator's tables is `word_delta` and the like; without disentangling, nothing.
-    """
+    """`Discriminator(config, sharing)`: of tables it has what its input embeddings read and no generator lends."""
     hidden, last, tables = config.hidden_size, config.num_layers, ("embeddings.word", "embeddings.position")
     unread = () if config.position_biased_input else tables[1:]
     trunk = [part for part in trunk_parts(config) if part.name not in (tables if sharing == "es" else unread)]
