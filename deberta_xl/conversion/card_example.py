@@ -19,6 +19,17 @@ for probability, number in zip(*logits[0].softmax(-1).topk(5)):
     print(tokenizer.decode(number), probability.item())
 """
 
+ENCODER = """\
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+folder = "."  # this folder, or the model's name on the Hub
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+with torch.no_grad():
+    states = model(**tokenizer({text}, return_tensors="pt")).last_hidden_state
+print(states.shape)  # texts, tokens, width
+"""
+
 TASK = """\
 import torch
 from transformers import {auto_class}, AutoTokenizer
@@ -79,6 +90,11 @@ def fill_mask_example(tokenizer: Tokenizer | None, text: str | None) -> str:
             f"--card example={text!r}: the example fills a mask; write {MASK_PIECE} for one word of it"
         )
     return FILL_MASK.format(text=repr(text or f"{some_words(tokenizer)} [MASK]"))
+
+
+def encoder_example(tokenizer: Tokenizer | None, text: str | None) -> str:
+    """A program that computes the states of a text."""
+    return ENCODER.format(text=repr(text or some_words(tokenizer)))
 
 
 def task_example(kind: HeadKind, tokenizer: Tokenizer, text: str | None, *, is_pair: bool) -> str:

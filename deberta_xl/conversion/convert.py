@@ -12,36 +12,22 @@ from pathlib import Path
 
 import torch
 
-from deberta_xl.base.durable import below, write_files
 from deberta_xl.base.log import logger
 from deberta_xl.base.progress import progress
-from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.destination import refuse_existing, whole_or_nothing
-from deberta_xl.checkpoint.lazy import LazyTensors, in_type
-from deberta_xl.checkpoint.manifest import STATE_NAME, CheckpointError
-from deberta_xl.checkpoint.tensor_writer import (
-    DEFAULT_SHARD_BYTES,
-    Advance,
-    most_common_type,
-    total_bytes,
-    write_pickle,
-    write_shards,
-)
+from deberta_xl.checkpoint.lazy import in_type
+from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, total_bytes
 from deberta_xl.conversion.card_metadata import CardMetadata
 from deberta_xl.conversion.edits import Edits, apply_edits, average_of_newest
-from deberta_xl.conversion.expressible import check_expressible, check_expressible_in_the_original, warn_of_decoder
-from deberta_xl.conversion.model_card import model_card
-from deberta_xl.conversion.tokenizer_export import json_bytes, tokenizer_files
+from deberta_xl.conversion.layouts import Writing, write_huggingface, write_microsoft, write_native_layout
 from deberta_xl.conversion.verify import verify
-from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.data.tokenizer_files import MODEL_FILE, unread_files
-from deberta_xl.weights.dialect import Dialect, can_be_fused, write_dialect
-from deberta_xl.weights.foreign import is_foreign_folder, open_foreign, read_config_fields, stated_length
-from deberta_xl.weights.foreign_config import to_huggingface_config, to_microsoft_config
-from deberta_xl.weights.foreign_fields import other_fields
-from deberta_xl.weights.native import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder, open_native, write_native
-from deberta_xl.weights.native_config import native_config
-from deberta_xl.weights.pretrained_folder import ORIGIN_NAME, Kind, Pretrained, describe_fresh
+from deberta_xl.weights.foreign import is_foreign_folder, open_foreign, read_config_fields
+from deberta_xl.weights.names import DETECTOR
+from deberta_xl.weights.native import find_weights_folder, open_native
+from deberta_xl.weights.pair import PARTS, split_part
+from deberta_xl.weights.pair_folder import Pair, open_pair
+from deberta_xl.weights.pretrained_folder import Kind, Pretrained, describe_fresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +58,49 @@ class Conversion:
 def convert(source: Path, destination: Path, conversion: Conversion) -> None:
     """Write the model `source` (a folder, or a file of weights with its configuration beside it) to `destination`.
 
+    Of a folder with a discriminator and its generator both are, unless `source` names one (`FOLDER/generator`).
+
     Raises CheckpointError when the source is damaged, unsafe or cannot be expressed there, when `destination` exists
     and is not empty, or when it differs from the source by more than the tolerance; TokenizerError when the tokenizer
     cannot be expressed. Nothing is left at the destination then.
     """
     refuse_existing(destination)
     refuse_contradictions(conversion)
-    model = open_source(source, conversion)
-    model = apply_edits(model, conversion.edits)
-    typed = replace(model, tensors=in_type(model.tensors, conversion.dtype))
+    model = edited(open_source(source, conversion), conversion.edits)
+    typed = for_each(model, lambda one: replace(one, tensors=in_type(one.tensors, conversion.dtype)))
     writers = {"native": write_native_layout, "huggingface": write_huggingface, "microsoft": write_microsoft}
-    size = total_bytes(typed.tensors)
+    size = sum(total_bytes(one.tensors) for one in models_of(typed))
     with whole_or_nothing(destination, size) as partial:
         with progress(f"writing {destination.name}", size) as advance:
-            writers[conversion.to](partial, typed, conversion, advance)
+            card = conversion.metadata if conversion.with_card else None
+            shard_bytes = conversion.shard_bytes or DEFAULT_SHARD_BYTES
+            writers[conversion.to](partial, typed, Writing(shard_bytes=shard_bytes, card=card, advance=advance))
         if conversion.tolerance is not None:
-            written = open_pretrained(partial, may_be_fresh=True)
-            verify(model, written, conversion.tolerance, conversion.show)
+            written = open_any(partial) if isinstance(model, Pair) else open_pretrained(partial, may_be_fresh=True)
+            for before, after in zip(models_of(model), models_of(written), strict=True):
+                verify(before, after, conversion.tolerance, conversion.show)
+
+
+def models_of(source: Pretrained | Pair) -> list[Pretrained]:
+    """The one model, or the two."""
+    return [source.discriminator, source.generator] if isinstance(source, Pair) else [source]
+
+
+def for_each(source: Pretrained | Pair, change: Callable[[Pretrained], Pretrained]) -> Pretrained | Pair:
+    """The same with every model changed."""
+    if isinstance(source, Pair):
+        return Pair(change(source.discriminator), change(source.generator), source.sharing)
+    return change(source)
+
+
+def edited(source: Pretrained | Pair, edits: Edits) -> Pretrained | Pair:
+    """The source with what is to be changed."""
+    if isinstance(source, Pair) and edits.num_layers is not None:
+        raise CheckpointError(
+            f"--num_layers {edits.num_layers}: {source.discriminator.folder} holds a discriminator and its generator, "
+            "which have numbers of layers of their own; give one of them, as SOURCE/discriminator or SOURCE/generator"
+        )
+    return for_each(source, lambda model: apply_edits(model, edits))
 
 
 def refuse_contradictions(conversion: Conversion) -> None:
@@ -106,6 +118,7 @@ def refuse_contradictions(conversion: Conversion) -> None:
 
 def detect(source: Path) -> Kind:
     """The layout of a source. Raises CheckpointError when it is none."""
+    source, _ = split_part(source)
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
     folder = source if source.is_dir() else source.parent
@@ -124,7 +137,13 @@ def open_pretrained(source: Path, *, generator: Path | None = None, may_be_fresh
     return open_foreign(source, generator=generator, may_be_fresh=may_be_fresh)
 
 
-def open_source(source: Path, conversion: Conversion) -> Pretrained:
+def open_any(source: Path, generator: Path | None = None) -> Pretrained | Pair:
+    """The model, or the discriminator and its generator, in a folder (or foreign file) of any layout."""
+    found = find_weights_folder(source) if detect(source) == "native" else source
+    return open_pair(found, generator=generator) or open_pretrained(source, generator=generator, may_be_fresh=True)
+
+
+def open_source(source: Path, conversion: Conversion) -> Pretrained | Pair:
     """The source of a conversion, checked against what it is said to be."""
     found = detect(source)
     # The original's own releases on the Hub carry Hugging Face's model_type.
@@ -133,113 +152,16 @@ def open_source(source: Path, conversion: Conversion) -> Pretrained:
         raise CheckpointError(f"--from {conversion.source_kind}: {source} is in the {found} layout; leave --from out")
     if conversion.generator is not None and found == "native":
         raise CheckpointError("--generator: only a v3 discriminator of the original release needs it; leave it out")
-    if conversion.edits.average is not None:
+    if (count := conversion.edits.average) is not None:
         if found != "native":
             raise CheckpointError(f"--average: {source} is no run folder, which has several checkpoints")
-        return average_of_newest(source, conversion.edits.average)
-    model = open_pretrained(source, generator=conversion.generator, may_be_fresh=True)
-    if model.fresh and not (found == "native" and model.origin):  # otherwise it was said when they were made
-        logger.warning("%s lacks %s", source, describe_fresh(model.fresh))
+        if isinstance(pair := open_any(source), Pair):
+            return Pair(*(average_of_newest(source / part, count) for part in PARTS), pair.sharing)
+        return average_of_newest(source, count)
+    model = open_any(source, conversion.generator)
+    for one in models_of(model):
+        # What was made on the way in was said then, and a discriminator beside its generator needs no head.
+        lacking = [name for name in one.fresh if not (isinstance(model, Pair) and DETECTOR in one.tensors)]
+        if lacking and not (found == "native" and one.origin):
+            logger.warning("%s lacks %s", source, describe_fresh(lacking))
     return model
-
-
-# Out
-
-
-def write_native_layout(partial: Path, model: Pretrained, conversion: Conversion, advance: Advance) -> None:
-    """A weights folder of ours."""
-    files = {CONFIG_NAME: json_bytes(native_config(model.config))}
-    if model.origin is not None:
-        files[ORIGIN_NAME] = model.origin.to_json()
-    tokenizer = load_tokenizer(model)
-    contents = tokenizer.files() if tokenizer is not None else plain_files(model)
-    files |= below(TOKENIZER_NAME, contents)
-    shard_bytes = conversion.shard_bytes or DEFAULT_SHARD_BYTES
-    # A release gets what it lacks, so that pretraining can go on from it; a task's model of ours stays what it is.
-    tensors = not_fresh(model) if model.kind == "native" and model.origin is None else model.tensors
-    write_native(partial, tensors, files, shard_bytes=shard_bytes, advance=advance)
-
-
-def write_huggingface(partial: Path, model: Pretrained, conversion: Conversion, advance: Advance) -> None:
-    """A folder that transformers loads with AutoModel, AutoTokenizer and AutoModelForMaskedLM."""
-    check_expressible(model.config)
-    warn_of_decoder(model.config)
-    dialect = choose_dialect(model)
-    fields = to_huggingface_config(model.config, is_fused=dialect.is_fused, is_legacy=dialect.is_legacy)
-    fields |= other_fields(model.origin.fields) if model.origin else {}
-    tensors = write_dialect(not_fresh(model), model.config, dialect)
-    fields["dtype"] = str(most_common_type(tensors)).removeprefix("torch.")
-    files = {CONFIG_NAME: json_bytes(fields)}
-    tokenizer = load_tokenizer(model)
-    if tokenizer is not None:
-        files |= tokenizer_files(tokenizer, max_length=trained_length(model))
-    else:
-        files |= plain_files(model)
-    if conversion.with_card:
-        files["README.md"] = model_card(model, tokenizer, conversion.metadata).encode()
-    write_files(partial, files)
-    write_shards(partial, tensors, shard_bytes=conversion.shard_bytes or DEFAULT_SHARD_BYTES, advance=advance)
-
-
-def write_microsoft(partial: Path, model: Pretrained, _conversion: Conversion, advance: Advance) -> None:
-    """A folder for the original code: `model_config.json`, `pytorch_model.bin`, `spm.model`."""
-    check_expressible_in_the_original(model.config)
-    dialect = choose_dialect(model)._replace(prefix="deberta.", is_legacy=False)
-    # The original takes v1's fused projections apart only together with those of position-to-content.
-    dialect = dialect._replace(is_fused=dialect.is_fused and model.config.has_position_to_content)
-    fields = to_microsoft_config(model.config) | (other_fields(model.origin.fields) if model.origin else {})
-    tokenizer = load_tokenizer(model)
-    if tokenizer is not None and not tokenizer.rules.is_plain:
-        raise CheckpointError(
-            f"--to microsoft: the tokenizer {tokenizer.rules.describe()}; the original code has only {MODEL_FILE}, and "
-            "would give other ids"
-        )
-    files = {MODEL_FILE: tokenizer.spm_model} if tokenizer is not None else plain_files(model)
-    write_files(partial, {"model_config.json": json_bytes(fields), **files})
-    write_pickle(partial / "pytorch_model.bin", write_dialect(not_fresh(model), model.config, dialect), advance)
-
-
-def not_fresh(model: Pretrained) -> LazyTensors:
-    """The tensors that the source had: what was made up on the way in stays behind on the way out."""
-    return {name: tensor for name, tensor in model.tensors.items() if name not in model.fresh}
-
-
-def choose_dialect(model: Pretrained) -> Dialect:
-    """How the tensors are spelt: as they came, or as the v2 release does (v1's way for a model that v1 can hold)."""
-    if model.origin is None:
-        return Dialect(is_fused=can_be_fused(model.tensors, model.config))
-    came = model.origin.dialect
-    return came._replace(prefix="deberta." if came.prefix == "bert." else came.prefix)
-
-
-def trained_length(model: Pretrained) -> int:
-    """The longest sequence that a model was trained on, as far as is recorded; the longest it takes otherwise."""
-    path = model.folder / STATE_NAME
-    prints = read_json(path).get("fingerprints", {}) if path.is_file() else {}
-    recorded = stated_length(model.folder) if model.kind == "huggingface" else prints.get("sequence_length")
-    return recorded or model.config.max_position_embeddings
-
-
-# The tokenizer
-
-
-def load_tokenizer(model: Pretrained) -> Tokenizer | None:
-    """The model's tokenizer; None, with a WARNING, where there is none of SentencePiece's."""
-    folder = model.tokenizer
-    if folder is None:
-        logger.warning("%s has no tokenizer; the converted folder will have none", model.folder)
-        return None
-    tokenizer = model.read_tokenizer()
-    if tokenizer is None:
-        logger.warning("%s: the tokenizer has no %s; its files are copied as they are", folder, MODEL_FILE)
-    elif tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"{folder} has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: they do not belong "
-            "together"
-        )
-    return tokenizer
-
-
-def plain_files(model: Pretrained) -> dict[str, bytes]:
-    """The files of a tokenizer that is not SentencePiece's (v1's), unread."""
-    return unread_files(model.tokenizer) if model.tokenizer is not None else {}

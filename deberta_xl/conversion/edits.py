@@ -30,6 +30,7 @@ from deberta_xl.kernels.relative_index import log_bucket
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.names import DELTA
 from deberta_xl.weights.native import open_native
+from deberta_xl.weights.pair import split_part, with_part
 from deberta_xl.weights.pretrained_folder import Pretrained, spaced_layers, with_layers_kept
 
 WORD = "embeddings.word.weight"
@@ -77,6 +78,7 @@ def average_of_newest(run: Path, count: int) -> Pretrained:
     """The mean of the weights of the newest `count` whole checkpoints of a run, in float64."""
     if count < 2:
         raise CheckpointError(f"--average {count}: give the number of newest checkpoints to average, 2 or more")
+    run, part = split_part(run)
     folders = step_folders(run / "checkpoints")
     whole = []
     for folder in folders:
@@ -89,7 +91,7 @@ def average_of_newest(run: Path, count: int) -> Pretrained:
             break
     if len(whole) < count:
         raise CheckpointError(f"--average {count}: {run} has {len(whole)} whole checkpoints; raise checkpoint.keep")
-    models = [open_native(folder, may_be_fresh=True) for folder in whole]
+    models = [open_native(with_part(folder, part), may_be_fresh=True) for folder in whole]
     first = models[0]
     for other in models[1:]:
         if other.config != first.config:

@@ -13,12 +13,12 @@ from typing import Any
 from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import STATE_NAME
-from deberta_xl.conversion.card_example import fill_mask_example, task_example
+from deberta_xl.conversion.card_example import encoder_example, fill_mask_example, task_example
 from deberta_xl.conversion.card_metadata import OF_THE_BODY, CardMetadata, base_model_of, front_matter
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.settings.architecture import DebertaConfig, HeadKind
 from deberta_xl.weights.head_facts import HeadFacts
-from deberta_xl.weights.names import is_beside_the_model
+from deberta_xl.weights.names import DETECTOR, is_beside_the_model
 from deberta_xl.weights.pretrained_folder import Pretrained
 
 RESULTS_NAME = "results.json"
@@ -37,6 +37,8 @@ def model_card(model: Pretrained, tokenizer: Tokenizer | None, metadata: CardMet
     """`README.md` in the Hub's form. What is not recorded is said to be missing, never guessed."""
     run = run_folder(model.folder)
     decoded = "with an" if model.config.num_decoder_passes else "without an"
+    how = "by replaced token detection" if DETECTOR in model.tensors else f"{decoded} enhanced mask decoder"
+    is_discriminator = DETECTOR in model.tensors
     facts = {
         "Architecture": architecture(model.config, model.tensors),
         "Training data": data_facts(model.folder),
@@ -45,11 +47,12 @@ def model_card(model: Pretrained, tokenizer: Tokenizer | None, metadata: CardMet
     }
     return card(
         (run or model.folder).resolve().name,
-        f"A DeBERTa encoder pretrained {decoded} enhanced mask decoder, written by deberta_xl.",
-        fill_mask_example(tokenizer, metadata.example),
+        f"A DeBERTa encoder pretrained {how}, written by deberta_xl.",
+        (encoder_example if is_discriminator else fill_mask_example)(tokenizer, metadata.example),
         facts,
-        INTENDED_USE + loading(model.config) + longer_sequences(model.config),
-        pipeline="fill-mask",
+        (DISCRIMINATOR_USE if is_discriminator else INTENDED_USE + loading(model.config))
+        + longer_sequences(model.config),
+        pipeline="feature-extraction" if is_discriminator else "fill-mask",
         metadata=with_base_model(metadata, run),
     )
 
@@ -117,6 +120,15 @@ def card(
 INTENDED_USE = """\
 As an encoder to be fine-tuned for classification, tagging, question answering or retrieval, and for filling masks.
 It generates no text. It repeats the biases of the text it was trained on; examine it on your own data before use.
+"""
+DISCRIMINATOR_USE = """\
+As an encoder to be fine-tuned for classification, tagging, question answering or retrieval. It is the discriminator of
+replaced token detection: it fills no masks and generates no text. It repeats the biases of the text it was trained on;
+examine it on your own data before use.
+
+`AutoModel`, the `AutoModelFor…` of tasks and `AutoTokenizer` load this folder. They leave aside `mask_predictions`, the
+head that finds replaced tokens; `tools/detect.py` of deberta_xl uses it. Where there is a folder `generator`, it is the
+masked language model that it was trained with.
 """
 TASK_USE = """\
 For texts like those it was trained on. It repeats the biases of that text, and of what its encoder was pretrained on;

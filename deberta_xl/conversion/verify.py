@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import tokenizers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.base.progress import progress
@@ -20,8 +21,9 @@ from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import TOKENIZER_FILE, unread_files
+from deberta_xl.model.layer import ACTIVATIONS
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
-from deberta_xl.weights.names import EXTRA, is_beside_the_model
+from deberta_xl.weights.names import DETECTOR, EXTRA, is_beside_the_model
 from deberta_xl.weights.pretrained_folder import Pretrained
 
 TEXT = (
@@ -64,7 +66,7 @@ class Difference(NamedTuple):
 
 
 def verify(source: Pretrained, written: Pretrained, tolerance: float, show: Callable[[str], None]) -> None:
-    """Compare all states and the logits, and show the largest difference of each layer.
+    """Compare all states and the logits (a discriminator's of each token), and show the largest difference of each.
 
     Raises CheckpointError naming the place where they differ most when that is more than `tolerance` (a share of the
     largest value there).
@@ -119,6 +121,9 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
                 stack.enter_context(filled(model.encoder.convolution, "encoder.convolution.", source.tensors))
             (hidden_BSD,) = model.encoder(hidden_BSD, scene, numbers=range(number, number + 1))
         yield hidden_BSD[0]
+    if DETECTOR in source.tensors:
+        yield detector_logits(hidden_BSD[0], source)
+        return
     # A decoder that takes the last layer's place starts from what that reads.
     last_BSD = inputs[0] if source.config.shares_last_layer else hidden_BSD
     with (
@@ -128,6 +133,18 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
         filled(model.head, "head.", source.tensors),
     ):
         yield model.predict(last_BSD, scene, LabelledPositions.of(labels_BS)).logits
+
+
+def detector_logits(hidden_SD: Tensor, source: Pretrained) -> Tensor:
+    """What a discriminator says of each token, [S, 1]."""
+    config = source.config
+    weights = {name: t.read().float() for name, t in source.tensors.items() if name.startswith("detector.")}
+    norm, dense, classifier = (
+        (weights[f"detector.{module}.weight"], weights[f"detector.{module}.bias"])
+        for module in ("norm", "dense", "classifier")
+    )
+    normed_SD = F.layer_norm(hidden_SD[:1] + hidden_SD, norm[0].shape, *norm, config.layer_norm_eps)
+    return F.linear(ACTIVATIONS[config.hidden_act](F.linear(normed_SD, *dense)), *classifier)
 
 
 @contextlib.contextmanager

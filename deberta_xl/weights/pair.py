@@ -107,6 +107,7 @@ def native_pair(
 ) -> LazyTensors:
     """The tensors of two models in the form of a native pair; the inverse of `merged_discriminator`.
 
+    Absolute positions that the discriminator shares and does not read are the generator's alone.
     Raises CheckpointError, at the latest when a table is read, where the two do not belong together.
     """
     own = dict(discriminator)
@@ -118,8 +119,8 @@ def native_pair(
             check_shapes(whole, shared)
         if sharing == "es" and is_read and whole is not None:
             generator = generator | {name: equal_table(shared, whole)}
-        elif sharing == "gdes" and (is_read or delta is not None):
-            own[delta_name(table)] = delta if not is_read else what_is_added(whole, shared, delta)
+        elif sharing == "gdes" and is_read:
+            own[delta_name(table)] = what_is_added(whole, shared, delta)
     return {f"generator.{name}": tensor for name, tensor in generator.items()} | {
         f"discriminator.{name}": tensor for name, tensor in own.items()
     }

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -35,8 +36,8 @@ class Pair(NamedTuple):
     sharing: Sharing
 
     def tensors(self) -> LazyTensors:
-        """Both under native names; what was made fresh on the way in is left out."""
-        own, partner = (not_fresh(model) for model in (self.discriminator, self.generator))
+        """Both under native names, without what would be fresh in a discriminator: it needs no masked-LM head."""
+        own, partner = not_fresh(self.discriminator), self.generator.tensors
         return native_pair(own, partner, self.discriminator.config, self.sharing)
 
 
@@ -66,7 +67,8 @@ def open_pair(source: Path, *, generator: Path | None = None) -> Pair | None:
     own = open_foreign(folder, generator=generator, may_be_fresh=True)
     partner = open_foreign(beside, may_be_fresh=True)
     fields = read_config_fields(folder if folder.is_dir() else folder.parent) or {}
-    return checked(Pair(own, partner, stated_sharing(fields, own, folder)), source)
+    sharing = stated_sharing(fields, own, folder)
+    return checked(Pair(without_unread_table(own, partner, sharing), partner, sharing), source)
 
 
 def stated_sharing(fields: Mapping[str, Any], discriminator: Pretrained, path: Path) -> Sharing:
@@ -78,6 +80,19 @@ def stated_sharing(fields: Mapping[str, Any], discriminator: Pretrained, path: P
         known = ", ".join(get_args(Sharing))
         raise CheckpointError(f"{path}: {SHARING_FIELD}={stated!r} is not known; known: {known}")
     return stated
+
+
+def without_unread_table(discriminator: Pretrained, generator: Pretrained, sharing: Sharing) -> Pretrained:
+    """The discriminator with the generator's absolute positions where it shares tables and does not read these.
+
+    The original has a table, and what is added to it, there as well: of no effect, and not kept.
+    """
+    if sharing == "none" or discriminator.config.position_biased_input:
+        return discriminator
+    name, rider = "embeddings.position.weight", rider_name("embeddings.position")
+    tensors = {n: t for n, t in discriminator.tensors.items() if n != rider} | {name: generator.tensors[name]}
+    fresh = tuple(n for n in discriminator.fresh if n != name or n in generator.fresh)
+    return replace(discriminator, tensors=tensors, fresh=fresh)
 
 
 def checked(pair: Pair, source: Path) -> Pair:

@@ -36,6 +36,9 @@ from deberta_xl.weights.pretrained_folder import Pretrained, describe_fresh, spa
 OWN_SIZES = ("num_layers", "hidden_size", "num_heads", "intermediate_size")
 """What the section `generator` sets; the rest is the discriminator's."""
 
+OF_A_GENERATOR = ("embeddings.", "encoder.", "decoder.", "head.")
+"""How the names of its parameters begin."""
+
 
 class Start(NamedTuple):
     """What two models begin with."""
@@ -105,11 +108,12 @@ def start_of(folder: Path, discriminator: DebertaConfig, generator: DebertaConfi
         if pair is not None:
             check_same_architecture(discriminator, pair.discriminator.config, folder)
             check_same_generator(generator, pair.generator.config, folder)
-            own, partner = not_fresh(pair.discriminator), not_fresh(pair.generator)
-            remarks = []
+            own, partner = not_fresh(pair.discriminator), pair.generator.tensors
+            fresh = pair.generator.fresh
+            remarks = [f"has a generator that lacks {describe_fresh(fresh)}"] if fresh else []
             if sharing == "es" and pair.sharing != "es":
                 own = {name: tensor for name, tensor in own.items() if name not in OWN_TABLES}
-                remarks = [
+                remarks += [
                     "shares tables in another way: the discriminator reads the generator's as they are (sharing=es)"
                 ]
         else:
@@ -127,7 +131,6 @@ def generator_from(model: Pretrained, generator: DebertaConfig) -> tuple[LazyTen
 
     Absent absolute positions are zeros in it; an absent masked-LM head is left to the caller.
     """
-    is_head_there = not any(name.startswith("head.") for name in model.fresh)
     what = "a discriminator without its generator" if DETECTOR in model.tensors else "one model, and no pair"
     lacks = f", and it lacks {describe_fresh(model.fresh)}" if model.fresh else ""
     if any(getattr(generator, name) != getattr(model.config, name) for name in OWN_SIZES[1:]):
@@ -142,8 +145,8 @@ def generator_from(model: Pretrained, generator: DebertaConfig) -> tuple[LazyTen
         )
     kept = spaced_layers(model.config.num_layers, generator.num_layers)
     tensors = with_layers_kept(model.tensors, kept)
-    begins = ("embeddings.", "encoder.", "head.") if is_head_there else ("embeddings.", "encoder.")
-    taken = {name: tensor for name, tensor in tensors.items() if name.startswith(begins)}
+    left = {name for name in model.fresh if not name.startswith("embeddings.")}
+    taken = {name: tensor for name, tensor in tensors.items() if name.startswith(OF_A_GENERATOR) and name not in left}
     layers = ", ".join(map(str, kept))
     return taken, [f"is {what}: the generator is made of its layers {layers} and its tables{lacks}"]
 

@@ -183,7 +183,7 @@ def test_a_v3_discriminator_with_its_generator_beside_it_gets_the_sum_and_keeps_
     generator = release(V3, tmp_path / "v3", "generator", "generator_config.json")
     (tmp_path / "v3" / "pytorch_model.bin").rename(tmp_path / "v3" / "pytorch_model.generator.bin")
     discriminator = release(V3, tmp_path / "v3", "discriminator")
-    convert(tmp_path / "v3", tmp_path / "native", Conversion(to="native"))
+    convert(tmp_path / "v3" / "discriminator", tmp_path / "native", Conversion(to="native"))
     weights = load_file(tmp_path / "native" / "model.safetensors")
     for ours, theirs in (("word", "word_embeddings"), ("position", "position_embeddings")):
         table = f"deberta.embeddings.{theirs}"
