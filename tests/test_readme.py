@@ -3,77 +3,48 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import zstandard
+from documented import ROOT, TINY, commands, link_checkout, made_small, run
 from small_dataset import documents
 from small_task import write_sentences
 
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.settings.presets import load_run_config, preset_names
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BIG, SMALL = "128100", "600"
-TINY = [
-    "model.vocab_size=none", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "train.steps=4",
-    "model.intermediate_size=64", "model.sequence_length=64", "train.global_batch_size=8", "train.micro_batch_size=4",
-    "schedule.warmup_steps=2",
-]  # fmt: skip
-
-TINY_TASK = ["model.sequence_length=32", "train.steps=4", "train.global_batch_size=8", "train.micro_batch_size=4"]
+SMALLER = {"128100": "600", "xxlarge": "debug"}
 
 
-def commands(title: str) -> list[list[str]]:
-    """The commands of a section, continuation lines joined."""
-    section = README.split(f"## {title}")[1].split("\n## ")[0]
-    block = re.search(r"((?:    .*\n)+)", section).group(1).replace("\\\n", " ")
-    return [shlex.split(line) for line in block.splitlines()]
-
-
-def made_small(command: list[str]) -> list[str]:
-    """The same command at a size for tests."""
-    words = [{BIG: SMALL, "xxlarge": "debug"}.get(word, word) for word in command]
-    if words[0] == "deepspeed":
-        tiny = TINY if "deberta_xl/pretrain.py" in words else TINY_TASK
-        return [words[0], "--master_port", str(29500 + os.getpid() % 1000), *words[1:], *tiny]
-    return [sys.executable, *words[1:]] if words[0] == "python" else words
+def section(title: str) -> str:
+    """The text below a heading."""
+    return README.split(f"## {title}")[1].split("\n## ")[0].partition("In Python:")[0]
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder that looks like the repository's root, with a compressed corpus in it."""
-    for name in ("tools", "deberta_xl", "deepspeed_configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "corpus").mkdir()
     for number in range(2):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in documents()[number::2])
         (tmp_path / "corpus" / f"{number}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
-    return tmp_path
+    return link_checkout(tmp_path)
 
 
 def test_the_commands_from_text_to_model_to_task_run_as_they_stand(checkout):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     ran = []
     (checkout / "glue").mkdir()
     write_sentences(checkout / "glue" / "SST-2")
     (checkout / "reviews.jsonl").write_text('{"text": "A joy."}\n')
-    for command in [*commands("From text to model"), *commands("From model to task")]:
+    for command in [*commands(section("From text to model")), *commands(section("From model to task"))]:
         if command[0] == "tensorboard":  # a server; what it reads is checked where a run's folder is
             continue
-        result = subprocess.run(
-            made_small(command), cwd=checkout, env=environment, text=True, timeout=300,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}"
+        run(made_small(command, SMALLER), checkout)
         ran.append(next(Path(word).name for word in command if word.endswith(".py")))
     assert {"train_tokenizer.py", "preprocess.py", "pretrain.py", "evaluate.py", "fill_mask.py", "convert.py"} <= set(
         ran
@@ -86,20 +57,15 @@ def test_the_commands_from_text_to_model_to_task_run_as_they_stand(checkout):
 
 def test_the_quickstart_goes_from_text_to_filled_masks_and_continues(tmp_path):
     (tmp_path / "own.txt").write_text("\n\n".join(documents()), encoding="utf-8")
-    work = ["--folder", str(tmp_path / "work"), "--corpus", str(tmp_path / "own.txt"), "--vocab_size", SMALL]
+    work = ["--folder", str(tmp_path / "work"), "--corpus", str(tmp_path / "own.txt"), "--vocab_size", "600"]
     tiny = [override for override in TINY if not override.startswith("train.steps")]
     for steps, sign in (("2", "== 3. Dataset"), ("4", "resumed from")):
-        command = [sys.executable, str(ROOT / "tools" / "quickstart.py"), *work, "--", *tiny, f"train.steps={steps}"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(
-            command, env=environment, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert result.returncode == 0, result.stdout
-        assert sign in result.stdout
-        assert "== Done in" in result.stdout
-        assert "in sentences that were held out; hidden: " in result.stdout
-        assert "[MASK]" in result.stdout
-    assert ("bin/activate" in result.stdout) == (Path(sys.prefix) / "bin" / "activate").exists()
+        said = run([sys.executable, "tools/quickstart.py", *work, "--", *tiny, f"train.steps={steps}"], ROOT)
+        assert sign in said
+        assert "== Done in" in said
+        assert "in sentences that were held out; hidden: " in said
+        assert "[MASK]" in said
+    assert ("bin/activate" in said) == (Path(sys.prefix) / "bin" / "activate").exists()
     assert (tmp_path / "work" / "huggingface" / "tokenizer.json").exists()
     assert (tmp_path / "work" / "run" / "loss.png").exists()
 
