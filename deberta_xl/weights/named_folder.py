@@ -80,7 +80,7 @@ def find_tokenizer(checkpoint: Path) -> Path:
         return folder
     raise CheckpointError(
         f"{checkpoint} has no tokenizer ({MODEL_FILE}): copy its base model's there, which transformers does not save, "
-        "or give its folder with --tokenizer to tools/evaluate.py or tools/fill_mask.py"
+        "or give its folder with --tokenizer to tools/evaluate.py, tools/fill_mask.py or tools/generate.py"
     )
 
 

@@ -126,9 +126,9 @@ def no_mask_filler(path: Path) -> str:
     """Why a discriminator fills no mask, and what it is good for."""
     folder, _ = split_part(path)
     return (
-        f"{path} is a discriminator, which fills no masks: it finds replaced tokens (python tools/detect.py {folder} "
-        f'"TEXT") and can be fine-tuned (train.init={folder}). Where its generator is in the folder, too, that fills '
-        f"masks: {folder / 'generator'}"
+        f"{path} is a discriminator, which fills no masks and writes no text: it finds replaced tokens (python "
+        f'tools/detect.py {folder} "TEXT") and can be fine-tuned (train.init={folder}). Where its generator is in the '
+        f"folder, too, that fills masks: {folder / 'generator'}"
     )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from deberta_xl.corpus.token_store_writer import TokenStoreWriter
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.public.generation import Ranks, Writing, generate
 from deberta_xl.public.pretrained import DebertaForMaskedLM
@@ -19,6 +23,7 @@ from deberta_xl.public.prompts import GenerationError
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.native_config import NativeConfig
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["The value of", "object", "a a a a a a", "is", "The name of the class", "for", "an integer"]
 
 
@@ -42,7 +47,7 @@ def folder(small_dataset, tmp_path_factory) -> Path:
 
 def call(*arguments: object) -> str:
     """What tools/generate.py prints on this rank."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    sys.path.insert(0, str(ROOT / "tools"))
     import generate
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -80,3 +85,40 @@ def test_a_fault_of_one_rank_is_told_on_all(folder):
     first, second = run_ranks(write_with_a_damaged_position, 2, folder)
     assert first == second
     assert first.startswith("the model's outputs are not finite numbers")
+
+
+TEXT = "The value of an assignment is the object itself."
+TRAINING = [
+    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.intermediate_size=64", "model.dropout=0",
+    "model.position_buckets=8", "model.sequence_length=48", "train.global_batch_size=4", "train.micro_batch_size=4",
+    "train.steps=100", "optimizer.learning_rate=5e-3", "schedule.warmup_steps=2", "evaluation.max_samples=4",
+]  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("objective", "commands"), [(["causal"], slice(None)), (["mixed", "autoregressive.form=prefix"], slice(1))]
+)
+def test_a_run_learns_a_text_by_heart_and_the_documented_commands_write_it(
+    objective, commands, small_dataset, tmp_path
+):
+    with TokenStoreWriter(tmp_path / "data", tokenizer=small_dataset.tokenizer) as writer:
+        for _ in range(400):
+            writer.add(small_dataset.tokenizer.encode(TEXT))
+        writer.finish()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    data = [f"data.{part}={tmp_path / 'data'}" for part in ("train", "valid")]
+    training = [sys.executable, ROOT / "deberta_xl" / "pretrain.py", "--config", "debug"]
+    training += ["--deepspeed_config", ROOT / "deepspeed_configs" / "cpu_debug.json", *TRAINING, *data]
+    training += [f"run.folder={tmp_path / 'runs' / 'story'}", f"train.objective={objective[0]}", *objective[1:]]
+    subprocess.run(training, env=environment, check=True, timeout=300)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "The value of"}) + "\n")
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    documented = (ROOT / "docs" / "generation.md").read_text().split("\n\n    ")[1].split("\n\n")[0]
+    documented = documented.replace("Once upon a time", "The value of").replace("node 4", "node 2")
+    for line in documented.splitlines()[commands]:
+        done = subprocess.run(line.strip(), shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "--seed" not in line:
+            assert TEXT in (done.stdout or (tmp_path / "texts.jsonl").read_text())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from small_pair import write_pair
 
 from deberta_xl.base.command_line import run_tool
 from deberta_xl.base.errors import ConfigError
@@ -307,6 +308,13 @@ def test_the_tool_says_in_one_line_what_is_wrong(call, folder, arguments, words)
     assert words in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_discriminator_is_refused_with_what_it_can_do_instead(call, folder, tmp_path):
+    write_pair(tmp_path / "v3")
+    status, out, error = call(tmp_path / "v3", "The", "--tokenizer", folder.parent / "tokenizer")
+    assert (status, out) == (2, "")
+    assert "is a discriminator, which fills no masks and writes no text: it finds replaced tokens" in error
 
 
 def test_a_file_without_prompts_or_with_a_record_without_text_is_refused(call, folder, tmp_path):

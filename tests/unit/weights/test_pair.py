@@ -72,7 +72,7 @@ def find_and_open(folder: Path) -> object:
 
 def test_a_discriminator_fills_no_masks_and_says_what_does(tmp_path):
     write_pair(tmp_path / "v3")
-    says = r"fills no masks: it finds replaced tokens .*tools/detect\.py .*train\.init="
+    says = r"fills no masks and writes no text: it finds replaced tokens .*tools/detect\.py .*train\.init="
     with pytest.raises(CheckpointError, match=says) as caught:
         DebertaForMaskedLM.from_pretrained(tmp_path / "v3")
     assert str(caught.value).endswith(str(tmp_path / "v3" / "generator"))
