@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
+from deberta_xl.base.log import rank_zero
+from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.data.loader import Batch
 from deberta_xl.kernels.sampling import DrawRule
 from deberta_xl.model.dropout import DropoutKey
@@ -26,7 +28,9 @@ from deberta_xl.planning.cost import step_flops
 from deberta_xl.run.figures import detection_curves
 from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.weights.initial_weights import computed_by
+from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.native import files_beside_weights
+from deberta_xl.weights.replaced_tokens import load_initial_pair
 
 GENERATOR: Reports = {
     "generator_loss": Mean("labels"),
@@ -81,6 +85,13 @@ class ReplacedTokens(Pretraining):
         """Generator and discriminator."""
         return ReplacedTokenModel(self.architecture, self.generator_architecture, self.section.sharing, self.seed)
 
+    def load_initial(self, model: nn.Module) -> None:
+        """The weights of `train.init`: both models', or those that one of them can begin with. Collective."""
+        if init := self.config.train.init:
+            source = on_rank_zero(lambda: find_pretrained(init))
+            load_initial_pair(model, source)
+            rank_zero("weights from %s", source)
+
     def micro_batch(self, batch: Batch) -> MaskedTokens:
         """Masked rows."""
         return MaskedTokens.of(batch)
@@ -116,7 +127,7 @@ class ReplacedTokens(Pretraining):
     def learners(self) -> Mapping[str, float]:
         """Both models, the generator at a rate of its own where it has one."""
         own, common = self.config.generator.learning_rate, self.config.optimizer.learning_rate
-        return {"generator": 1.0 if own is None else own / common, "discriminator": 1.0}
+        return {"generator": own / common if own else 1.0 if own is None else 0.0, "discriminator": 1.0}
 
     # A step.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.strict import divisors
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.settings.pretraining import ParallelSection
+from deberta_xl.settings.parallelism import ParallelSection
 
 
 class Grid(NamedTuple):

@@ -13,10 +13,10 @@ from typing import Literal
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.strict import UserPath, at_least, divisors, frozen, positive, probability
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.parallelism import ParallelSection
 from deberta_xl.settings.pretraining import (
     CheckpointSection,
     OptimizerSection,
-    ParallelSection,
     RunSection,
     ScheduleSection,
     TrainSection,

@@ -89,8 +89,18 @@ def scaled(name: str, discriminator: DebertaConfig, hidden: int) -> int:
     return size
 
 
-def check_generator(discriminator: DebertaConfig, section: GeneratorSection, sharing: str) -> None:
-    """Refuse a generator that cannot be, or that shares tables of another width. Raises ConfigError."""
+def check_generator(
+    discriminator: DebertaConfig, section: GeneratorSection, sharing: str, learning_rate: float
+) -> None:
+    """Refuse a generator that cannot be, or that shares tables of another width, or learns beside `learning_rate` 0.
+
+    Raises ConfigError.
+    """
+    if section.learning_rate and not learning_rate:
+        raise ConfigError(
+            f"generator.learning_rate={section.learning_rate} is a share of optimizer.learning_rate, which is 0: set "
+            "that above 0"
+        )
     generator = generator_architecture(discriminator, section)
     own, other = discriminator.embedding_width, generator.embedding_width
     if sharing != "none" and own != other:

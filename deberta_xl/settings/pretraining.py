@@ -7,12 +7,11 @@ sizes, batch arithmetic, optimizer and schedule live here, engine matters in the
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import field
 from typing import Literal
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.base.strict import UserPath, at_least, divisors, frozen, positive, probability
+from deberta_xl.base.strict import UserPath, at_least, frozen, positive, probability
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.objectives import (
     READERS,
@@ -22,6 +21,7 @@ from deberta_xl.settings.objectives import (
     check_generator,
     check_read,
 )
+from deberta_xl.settings.parallelism import ParallelSection, check_slices
 
 
 @frozen
@@ -207,27 +207,6 @@ class ScheduleSection:
 
 
 @frozen
-class ParallelSection:
-    """`parallel`: how one replica of the model is divided over ranks; the remaining factor is data parallelism."""
-
-    tensor_parallel_size: int = 1
-    """Ranks that share each layer. Must divide the heads and the feed-forward width; stay inside one node."""
-    sequence_parallel: bool = False
-    """Whether those ranks also divide the sequence between the shared parts of a layer, which saves activation memory.
-    Their number must then divide `model.sequence_length`."""
-    pipeline_parallel_size: int = 1
-    """Stages, each with some of the layers, the last with the enhanced mask decoder. At most the number of layers."""
-
-    def __post_init__(self) -> None:
-        at_least(1, tensor_parallel_size=self.tensor_parallel_size, pipeline_parallel_size=self.pipeline_parallel_size)
-        if self.sequence_parallel and self.tensor_parallel_size == 1:
-            raise ConfigError(
-                "sequence_parallel=true needs tensor_parallel_size of 2 or more: it divides the sequence over the "
-                "ranks that share each layer; raise that or set parallel.sequence_parallel=false"
-            )
-
-
-@frozen
 class CheckpointSection:
     """`checkpoint`: how often the run can be resumed from."""
 
@@ -279,22 +258,8 @@ class RunConfig:
                 f"set schedule.warmup_steps to {self.train.steps} or less"
             )
         if self.parallel.sequence_parallel:
-            self.check_slices()
+            check_slices(self.model, self.parallel)
         check_read(self.train.objective, {name: getattr(self, name) for name in READERS})
         if self.train.objective == "replaced_tokens":
-            check_generator(self.model.architecture(1), self.generator, self.replaced_tokens.sharing)
-
-    def check_slices(self) -> None:
-        """Refuse a sequence that does not divide over the ranks of sequence parallelism."""
-        length, size = self.model.sequence_length, self.parallel.tensor_parallel_size
-        if length % size:
-            below = length - length % size
-            lengths = " or ".join(str(n) for n in (below, below + size) if n)
-            common = math.gcd(length, self.model.num_heads, self.model.intermediate_size)
-            sizes = [n for n in divisors(common) if n > 1]
-            other_sizes = f"parallel.tensor_parallel_size one of {sizes}, or " if sizes else ""
-            raise ConfigError(
-                f"model.sequence_length={length} does not divide over parallel.tensor_parallel_size={size} ranks, as "
-                f"parallel.sequence_parallel=true asks for; possible: model.sequence_length={lengths}, "
-                f"{other_sizes}parallel.sequence_parallel=false"
-            )
+            rate = self.optimizer.learning_rate
+            check_generator(self.model.architecture(1), self.generator, self.replaced_tokens.sharing, rate)

@@ -27,6 +27,7 @@ BAD = {
     (RTD, "generator.hidden_size=33", "replaced_tokens.sharing=none"): "set generator.num_heads",
     (RTD, "generator.num_layers=1"): "generator: num_layers=1",
     (RTD, "generator.num_heads=5"): "generator: num_heads=5 does not divide hidden_size=128",
+    (RTD, "optimizer.learning_rate=0", "generator.learning_rate=1e-4"): "optimizer.learning_rate, which is 0",
     (RTD, "generator.learning_rate=-1"): "learning_rate=-1.0 is too small",
 }
 
