@@ -15,11 +15,12 @@ __version__ = "0.1.0"
 
 HOMES = {
     "DebertaConfig": "deberta_xl.settings.architecture",
+    "DebertaForDetection": "deberta_xl.public.detection",
     "DebertaForMaskedLM": "deberta_xl.public.pretrained",
     "DebertaForTask": "deberta_xl.public.finetuned",
     "Tokenizer": "deberta_xl.data.tokenizer",
 }
-__all__ = ["DebertaConfig", "DebertaForMaskedLM", "DebertaForTask", "Tokenizer"]
+__all__ = ["DebertaConfig", "DebertaForDetection", "DebertaForMaskedLM", "DebertaForTask", "Tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

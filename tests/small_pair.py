@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.model.trunk import Trunk
+from deberta_xl.model.replaced_tokens import ReplacedTokenModel
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.objectives import Sharing
 from deberta_xl.weights.native import write_weights
@@ -49,22 +49,9 @@ def pair_tensors(sharing: Sharing, *, positions: bool = False) -> dict[str, Tens
     return {name: 0.3 * torch.randn(shape, generator=draw) for name, shape in sizes.items()}
 
 
-class StandIn(nn.Module):
-    """Both models with the parameters that replaced token detection has, as far as a start goes."""
-
-    def __init__(self, sharing: Sharing, *, generator: DebertaConfig = GENERATOR):
-        super().__init__()
-        self.generator = MaskedLanguageModel(generator, seed=1)
-        self.discriminator = Trunk(DISCRIMINATOR)
-        self.discriminator.detector = nn.ModuleDict(
-            {"norm": nn.LayerNorm(WIDTH), "dense": nn.Linear(WIDTH, WIDTH), "classifier": nn.Linear(WIDTH, 1)}
-        )
-        embeddings = self.discriminator.embeddings
-        embeddings.position = None
-        if sharing != "none":
-            embeddings.word = None
-        if sharing == "gdes":
-            embeddings.word_delta = nn.Embedding(DISCRIMINATOR.vocab_size, WIDTH)
+def fresh_pair(sharing: Sharing, *, generator: DebertaConfig = GENERATOR) -> ReplacedTokenModel:
+    """Both models, before a start."""
+    return ReplacedTokenModel(DISCRIMINATOR, generator, sharing, seed=1)
 
 
 def write_pair(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import tokenizers
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.base.progress import progress
@@ -21,8 +20,8 @@ from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import TOKENIZER_FILE, unread_files
-from deberta_xl.model.layer import ACTIVATIONS
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
+from deberta_xl.model.replaced_tokens import Detector
 from deberta_xl.weights.names import DETECTOR, EXTRA, is_beside_the_model
 from deberta_xl.weights.pretrained_folder import Pretrained
 
@@ -102,7 +101,9 @@ def places(model: Pretrained) -> Iterator[str]:
 
 
 def stream(source: Pretrained) -> Iterator[Tensor]:
-    """The states of the text after the embeddings and each layer, [S, D], then the logits at its masks, [L, V]."""
+    """The states of the text after the embeddings and each layer, [S, D], then the logits at its masks, [L, V], or a
+    discriminator's of all tokens, [S].
+    """
     with torch.device("meta"):
         model = MaskedLanguageModel(source.config).eval()
     input_ids_BS, labels_BS = batch(source)
@@ -122,7 +123,10 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
             (hidden_BSD,) = model.encoder(hidden_BSD, scene, numbers=range(number, number + 1))
         yield hidden_BSD[0]
     if DETECTOR in source.tensors:
-        yield detector_logits(hidden_BSD[0], source)
+        with torch.device("meta"):
+            detector = Detector(source.config)
+        with filled(detector, "detector.", source.tensors):
+            yield detector(hidden_BSD, scene.segments_BS)[0]
         return
     # A decoder that takes the last layer's place starts from what that reads.
     last_BSD = inputs[0] if source.config.shares_last_layer else hidden_BSD
@@ -133,18 +137,6 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
         filled(model.head, "head.", source.tensors),
     ):
         yield model.predict(last_BSD, scene, LabelledPositions.of(labels_BS)).logits
-
-
-def detector_logits(hidden_SD: Tensor, source: Pretrained) -> Tensor:
-    """What a discriminator says of each token, [S, 1]."""
-    config = source.config
-    weights = {name: t.read().float() for name, t in source.tensors.items() if name.startswith("detector.")}
-    norm, dense, classifier = (
-        (weights[f"detector.{module}.weight"], weights[f"detector.{module}.bias"])
-        for module in ("norm", "dense", "classifier")
-    )
-    normed_SD = F.layer_norm(hidden_SD[:1] + hidden_SD, norm[0].shape, *norm, config.layer_norm_eps)
-    return F.linear(ACTIVATIONS[config.hidden_act](F.linear(normed_SD, *dense)), *classifier)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_pair import DETECTOR, DISCRIMINATOR, GENERATOR, StandIn, write_pair
+from small_pair import DETECTOR, DISCRIMINATOR, GENERATOR, fresh_pair, write_pair
 from torch import Tensor
 
 from deberta_xl.base.errors import ConfigError
@@ -25,7 +25,7 @@ KEPT = {0: 0, 1: 3}
 
 def started(folder: Path, sharing: str, **options: object) -> dict[str, Tensor]:
     """The parameters of two models that begin from a folder."""
-    model = StandIn(sharing, **options)
+    model = fresh_pair(sharing, **options)
     peek_initial_pair(folder, model.discriminator.config, model.generator.config, sharing)
     load_initial_pair(model, find_pretrained(folder))
     return dict(model.named_parameters())
@@ -77,7 +77,7 @@ def test_one_table_for_both_is_the_generators_and_that_is_said(tmp_path, caplog)
 @pytest.mark.parametrize("sharing", ["gdes", "none"])
 def test_a_discriminator_alone_gives_its_generator_layers_and_tables(sharing, tmp_path, caplog):
     source = write_one(tmp_path / "one", is_discriminator=True)
-    fresh = StandIn(sharing).generator.head.dense.weight
+    fresh = fresh_pair(sharing).generator.head.dense.weight
     parameters = started(tmp_path / "one", sharing)
     assert "is a discriminator without its generator: the generator is made of its layers 0, 3 and" in caplog.text
     assert "its tables, and it lacks a masked-LM head (a new one instead)" in caplog.text
@@ -94,7 +94,7 @@ def test_a_discriminator_alone_gives_its_generator_layers_and_tables(sharing, tm
 def test_a_masked_lm_model_gives_its_generator_the_head_and_leaves_the_detector_fresh(tmp_path, caplog):
     source = write_one(tmp_path / "one", is_discriminator=False)
     fresh = {name: torch.zeros(shape) for name, shape in DETECTOR.items()}
-    model = StandIn("gdes")
+    model = fresh_pair("gdes")
     with torch.no_grad():
         for name, parameter in model.discriminator.detector.named_parameters():
             parameter.copy_(fresh[name])
@@ -122,7 +122,7 @@ def check_layers(parameters: dict[str, Tensor], source: dict[str, Tensor]) -> No
 def test_a_generator_of_other_sizes_begins_fresh_but_for_the_tables(tmp_path, caplog):
     source = write_one(tmp_path / "one", is_discriminator=True)
     narrow = dataclasses.replace(GENERATOR, intermediate_size=8)
-    fresh = dict(StandIn("gdes", generator=narrow).named_parameters())
+    fresh = dict(fresh_pair("gdes", generator=narrow).named_parameters())
     parameters = started(tmp_path / "one", "gdes", generator=narrow)
     assert "the generator has other sizes and begins fresh but for its tables, which are taken" in caplog.text
     assert torch.equal(parameters[f"generator.{WORD}"], source[WORD])
@@ -132,7 +132,7 @@ def test_a_generator_of_other_sizes_begins_fresh_but_for_the_tables(tmp_path, ca
 
 def refusal(folder: Path, **options: object) -> str:
     """Why a start from a folder is refused, when it is looked at and when it is made."""
-    model = StandIn("gdes", **options)
+    model = fresh_pair("gdes", **options)
     with pytest.raises(ConfigError) as early:
         peek_initial_pair(folder, model.discriminator.config, model.generator.config, "gdes")
     with pytest.raises(ConfigError) as late:
