@@ -15,6 +15,9 @@ from small_dataset import documents
 from small_task import write_sentences
 
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.parts import masked_lm_parts, num_parameters, replaced_tokens_parts
+from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.settings.presets import load_run_config, preset_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,16 +75,46 @@ def test_the_quickstart_goes_from_text_to_filled_masks_and_continues(tmp_path):
 
 def test_the_table_of_presets_is_right():
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\S+) \| ([^|]+) \|$", README, re.MULTILINE)
-    assert [row[0] for row in rows] == sorted(preset_names(), key=[row[0] for row in rows].index)
     for name, layers, hidden, heads, inner, convolution, parameters in rows:
         section = load_run_config(name).model
-        sizes = (section.num_layers, section.hidden_size, section.num_heads, section.intermediate_size)
-        assert sizes == tuple(map(int, (layers, hidden, heads, inner)))
+        assert sizes_of(section) == tuple(map(int, (layers, hidden, heads, inner)))
         assert section.conv_kernel_size == (0 if convolution == "–" else int(convolution))
         if parameters[0].isdigit():
             with torch.device("meta"):
                 model = MaskedLanguageModel(section.architecture(128_001))
-            assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(",", ""))
+            assert sum(p.numel() for p in model.parameters()) == number(parameters)
+    of_v3 = [row[0] for row in rows_of_v3()]
+    assert sorted([*(row[0] for row in rows), *of_v3]) == preset_names()
+
+
+def test_the_table_of_v3s_presets_is_right():
+    for name, layers, hidden, heads, inner, vocabulary, generator_layers, *parameters in rows_of_v3():
+        config = load_run_config(name)
+        architecture = config.model.architecture(128_001)
+        generator = generator_architecture(architecture, config.generator)
+        assert sizes_of(config.model) == tuple(map(int, (layers, hidden, heads, inner)))
+        assert generator.num_layers == int(generator_layers)
+        if vocabulary[0].isdigit():
+            assert number(vocabulary) == config.model.vocab_size
+            of_generator = num_parameters(masked_lm_parts(generator))
+            both = num_parameters(replaced_tokens_parts(architecture, generator, config.replaced_tokens.sharing))
+            assert [of_generator, both - of_generator] == [number(cell) for cell in parameters]
+
+
+def rows_of_v3() -> list[tuple[str, ...]]:
+    """The cells of the second table of presets."""
+    cells = r" \| ".join([r"(\d+)"] * 4 + [r"([^|]+)", r"(\d+)", r"([^|]+)", r"([^|]+)"])
+    return re.findall(rf"^\| `(\w+)` \| {cells} \|$", README, re.MULTILINE)
+
+
+def sizes_of(section: DebertaConfig) -> tuple[int, ...]:
+    """Layers, hidden, heads, feed-forward."""
+    return section.num_layers, section.hidden_size, section.num_heads, section.intermediate_size
+
+
+def number(cell: str) -> int:
+    """`1,000` as a number."""
+    return int(cell.replace(",", ""))
 
 
 def test_every_file_the_documents_point_to_exists():
