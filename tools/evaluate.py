@@ -47,10 +47,7 @@ from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.run.joining import join_ranks
 from deberta_xl.settings.presets import load_run_config
 from deberta_xl.settings.pretraining import DataSection, RunConfig
-from deberta_xl.weights.foreign import is_foreign_folder
-from deberta_xl.weights.named_folder import find_pretrained, tokenizer_for
-from deberta_xl.weights.native import CONFIG_NAME
-from deberta_xl.weights.native_config import read_native_config
+from deberta_xl.weights.named_folder import tokenizer_for
 
 METRICS = ("masked_lm", "perplexity")
 
@@ -123,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
         sizes = f"{tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         raise ConfigError(f"the tokenizer has {sizes}; give the one that the model was trained with")
     data = PretrainingData(store, tokenizer, run_config.data if run_config else DataSection(), length, HELD_OUT_SEED)
-    is_masked = choose_metric(arguments, launch.rank) == "masked_lm"
+    is_masked = choose_metric(arguments, model, launch.rank) == "masked_lm"
     if is_masked:
         data.check_held_out(arguments.max_samples)
     needs_unigram = is_masked and launch.rank == 0
@@ -165,20 +162,16 @@ class PredictedText:
             yield batch
 
 
-def choose_metric(arguments: argparse.Namespace, rank: int) -> str:
+def choose_metric(arguments: argparse.Namespace, model: DebertaForMaskedLM, rank: int) -> str:
     """The metric asked for, or that of what the model was trained for; on rank 0 a warning where the two differ."""
-    folder = find_pretrained(arguments.checkpoint)
-    native = None if is_foreign_folder(folder) else read_native_config(folder / CONFIG_NAME)
-    only_writes = native is not None and native.objective in ("causal", "prefix")
-    metric = arguments.metric or ("perplexity" if only_writes else "masked_lm")
-    untrained = (metric == "perplexity" and not (native and native.writes_as)) or (
-        metric == "masked_lm" and only_writes
-    )
-    if untrained and rank == 0:
+    objective = (model.stated and model.stated.objective) or "masked_lm"
+    able = {"masked_lm": ["masked_lm"], "mixed": ["masked_lm", "perplexity"]}.get(objective, ["perplexity"])
+    metric = arguments.metric or able[0]
+    if metric not in able and rank == 0:
         task = "predict the next token" if metric == "perplexity" else "fill masks"
         logger.warning(
             "%s was never trained to %s (train.objective=%s): the figures say little of what it can do",
-            arguments.checkpoint, task, (native and native.objective) or "masked_lm",
+            arguments.checkpoint, task, objective,
         )  # fmt: skip
     return metric
 

@@ -157,7 +157,7 @@ def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
 def check_init(config: RunConfig, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
     """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
     from deberta_xl.weights.initial_weights import check_same_architecture, peek_tensors
-    from deberta_xl.weights.named_folder import peek, tokenizer_folders
+    from deberta_xl.weights.named_folder import peek, stated_in, tokenizer_folders
     from deberta_xl.weights.replaced_tokens import peek_initial_pair
 
     init = config.train.init
@@ -181,3 +181,22 @@ def check_init(config: RunConfig, architecture: DebertaConfig, tokenizer: Tokeni
         return
     check_same_architecture(architecture, there, folder)
     peek_tensors(init)
+    stated = stated_in(folder)
+    tell_of_other_sight((stated and stated.objective) or "masked_lm", config.train.objective, folder)
+
+
+SIGHT = {
+    "masked_lm": "each token saw all of its document",
+    "causal": "each token saw those before it",
+    "prefix": "each token saw those before it and the document's prefix",
+    "mixed": "each token saw all of its document, or in other micro-batches those before it",
+}
+
+
+def tell_of_other_sight(there: str, here: str, folder: Path) -> None:
+    """Say where weights come from training in which tokens saw more, or less, than they are going to."""
+    if here in SIGHT and there not in (here, "mixed"):
+        rank_zero(
+            "train.init=%s comes from training in which %s: it begins train.objective=%s with the habits of that",
+            folder, SIGHT[there], here,
+        )  # fmt: skip

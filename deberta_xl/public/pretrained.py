@@ -8,12 +8,10 @@ from typing import Self
 import torch
 
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.weights.foreign import is_foreign_folder
 from deberta_xl.weights.initial_weights import read_pretrained
-from deberta_xl.weights.named_folder import find_pretrained
-from deberta_xl.weights.native import CONFIG_NAME, fill_model, write_weights
-from deberta_xl.weights.native_config import Form, NativeConfig, native_config, read_native_config
-from deberta_xl.weights.pair import split_part
+from deberta_xl.weights.named_folder import find_pretrained, stated_in
+from deberta_xl.weights.native import fill_model, write_weights
+from deberta_xl.weights.native_config import Form, NativeConfig, native_config
 
 
 class DebertaForMaskedLM(MaskedLanguageModel):
@@ -45,8 +43,7 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         with torch.device("meta"):
             model = cls(config)
         fill_model(model, weights, source, dtype)
-        if not is_foreign_folder(source):
-            model.stated = read_native_config(split_part(source)[0] / CONFIG_NAME)
+        model.stated = stated_in(source)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: str | Path | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -211,3 +212,34 @@ def test_weights_without_positions_or_head_begin_with_fresh_ones_and_a_warning(
     load_initial_weights(model, folder)
     assert not model.embeddings.position.weight.any()
     assert model.head.dense.weight.std() > 0
+
+
+def written_by(objective: str | None, folder: Path, tokenizer: Tokenizer) -> Path:
+    """Weights that come from training by an objective."""
+    write_weights(folder, tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ({"objective": objective} if objective else {})))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "words"),
+    [
+        (None, "causal", "saw all of its document: it begins train.objective=causal with the habits of that"),
+        (None, "mixed", "saw all of its document: it begins train.objective=mixed with the habits of that"),
+        ("causal", "masked_lm", "saw those before it: it begins train.objective=masked_lm"),
+        ("prefix", "causal", "saw those before it and the document's prefix: it begins train.objective=causal"),
+        ("causal", "causal", None),
+        ("mixed", "causal", None),
+        (None, "masked_lm", None),
+    ],
+)
+def test_weights_from_training_with_another_sight_are_taken_and_that_is_said(
+    small_dataset, tmp_path, caplog, there, here, words
+):
+    folder = written_by(there, tmp_path / "weights", small_dataset.tokenizer)
+    with caplog.at_level("INFO"):
+        read(small_dataset, tmp_path / "run", folder, f"train.objective={here}")
+    said = [line for line in caplog.messages if "comes from training in which" in line]
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
