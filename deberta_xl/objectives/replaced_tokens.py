@@ -206,7 +206,13 @@ class ReplacedTokens(Pretraining):
             proposal, logits_BS = run.model("learn", **self.given(batch, whole, key, drops=False))
             figures = self.figures(batch, proposal, logits_BS, whole)
             found.take(host_batch.counts, figures, proposal, logits_BS, batch.rows)
-        return found.conclude(self.derived, self.tokenizer)
+        evaluation = found.conclude(self.derived, self.tokenizer)
+        # A mean over labels and one over tokens: their sum is that of the means, as in a step.
+        losses = {name: evaluation.values[f"{name}_loss"] for name in ("generator", "discriminator")}
+        if None not in losses.values():
+            loss = losses["generator"] + self.section.weight * losses["discriminator"]
+            evaluation = evaluation._replace(values={**evaluation.values, "loss": loss})
+        return evaluation
 
     def curves(self, lines: Sequence[Mapping[str, float]]) -> Figure:
         """Both losses, and what the discriminator finds."""

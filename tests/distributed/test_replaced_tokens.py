@@ -151,7 +151,9 @@ def test_everything_is_told(runner):
     }  # fmt: skip
     norms = {"generator_grad_norm", "discriminator_grad_norm"}
     assert both | {f"valid_{name}" for name in both} | norms | {"valid_auc"} <= set(logged)
-    assert logged["loss"] == pytest.approx(logged["generator_loss"] + 50 * logged["discriminator_loss"])
+    for split in ("", "valid_"):
+        parts = logged[f"{split}generator_loss"], logged[f"{split}discriminator_loss"]
+        assert logged[f"{split}loss"] == pytest.approx(parts[0] + 50 * parts[1])
     assert (run / "STATE").read_text() == "done\n"
     assert (run / "loss.png").is_file()
 
