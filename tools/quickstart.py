@@ -3,6 +3,7 @@
 The text is the English that comes with Python (its language reference and docstrings), or your own with --corpus.
 Everything goes to one folder; what is there already is not made again, and an interrupted training resumes. A folder
 belongs to one text and one vocabulary size, noted in its made-from.json.
+--objective replaced_tokens makes a DeBERTaV3: a generator proposes words, and the model learns to find them.
 
 Your own text may have any form and script: it is looked at first, and divided into documents, tokenised and asked about
 accordingly. Ctrl-C stops; the same command continues.
@@ -10,6 +11,7 @@ accordingly. Ctrl-C stops; the same command continues.
 examples:
   python tools/quickstart.py --folder quickstart
   python tools/quickstart.py --folder mine --corpus a.txt b.jsonl -- train.steps=300
+  python tools/quickstart.py --folder v3 --corpus a.txt --objective replaced_tokens
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -58,13 +60,39 @@ TRAINING = [
     "model.dropout=0",
     "train.log_interval=20",
 ]
-PYTHON_SENTENCES = [
-    "Return a list [MASK] the names in the current scope.",
-    "If the argument is not a string, a TypeError [MASK] raised.",
-    "The function returns the number [MASK] bytes.",
+PYTHON_QUESTIONS = [
+    Question("Return a list [MASK] the names in the current scope.", "of"),
+    Question("If the argument is not a string, a TypeError [MASK] raised.", "is"),
+    Question("The function returns the number [MASK] bytes.", "of"),
 ]
 SHOWN_FILES = 5
 QUESTIONS = 3
+
+
+class Recipe(NamedTuple):
+    """What is trained."""
+
+    preset: str
+    title: str
+    ending: str  # what is told of the last evaluation
+
+
+RECIPES = {
+    "masked_lm": Recipe(
+        "debug",
+        "DeBERTa with enhanced mask decoder",
+        """validation loss at the end  {valid_loss:.3f} nats per masked token
+unigram of the training set {valid_unigram_entropy:.3f}: the best possible without reading context
+masked words guessed right  {valid_accuracy:.1%}""",
+    ),
+    "replaced_tokens": Recipe(
+        "v3_debug",
+        "DeBERTaV3, generator and discriminator",
+        """generator's loss at the end {valid_generator_loss:.3f} nats per masked token
+masked words guessed right  {valid_generator_accuracy:.1%}
+discriminator's AUC         {valid_auc:.3f}: 0.5 is guessing, 1 is finding every replaced token""",
+    ),
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -76,6 +104,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--vocab_size", type=int, help=f"default: {VOCAB_SIZE}, or more for a text of many different characters"
     )
+    parser.add_argument("--objective", choices=RECIPES, default="masked_lm", help="default: masked_lm")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="passed on to training")
     return parser.parse_args(arguments)
 
@@ -160,15 +189,15 @@ def prepare_data(folder: Path, corpus: list[str] | None, vocab_size: int, json_k
         execute("python", "tools/preprocess.py", "--input", *corpus, *options)
 
 
-def train(folder: Path, overrides: list[str]) -> None:
+def train(folder: Path, recipe: Recipe, overrides: list[str]) -> None:
     """Pretraining by DeepSpeed on two ranks; continues where an earlier start left off."""
-    announce(f"4. Pretraining: DeBERTa with enhanced mask decoder, DeepSpeed ZeRO-1 on {RANKS} ranks")
+    announce(f"4. Pretraining: {recipe.title}, DeepSpeed ZeRO-1 on {RANKS} ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     data = [f"data.train={folder}/data/train", f"data.valid={folder}/data/valid", f"run.folder={folder}/run"]
     launcher = ["deepspeed", "--quiet", "--num_accelerators", str(RANKS), "--master_port", str(port)]
-    settings = ["--config", "debug", "--deepspeed_config", "deepspeed_configs/cpu_debug.json"]
+    settings = ["--config", recipe.preset, "--deepspeed_config", "deepspeed_configs/cpu_debug.json"]
     command = [*launcher, "deberta_xl/pretrain.py", *settings, *data, *TRAINING, warmup(overrides), *overrides]
     try:
         execute(*command, launchers=DEEPSPEED_LAUNCHERS)
@@ -197,8 +226,8 @@ def questions_about(corpus: list[str], json_key: str, form: TextForm, tokenizer:
     return questions(held_out, tokenizer, QUESTIONS)
 
 
-def use(folder: Path, asked: list[Question]) -> None:
-    """Export to Hugging Face's layout and fill masks with the exported model."""
+def use(folder: Path, objective: str, asked: list[Question]) -> None:
+    """Export to Hugging Face's layout, and ask the model something."""
     announce("5. Export to Hugging Face's layout")
     exported = folder / "huggingface"
     shutil.rmtree(exported, ignore_errors=True)  # of an earlier start, which may have ended sooner
@@ -206,22 +235,27 @@ def use(folder: Path, asked: list[Question]) -> None:
     if not asked:
         print("\nno held-out sentence is fit for a question")
         return
+    hidden = [question.hidden for question in asked]
+    of_text = "" if asked is PYTHON_QUESTIONS else "in sentences that were held out; "
+    if objective == "replaced_tokens":
+        announce("6. Find the word that does not belong there")
+        wrong = [*hidden[1:], hidden[0]]
+        print(f"{of_text}a word of each is exchanged for: {', '.join(wrong)}")
+        texts = (question.text.replace("[MASK]", word) for question, word in zip(asked, wrong, strict=True))
+        return execute("python", "tools/detect.py", folder / "run", *texts)
     announce("6. Fill the mask, with the exported model")
-    if asked[0].hidden:
-        print(f"in sentences that were held out; hidden: {', '.join(question.hidden for question in asked)}")
+    print(f"{of_text}hidden: {', '.join(hidden)}")
     execute("python", "tools/fill_mask.py", exported, *(question.text for question in asked), "--top_k", "5")
 
 
-def report(folder: Path, seconds: float) -> None:
+def report(folder: Path, recipe: Recipe, seconds: float) -> None:
     """What came out, in a few lines."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(line["loss"] for line in lines if "loss" in line)
     last = [line for line in lines if "valid_loss" in line][-1]
-    announce(f"Done in {duration(seconds)}")
-    print(f"training loss at the start  {first:.3f} nats per masked token")
-    print(f"validation loss at the end  {last['valid_loss']:.3f} (step {last['step']})")
-    print(f"unigram of the training set {last['valid_unigram_entropy']:.3f}: the best possible without reading context")
-    print(f"masked words guessed right  {last['valid_accuracy']:.1%}")
+    announce(f"Done in {duration(seconds)}, {last['step']} steps")
+    print(f"training loss at the start  {first:.3f}")
+    print(recipe.ending.format_map(last))
     print(f"loss curve                  {folder / 'run' / 'loss.png'}")
     print(f"TensorBoard                 tensorboard --logdir {folder / 'run'}")
     print(f"Hugging Face model          {folder / 'huggingface'}")
@@ -239,12 +273,13 @@ def run(arguments: argparse.Namespace) -> None:
     vocab_size = arguments.vocab_size or (form.vocab_size(VOCAB_SIZE) if form else VOCAB_SIZE)
     claim(folder, corpus, vocab_size)
     prepare_data(folder, corpus, vocab_size, arguments.json_key, form)
-    train(folder, arguments.overrides)
-    asked = [Question(sentence, "") for sentence in PYTHON_SENTENCES]
+    recipe = RECIPES[arguments.objective]
+    train(folder, recipe, arguments.overrides)
+    asked = PYTHON_QUESTIONS
     if corpus:
         asked = questions_about(corpus, arguments.json_key, form, Tokenizer.load(folder / "tokenizer"))
-    use(folder, asked)
-    report(folder, time.monotonic() - started)
+    use(folder, arguments.objective, asked)
+    report(folder, recipe, time.monotonic() - started)
 
 
 def main() -> int:

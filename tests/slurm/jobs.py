@@ -46,11 +46,18 @@ class Cluster(NamedTuple):
     checkout: Path
     dataset: SmallDataset
 
-    def submit(self, run_folder: Path, *arguments: str, options: list[str] | None = None, **variables: str) -> Job:
+    def submit(
+        self,
+        run_folder: Path,
+        *arguments: str,
+        script: str = SCRIPT,
+        options: list[str] | None = None,
+        **variables: str,
+    ) -> Job:
         """Queue a training job."""
         log = run_folder.with_suffix(".out")
         data = [f"data.train={self.dataset.train}", f"data.valid={self.dataset.valid}", f"run.folder={run_folder}"]
-        command = [*OPTIONS, f"--output={log}", *(options or []), SCRIPT, *SETTINGS, *data, *arguments]
+        command = [*OPTIONS, f"--output={log}", *(options or []), script, *SETTINGS, *data, *arguments]
         return Job(self.lab, self.queue("sbatch", *command, **variables)[-1], run_folder, log)
 
     def queue(self, *command: str, **variables: str) -> list[str]:

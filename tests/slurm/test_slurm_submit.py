@@ -68,6 +68,28 @@ def test_a_run_in_stages_is_laid_out_over_the_headers_ranks(submit: Submit):
     assert "x 4 accumulated" in answer.stdout
 
 
+def test_replaced_token_detection_is_checked_as_a_job_of_its_own_size(
+    big_lab: Lab, checkout: Path, small_dataset: SmallDataset, tmp_path: Path
+):
+    data = [
+        f"data.train={small_dataset.train}",
+        "data.valid=none",
+        f"run.folder={tmp_path}/v3",
+        "model.vocab_size=none",
+    ]
+    command = ["bash", "slurm/submit.sh", "--dry-run", "slurm/pretrain_v3.sh", *data]
+    answer = big_lab.run(*command, cwd=checkout, extra=user_environment())
+    assert answer.returncode == 0, answer.stdout
+    assert "4 nodes x 8 ranks" in answer.stdout
+    assert "ranks: 32 = 32 data-parallel" in answer.stdout
+    assert "x 32 accumulated" in answer.stdout
+    assert re.search(r"each rank.* [0-9,]+ parameters, [0-9.]+ GiB ", answer.stdout)
+    assert "using 384 processors" in answer.stdout
+    refused = big_lab.run(*command, "parallel.pipeline_parallel_size=2", cwd=checkout, extra=user_environment())
+    assert refused.returncode == 2, refused.stdout
+    assert "replaced_tokens" in refused.stdout.splitlines()[-1]
+
+
 def test_a_chain_is_n_jobs_of_one_name_that_are_not_requeued(submit: Submit, big_lab: Lab):
     answer = submit(options=["--chain", "3", "--hold"])
     assert answer.returncode == 0, answer.stdout
