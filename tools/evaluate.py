@@ -164,7 +164,7 @@ class PredictedText:
 
 def choose_metric(arguments: argparse.Namespace, model: DebertaForMaskedLM, rank: int) -> str:
     """The metric asked for, or that of what the model was trained for; on rank 0 a warning where the two differ."""
-    objective = (model.stated and model.stated.objective) or "masked_lm"
+    objective = model.learnt.objective or "masked_lm"
     able = {"masked_lm": ["masked_lm"], "mixed": ["masked_lm", "perplexity"]}.get(objective, ["perplexity"])
     metric = arguments.metric or able[0]
     if metric not in able and rank == 0:

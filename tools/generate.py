@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
     longest = model.config.max_position_embeddings
     read = [read_prompt(prompt.text, number, tokenizer, longest) for number, prompt in enumerate(given)]
     if launch.rank == 0:
-        warn(arguments.checkpoint, model.writes_as, read, tokenizer)
+        warn(arguments.checkpoint, model.learnt.writes_as, read, tokenizer)
     ranks = place(model, launch, grid)
     if len(given) == 1 and launch.world_size == 1 and sys.stdout.isatty() and not arguments.json:
         stopped = [stream(model, tokenizer, read[0], writing)]

@@ -157,7 +157,7 @@ def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
 def check_init(config: RunConfig, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
     """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
     from deberta_xl.weights.initial_weights import check_same_architecture, peek_tensors
-    from deberta_xl.weights.named_folder import peek, stated_in, tokenizer_folders
+    from deberta_xl.weights.named_folder import learnt_in, peek, tokenizer_folders
     from deberta_xl.weights.replaced_tokens import peek_initial_pair
 
     init = config.train.init
@@ -181,8 +181,7 @@ def check_init(config: RunConfig, architecture: DebertaConfig, tokenizer: Tokeni
         return
     check_same_architecture(architecture, there, folder)
     peek_tensors(init)
-    stated = stated_in(folder)
-    tell_of_other_sight((stated and stated.objective) or "masked_lm", config.train.objective, folder)
+    tell_of_other_sight(learnt_in(folder).objective or "masked_lm", config.train.objective, folder)
 
 
 SIGHT = {

@@ -7,6 +7,7 @@ import logging
 from deberta_xl.base.log import logger
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.weights.native_config import Learnt
 
 
 def check_expressible(config: DebertaConfig) -> None:
@@ -46,6 +47,16 @@ def warn_of_decoder(config: DebertaConfig) -> None:
             "the decoder (decoder_passes=%d, decoder_weights=%s, decoder_input=%s) is carried along, and transformers "
             "leaves it aside: AutoModel is exact, AutoModelForMaskedLM predicts from the encoder's last state",
             config.num_decoder_passes, config.decoder_weights, config.decoder_input,
+        )  # fmt: skip
+
+
+def warn_of_mask(learnt: Learnt, there: str) -> None:
+    """Say where a model is computed under another mask than it was trained under: `there` is "transformers attends"."""
+    if learnt.objective in ("causal", "prefix"):
+        logger.warning(
+            "the model was trained with train.objective=%s, and %s to what follows, too: states and predictions are "
+            "others there. What it was trained for rides along in its configuration: tools/generate.py reads it",
+            learnt.objective, there,
         )  # fmt: skip
 
 

@@ -20,7 +20,12 @@ from deberta_xl.checkpoint.tensor_writer import (
     write_shards,
 )
 from deberta_xl.conversion.card_metadata import CardMetadata
-from deberta_xl.conversion.expressible import check_expressible, check_expressible_in_the_original, warn_of_decoder
+from deberta_xl.conversion.expressible import (
+    check_expressible,
+    check_expressible_in_the_original,
+    warn_of_decoder,
+    warn_of_mask,
+)
 from deberta_xl.conversion.model_card import model_card
 from deberta_xl.conversion.tokenizer_export import json_bytes, tokenizer_files
 from deberta_xl.data.tokenizer import Tokenizer
@@ -29,7 +34,7 @@ from deberta_xl.settings.objectives import Sharing
 from deberta_xl.weights.dialect import Dialect, can_be_fused, write_dialect
 from deberta_xl.weights.foreign import GENERATOR_NAME, stated_length
 from deberta_xl.weights.foreign_config import to_huggingface_config, to_microsoft_config
-from deberta_xl.weights.foreign_fields import other_fields
+from deberta_xl.weights.foreign_fields import LEARNT, other_fields
 from deberta_xl.weights.names import DETECTOR
 from deberta_xl.weights.native import CONFIG_NAME, TOKENIZER_NAME, origin_name, write_native
 from deberta_xl.weights.native_config import native_config
@@ -55,7 +60,7 @@ def write_native_layout(partial: Path, source: Pretrained | Pair, writing: Writi
     is_pair = isinstance(source, Pair)
     model = source.discriminator if is_pair else source
     pair = {"generator": source.generator.config, "sharing": source.sharing} if is_pair else {}
-    files = {CONFIG_NAME: json_bytes(native_config(model.config, **pair))}
+    files = {CONFIG_NAME: json_bytes(native_config(model.config, **pair, **model.learnt._asdict()))}
     origins = {"discriminator": model.origin, "generator": source.generator.origin if is_pair else None}
     files |= {origin_name(part): origin.to_json() for part, origin in origins.items() if origin is not None}
     tokenizer = load_tokenizer(model)
@@ -87,11 +92,12 @@ def write_huggingface_model(
     check_expressible(model.config)
     if DETECTOR not in model.tensors:
         warn_of_decoder(model.config)
+    warn_of_mask(model.learnt, "transformers attends")
     dialect = choose_dialect(model)
     fields = to_huggingface_config(model.config, is_fused=dialect.is_fused, is_legacy=dialect.is_legacy)
     if DETECTOR in model.tensors:  # transformers has no class for it; its encoder is what is loaded
         fields["architectures"] = [fields["architectures"][0].replace("ForMaskedLM", "Model")]
-    fields |= (other_fields(model.origin.fields) if model.origin else {}) | more_fields
+    fields |= (other_fields(model.origin.fields) if model.origin else {}) | more_fields | learnt_fields(model)
     tensors = write_dialect(not_fresh(model), model.config, dialect)
     fields["dtype"] = str(most_common_type(tensors)).removeprefix("torch.")
     files = {CONFIG_NAME: json_bytes(fields)}
@@ -139,12 +145,18 @@ def write_microsoft_model(
 ) -> None:
     """The configuration and the weights of one model, in files of these names."""
     check_expressible_in_the_original(model.config)
+    warn_of_mask(model.learnt, "the original attends")
     dialect = choose_dialect(model)._replace(prefix="deberta.", is_legacy=False)
     # The original takes v1's fused projections apart only together with those of position-to-content.
     dialect = dialect._replace(is_fused=dialect.is_fused and model.config.has_position_to_content)
     fields = to_microsoft_config(model.config) | (other_fields(model.origin.fields) if model.origin else {})
-    write_files(partial, {names[0]: json_bytes(fields | more_fields)})
+    write_files(partial, {names[0]: json_bytes(fields | more_fields | learnt_fields(model))})
     write_pickle(partial / names[1], write_dialect(tensors, model.config, dialect), writing.advance)
+
+
+def learnt_fields(model: Pretrained) -> dict[str, str]:
+    """What rides along in another world's configuration, so that a model that can write is known for one here."""
+    return {LEARNT[name]: value for name, value in model.learnt._asdict().items() if value is not None}
 
 
 def with_deltas(tensors: LazyTensors, sharing: Sharing) -> LazyTensors:

@@ -191,7 +191,7 @@ def write_batch(
     texts = [Text(prompt, writing.max_new_tokens, model.config.max_position_embeddings) for prompt in prompts]
     length_B = torch.tensor([text.length for text in texts], device=device)
     slot_T = torch.arange(max(text.limit for text in texts), device=device)
-    cached = CachedModel(model, (slot_T < length_B.unsqueeze(1)) & (model.writes_as == "prefix"))
+    cached = CachedModel(model, (slot_T < length_B.unsqueeze(1)) & (model.learnt.writes_as == "prefix"))
     forbidden_V = torch.from_numpy(~allowed_tokens(tokenizer, model.config.vocab_size)).to(device)
     padded = np.zeros((len(texts), int(length_B.max())), np.int64)
     for row, prompt in enumerate(prompts):

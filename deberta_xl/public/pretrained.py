@@ -7,11 +7,12 @@ from typing import Self
 
 import torch
 
+from deberta_xl.checkpoint.lazy import read_all
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.weights.initial_weights import read_pretrained
-from deberta_xl.weights.named_folder import find_pretrained, stated_in
+from deberta_xl.weights.initial_weights import open_pretrained
+from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.native import fill_model, write_weights
-from deberta_xl.weights.native_config import Form, NativeConfig, native_config
+from deberta_xl.weights.native_config import Learnt, native_config
 
 
 class DebertaForMaskedLM(MaskedLanguageModel):
@@ -20,13 +21,8 @@ class DebertaForMaskedLM(MaskedLanguageModel):
     `DebertaForMaskedLM(config)` has fresh weights; `from_pretrained` reads them. See `MaskedLanguageModel.forward`.
     """
 
-    stated: NativeConfig | None = None
-    """What its folder says besides the architecture, where that is one of ours: what it was trained for."""
-
-    @property
-    def writes_as(self) -> Form | None:
-        """How it goes on with a text (`public/generation.py`); None for a model that has not learnt to."""
-        return self.stated.writes_as if self.stated else None
+    learnt: Learnt = Learnt()
+    """Whether, and how, it has learnt to write (`public/generation.py`), as its folder says."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
@@ -39,11 +35,11 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         Raises CheckpointError when files are missing or damaged, or tensors do not fit the configuration.
         """
         source = find_pretrained(directory)
-        config, weights = read_pretrained(source)
+        found = open_pretrained(source)
         with torch.device("meta"):
-            model = cls(config)
-        fill_model(model, weights, source, dtype)
-        model.stated = stated_in(source)
+            model = cls(found.config)
+        fill_model(model, read_all(found.tensors), source, dtype)
+        model.learnt = found.learnt
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: str | Path | None = None) -> None:
@@ -52,6 +48,5 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         Raises CheckpointError when the folder exists and is not empty.
         """
         weights = {name: p.detach() for name, p in self.named_parameters()}
-        written = {"objective": self.stated.objective, "form": self.stated.form} if self.stated else {}
-        config = native_config(self.config, **written)
+        config = native_config(self.config, **self.learnt._asdict())
         write_weights(Path(directory), weights, config, Path(tokenizer) if tokenizer else None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
@@ -13,8 +15,8 @@ from deberta_xl.data.tokenizer_files import TOKENIZER_FILES
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.dialect import needs_generator, read_dialect
 from deberta_xl.weights.foreign_config import from_foreign_config
-from deberta_xl.weights.foreign_fields import other_fields
-from deberta_xl.weights.native_config import MODEL_TYPE, explain
+from deberta_xl.weights.foreign_fields import LEARNT, other_fields
+from deberta_xl.weights.native_config import MODEL_TYPE, Learnt, explain
 from deberta_xl.weights.pair import no_generator, split_part
 from deberta_xl.weights.pretrained_folder import Origin, Pretrained, complete
 
@@ -101,7 +103,16 @@ def open_foreign(source: Path, *, generator: Path | None = None, may_be_fresh: b
         tokenizer=folder if has_tokenizer else None,
         origin=origin,
         fresh=fresh,
+        learnt=stated_learnt(fields, source),
     )
+
+
+def stated_learnt(fields: Mapping[str, Any], path: Path) -> Learnt:
+    """Whether, and how, a model has learnt to write, by what rides along in a foreign configuration."""
+    try:
+        return Learnt.checked(*(fields.get(theirs) for theirs in LEARNT.values()))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def find_foreign(source: Path) -> tuple[Path, Path]:

@@ -42,6 +42,8 @@ RENAMED = {
 }
 #: Fields of ours that others do not read, of the decoder where it is not the released models'.
 DECODER = ("decoder_passes", "decoder_weights", "decoder_input")
+#: … and of whether and how a model has learnt to write (`Learnt`): ours, and what they are called there.
+LEARNT = {"objective": "writing_objective", "form": "writing_form"}
 #: Fields that are computed from the architecture in another way, and written anew.
 COMPUTED = (
     "relative_attention",
@@ -54,6 +56,7 @@ COMPUTED = (
     "bucket_rule",
     "embedding_sharing",
     *DECODER,
+    *LEARNT.values(),
 )
 #: What a task's head is computed with (`foreign_heads.py`); an encoder alone carries it along.
 OF_A_HEAD = ("pooling", "pooler_hidden_act", "pooler_dropout", "pooler_hidden_size", "cls_dropout", "problem_type")

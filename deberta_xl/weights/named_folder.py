@@ -11,9 +11,9 @@ from deberta_xl.checkpoint.manifest import CheckpointError, step_folders
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.data.tokenizer_files import MODEL_FILE
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.weights.foreign import is_foreign_folder, parse_config, read_config_fields
+from deberta_xl.weights.foreign import is_foreign_folder, parse_config, read_config_fields, stated_learnt
 from deberta_xl.weights.native import CONFIG_NAME, TOKENIZER_NAME, find_weights_folder
-from deberta_xl.weights.native_config import NativeConfig, read_native_config
+from deberta_xl.weights.native_config import Learnt, read_native_config
 from deberta_xl.weights.pair import no_generator, split_part, with_part
 
 Opened = TypeVar("Opened")
@@ -48,9 +48,11 @@ def peek(directory: str | Path, setting: str = "train.init") -> tuple[Path, Debe
         raise ConfigError(f"{setting}: {error}") from error
 
 
-def stated_in(folder: Path) -> NativeConfig | None:
-    """What a folder given by `find_pretrained` or `peek` says of its model, where it is one of ours."""
-    return None if is_foreign_folder(folder) else read_native_config(split_part(folder)[0] / CONFIG_NAME)
+def learnt_in(folder: Path) -> Learnt:
+    """Whether, and how, the model of a folder given by `find_pretrained` or `peek` has learnt to write."""
+    if is_foreign_folder(folder):
+        return stated_learnt(read_config_fields(folder) or {}, folder)
+    return read_native_config(split_part(folder)[0] / CONFIG_NAME).learnt
 
 
 def steps_or_itself(directory: Path) -> list[Path]:

@@ -158,6 +158,7 @@ def open_native(folder: Path, *, may_be_fresh: bool = False, takes_any_head: boo
         tokenizer=tokenizer if tokenizer.is_dir() else None,
         origin=origin,
         fresh=fresh + (origin.fresh if origin else ()),
+        learnt=read_native_config(place / CONFIG_NAME).learnt,
     )
 
 

@@ -28,15 +28,9 @@ Form = Literal["causal", "prefix"]
 """Whether its tokens see of a beginning what came before them, or all of it (`autoregressive.form`)."""
 
 
-class NativeConfig(NamedTuple):
-    """What a native `config.json` says."""
+class Learnt(NamedTuple):
+    """Whether, and how, a model has learnt to write."""
 
-    architecture: DebertaConfig
-    """Of the model; of a pair, the discriminator's."""
-    generator: DebertaConfig | None = None
-    """Of the generator whose weights are there, too."""
-    sharing: Sharing | None = None
-    """How the discriminator's tables are stored: beside a generator only."""
     objective: WritingObjective | None = None
     """What it was trained for, where that is not to fill masks or to find replaced tokens."""
     form: Form | None = None
@@ -46,6 +40,28 @@ class NativeConfig(NamedTuple):
     def writes_as(self) -> Form | None:
         """How it writes on; None for a model that has not learnt to."""
         return (self.form or "causal") if self.objective == "mixed" else self.objective
+
+    @classmethod
+    def checked(cls, objective: Any, form: Any) -> Learnt:
+        """From what a configuration says. Raises ConfigError for a value that is not known, or out of place."""
+        for name, value, type_of in (("objective", objective, WritingObjective), ("form", form, Form)):
+            if value is not None and value not in get_args(type_of):
+                raise ConfigError(f"{name}={value!r} is not known; known: {', '.join(get_args(type_of))}")
+        if form is not None and objective != "mixed":
+            raise ConfigError(f"form={form!r} belongs to objective='mixed' alone, and objective is {objective!r}")
+        return cls(objective, form)
+
+
+class NativeConfig(NamedTuple):
+    """What a native `config.json` says."""
+
+    architecture: DebertaConfig
+    """Of the model; of a pair, the discriminator's."""
+    generator: DebertaConfig | None = None
+    """Of the generator whose weights are there, too."""
+    sharing: Sharing | None = None
+    """How the discriminator's tables are stored: beside a generator only."""
+    learnt: Learnt = Learnt()
 
 
 def native_config(
@@ -85,10 +101,8 @@ def parse(fields: dict[str, Any]) -> NativeConfig:
     generator, sharing, objective, form = (
         fields.pop(name, None) for name in ("generator", "sharing", "objective", "form")
     )
-    words = (("sharing", sharing, Sharing), ("objective", objective, WritingObjective), ("form", form, Form))
-    for name, value, type_of in words:
-        if value is not None and value not in get_args(type_of):
-            raise ConfigError(f"{name}={value!r} is not known; known: {', '.join(get_args(type_of))}")
+    if sharing is not None and sharing not in get_args(Sharing):
+        raise ConfigError(f"sharing={sharing!r} is not known; known: {', '.join(get_args(Sharing))}")
     if generator is not None and not isinstance(generator, Mapping):
         raise ConfigError(f"generator={generator!r} is no architecture")
     if (generator is None) != (sharing is None):
@@ -96,10 +110,8 @@ def parse(fields: dict[str, Any]) -> NativeConfig:
             "generator and sharing go together: the architecture of the generator whose weights are in this folder, "
             "and how the discriminator shares its tables"
         )
-    if form is not None and objective != "mixed":
-        raise ConfigError(f"form={form!r} belongs to objective='mixed' alone, and objective is {objective!r}")
     partner = None if generator is None else DebertaConfig(**generator)
-    return NativeConfig(DebertaConfig(**fields), partner, sharing, objective, form)
+    return NativeConfig(DebertaConfig(**fields), partner, sharing, Learnt.checked(objective, form))
 
 
 def explain(error: Exception) -> str:

@@ -21,7 +21,7 @@ from deberta_xl.public.generation import Ranks, Writing, generate
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.public.prompts import GenerationError
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.weights.native_config import NativeConfig
+from deberta_xl.weights.native_config import Learnt
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["The value of", "object", "a a a a a a", "is", "The name of the class", "for", "an integer"]
@@ -39,7 +39,7 @@ def folder(small_dataset, tmp_path_factory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    model.stated = NativeConfig(config, objective="prefix")
+    model.learnt = Learnt("prefix")
     small_dataset.tokenizer.save(folder / "tokenizer")
     model.save_pretrained(folder / "native", tokenizer=folder / "tokenizer")
     return folder / "native"

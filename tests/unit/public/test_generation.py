@@ -21,7 +21,7 @@ from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.public.prompts import GenerationError, Speller, read_prompt
 from deberta_xl.public.sampling import Sampling
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.weights.native_config import NativeConfig
+from deberta_xl.weights.native_config import Learnt
 
 TEXT = "The value of an assignment is the object itself."
 POSITIONS = 40
@@ -50,7 +50,7 @@ def model(tokenizer) -> DebertaForMaskedLM:
         loss.backward()
         optimizer.step()
     assert loss < 0.2
-    model.stated = NativeConfig(config, objective="causal")
+    model.learnt = Learnt("causal")
     return model.eval()
 
 
@@ -128,7 +128,7 @@ def test_a_prefix_model_sees_the_prompt_in_both_directions(model, tokenizer):
             parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     prompts = ["itself object the is value of", "The"]
     causal = written(fresh, tokenizer, prompts, max_new_tokens=9)
-    fresh.stated = NativeConfig(model.config, objective="mixed", form="prefix")
+    fresh.learnt = Learnt("mixed", "prefix")
     prefix = written(fresh, tokenizer, prompts, max_new_tokens=9)
     with torch.no_grad():
         logits = fresh(torch.tensor([[tokenizer.cls_id, *tokenizer.encode(prompts[0]).tolist()]])).logits[0, -1]
