@@ -204,6 +204,8 @@ def with_positions(model: Pretrained, edits: Edits) -> Pretrained:
     ):
         if value < minimum or bool(value) != bool(minimum):
             raise CheckpointError(f"--{name} {value}: the model has {minimum}; only more can be had")
+    if not old.relative_rows and (reach, buckets) != (old.relative_reach, old.position_buckets):
+        raise CheckpointError("--max_relative_positions, --position_buckets: pos_att_type=none has no relative table")
     new = replace(
         old,
         max_position_embeddings=length,

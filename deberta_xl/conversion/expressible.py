@@ -32,6 +32,11 @@ def check_expressible_in_the_original(config: DebertaConfig) -> None:
             f"{config.decoder_input}: the original's code always decodes by two passes of the last layer over absolute "
             "positions; --to huggingface has the encoder as it is, and carries the rest along"
         )
+    if config.pos_att_type == "p2c":
+        raise CheckpointError(
+            "pos_att_type=p2c: the original's code ends with an error at position-to-content without content-to-"
+            "position; --to huggingface computes it"
+        )
     if "gelu_tanh" in (config.hidden_act, config.conv_act if config.conv_kernel_size else None):
         raise CheckpointError(
             "an activation is gelu_tanh, which the original does not have; it has gelu, relu, tanh, silu"
@@ -75,7 +80,7 @@ def warn_of_other_buckets(config: DebertaConfig, rule_there: str, why: str) -> N
     It is worth a warning where our own sequences can be so long.
     """
     reach = config.relative_reach
-    if config.position_buckets and config.bucket_rule != rule_there:
+    if config.position_buckets and config.relative_rows and config.bucket_rule != rule_there:
         logger.log(
             logging.WARNING if reach < config.max_position_embeddings else logging.INFO,
             "the export gives other values for sequences of more than max_relative_positions=%d tokens, from %d on: %s",

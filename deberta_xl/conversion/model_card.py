@@ -155,7 +155,7 @@ transformers has no enhanced mask decoder{left_aside}.
 
 def longer_sequences(config: DebertaConfig) -> str:
     """From which length on transformers computes something else; empty where it never does."""
-    if not config.position_buckets or config.bucket_rule == "transformers":
+    if not (config.position_buckets and config.relative_rows) or config.bucket_rule == "transformers":
         return ""
     return f"""
 For sequences of more than {config.relative_reach} tokens transformers gives other values than deberta_xl:
@@ -194,7 +194,9 @@ def architecture(config: DebertaConfig, tensors: LazyTensors) -> dict[str, Any]:
         "feed-forward size": config.intermediate_size,
         "vocabulary": f"{config.vocab_size:,}",
         "longest sequence": config.max_position_embeddings,
-        "relative positions": f"{config.position_buckets or 'no'} buckets, {config.relative_reach} told apart",
+        "relative positions": f"{config.position_buckets or 'no'} buckets, {config.relative_reach} told apart"
+        if config.relative_rows
+        else "none",
         "position terms": config.pos_att_type.replace("|", ", "),
         "n-gram convolution": f"width {config.conv_kernel_size}" if config.conv_kernel_size else "none",
         "decoder": decoder(config),

@@ -32,8 +32,9 @@ class Memory(NamedTuple):
 class RelativeRows(NamedTuple):
     """The relative table as the heads project it."""
 
-    key_NRH: Tensor
-    query_NRH: Tensor | None
+    key_NRH: Tensor | None = None
+    """None where content-to-position is not used."""
+    query_NRH: Tensor | None = None
     """None where position-to-content is not used."""
 
 

@@ -18,24 +18,26 @@ from deberta_xl.kernels.dropout import DropoutRule, drop
 def disentangled_scores(
     query_BNSH: Tensor,
     key_BNTH: Tensor,
-    position_key_NRH: Tensor,
-    position_query_NRH: Tensor | None,
-    delta: Tensor,
+    relative: RelativeRows,
+    where: Where,
 ) -> Tensor:
-    """Eq. (4): content-to-content + content-to-position (+ position-to-content), scaled, [B, N, S, T].
+    """Eq. (4): content-to-content (+ content-to-position) (+ position-to-content), scaled, [B, N, S, T].
 
-    `delta` [S, T] or [B, S, T] holds the relative row of every pair; without `position_query_NRH` the third term is
-    left out. The scale is 1/sqrt(d n) with n the number of terms.
+    A term whose rows are not there is left out. The scale is 1/sqrt(d n) with n the number of terms.
     """
-    index_BNST = delta.unsqueeze(-3).expand(*query_BNSH.shape[:3], key_BNTH.shape[2])
     scores_BNST = query_BNSH @ key_BNTH.transpose(-1, -2)
-    scores_BNST = scores_BNST + (query_BNSH @ position_key_NRH.transpose(-1, -2)).gather(-1, index_BNST)
-    num_terms = 2
-    if position_query_NRH is not None:
+    if relative.key_NRH is None and relative.query_NRH is None:
+        return scores_BNST / math.sqrt(query_BNSH.shape[-1])
+    index_BNST = where.delta.unsqueeze(-3).expand(*query_BNSH.shape[:3], key_BNTH.shape[2])
+    num_terms = 1
+    if relative.key_NRH is not None:
+        scores_BNST = scores_BNST + (query_BNSH @ relative.key_NRH.transpose(-1, -2)).gather(-1, index_BNST)
+        num_terms += 1
+    if relative.query_NRH is not None:
         # The paper indexes this term with delta(j, i); the released models were trained with delta(i, j), and their
         # weights must stay usable.
-        scores_BNST = scores_BNST + position_to_content(position_query_NRH, key_BNTH, index_BNST)
-        num_terms = 3
+        scores_BNST = scores_BNST + position_to_content(relative.query_NRH, key_BNTH, index_BNST)
+        num_terms += 1
     return scores_BNST / math.sqrt(query_BNSH.shape[-1] * num_terms)
 
 
@@ -64,9 +66,9 @@ def attention(query_BNSH: Tensor, memory: Memory, relative: RelativeRows, where:
     dtype = query_BNSH.dtype
     score_dtype = torch.promote_types(dtype, torch.float32)
     key_BNTH, value_BNTH = memory
-    query_BNSH, key_BNTH, position_key_NRH = (t.to(score_dtype) for t in (query_BNSH, key_BNTH, relative.key_NRH))
-    position_query_NRH = None if relative.query_NRH is None else relative.query_NRH.to(score_dtype)
-    scores_BNST = disentangled_scores(query_BNSH, key_BNTH, position_key_NRH, position_query_NRH, where.delta)
+    query_BNSH, key_BNTH = query_BNSH.to(score_dtype), key_BNTH.to(score_dtype)
+    relative = RelativeRows(*(None if rows is None else rows.to(score_dtype) for rows in relative))
+    scores_BNST = disentangled_scores(query_BNSH, key_BNTH, relative, where)
     probabilities_BNST = masked_softmax(scores_BNST, where.blocked_BST).to(dtype)
     if dropout.rate:
         row_BNS = where.pair_rows(dropout.first_head, probabilities_BNST.shape[1])

@@ -43,7 +43,8 @@ class AttentionSizes(NamedTuple):
     """On this rank."""
     head_size: int
     relative_rows: int
-    """Rows of the relative table (2k)."""
+    """Rows of the relative table (2k); 0 without one."""
+    has_content_to_position: bool
     has_position_to_content: bool
     element_bytes: int
     """Of queries, keys, values and context."""
@@ -68,16 +69,16 @@ def supports_everything(demand: Demand) -> None:
 
 def reference_kept_bytes(sizes: AttentionSizes) -> float:
     """Scores and what they are made of are float32."""
-    e, terms = sizes.element_bytes, 2 if sizes.has_position_to_content else 1
+    e, c2p, p2c = sizes.element_bytes, sizes.has_content_to_position, sizes.has_position_to_content
     queries, keys = sizes.rows * sizes.queries, sizes.rows * sizes.keys
     inner = sizes.heads * sizes.head_size
-    query = queries * inner * 2 * FLOAT32  # once for each product
-    memory = keys * inner * (terms * FLOAT32 + e)
+    query = queries * inner * (1 + c2p) * FLOAT32  # once for each product
+    memory = keys * inner * ((1 + p2c) * FLOAT32 + e)
     # Softmax, the probabilities that dropout leaves, its mask; the mask that all heads share, all layers share, too.
     pairs = queries * sizes.keys * sizes.heads * (FLOAT32 + e + 1)
     # Products with the relative rows, before their gather; the rows themselves, for each sequence.
-    products = sizes.heads * sizes.relative_rows * FLOAT32 * (queries + (terms - 1) * keys)
-    relative = sizes.rows * sizes.relative_rows * inner * terms * FLOAT32
+    products = sizes.heads * sizes.relative_rows * FLOAT32 * (c2p * queries + p2c * keys)
+    relative = sizes.rows * sizes.relative_rows * inner * (c2p + p2c) * FLOAT32
     return query + memory + pairs + products + relative
 
 

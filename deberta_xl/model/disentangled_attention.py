@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deberta_xl.kernels import reference
 from deberta_xl.kernels.contract import Attend, Memory, RelativeRows
-from deberta_xl.model.dropout import Dropout, fold_key
+from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 from deberta_xl.model.scene import Scene
 from deberta_xl.settings.architecture import DebertaConfig
 
@@ -33,12 +33,12 @@ class DisentangledAttention(nn.Module):
         self.key_proj = nn.Linear(hidden, inner)
         self.value_proj = nn.Linear(hidden, inner)
         self.out_proj = nn.Linear(inner, hidden)
+        self.has_content_to_position = config.has_content_to_position
         self.has_position_to_content = config.has_position_to_content
         self.shares_projections = config.share_att_key
         if not config.share_att_key:
-            self.pos_key_proj = nn.Linear(hidden, inner)
-            if config.has_position_to_content:
-                self.pos_query_proj = nn.Linear(hidden, inner)
+            self.pos_key_proj = nn.Linear(hidden, inner) if config.has_content_to_position else None
+            self.pos_query_proj = nn.Linear(hidden, inner) if config.has_position_to_content else None
         self.relative_dropout = Dropout(config.hidden_dropout)
         self.probability_dropout = Dropout(config.attention_dropout)
         """Applied inside the kernel."""
@@ -57,21 +57,23 @@ class DisentangledAttention(nn.Module):
         """Keys and values of states that have passed `entry`."""
         return Memory(self.split_heads(self.key_proj(entered_BTD)), self.split_heads(self.value_proj(entered_BTD)))
 
-    def project_positions(self, relative_RD: Tensor) -> RelativeRows:
-        """The relative table's rows as keys, and as queries where position-to-content is used."""
-        to_key = self.key_proj if self.shares_projections else self.pos_key_proj
-        position_key_NRH = self.split_heads(to_key(relative_RD))
-        if not self.has_position_to_content:
-            return RelativeRows(position_key_NRH, None)
-        to_query = self.query_proj if self.shares_projections else self.pos_query_proj
-        return RelativeRows(position_key_NRH, self.split_heads(to_query(relative_RD)))
+    def project_positions(self, relative_RD: Tensor | None, key: DropoutKey | None = None) -> RelativeRows:
+        """The relative table's rows as keys for content-to-position, and as queries for position-to-content."""
+        if relative_RD is None:
+            return RelativeRows()
+        relative_RD = self.relative_entry(self.relative_dropout(relative_RD, fold_key(key, "relative")))
+        rows = RelativeRows()
+        if self.has_content_to_position:
+            to_key = self.key_proj if self.shares_projections else self.pos_key_proj
+            rows = rows._replace(key_NRH=self.split_heads(to_key(relative_RD)))
+        if self.has_position_to_content:
+            to_query = self.query_proj if self.shares_projections else self.pos_query_proj
+            rows = rows._replace(query_NRH=self.split_heads(to_query(relative_RD)))
+        return rows
 
     def forward(self, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
         """The attended and projected context of the scene's queries, [B, S, D]."""
-        relative = scene.projected
-        if relative is None:
-            relative_RD = self.relative_dropout(scene.relative_RD, fold_key(scene.key, "relative"))
-            relative = self.project_positions(self.relative_entry(relative_RD))
+        relative = scene.projected or self.project_positions(scene.relative_RD, scene.key)
         dropout = self.probability_dropout.rule(fold_key(scene.key, "probabilities"))
         dropout = dropout._replace(first_head=self.first_head)
         context_BNSH = self.attend(query_BNSH, memory, relative, scene.where, dropout)

@@ -69,14 +69,13 @@ def no_work(load: Load) -> float:
 def attended_flops(config: DebertaConfig, load: Load, queries: float, passes: int) -> float:
     """A layer whose `queries` attend `passes` times to the sequences they stand in, whose keys are computed once."""
     hidden, inner = config.hidden_size, config.attention_size
-    terms = 2 if config.has_position_to_content else 1
-    rows = 2 * config.relative_span
+    c2p, p2c, rows = config.has_content_to_position, config.has_position_to_content, config.relative_rows
     # Query and output projection, scores and context, feed-forward.
-    scores = 2 * load.length * inner + rows * inner
+    scores = 2 * load.length * inner + c2p * rows * inner
     query_side = 2 * queries * (2 * hidden * inner + scores + 2 * hidden * config.intermediate_size)
     # Key and value projection, and the position-to-content product.
-    key_side = 2 * load.tokens * (2 * hidden * inner + (terms - 1) * rows * inner)
-    relative = 2 * terms * rows * hidden * inner
+    key_side = 2 * load.tokens * (2 * hidden * inner + p2c * rows * inner)
+    relative = 2 * (c2p + p2c) * rows * hidden * inner
     return key_side + passes * (query_side + relative)
 
 
@@ -131,7 +130,7 @@ def layer_bytes(config: DebertaConfig, load: Load, queries: float, division: Div
     # before and after its activation.
     per_token = config.hidden_size * (2 * e + (2 * e + 2) / division.slices) + inner * e + width * 2 * e
     # The relative table behind its dropout, and the mask.
-    table = 2 * config.relative_span * config.hidden_size * (e + 1)
+    table = config.relative_rows * config.hidden_size * (e + 1)
     attention = KERNELS[division.kernel].kept_bytes(attention_sizes(config, load, queries, division))
     return load.rows * queries * per_token + attention + table
 
@@ -140,7 +139,7 @@ def attention_sizes(config: DebertaConfig, load: Load, queries: float, division:
     """A layer's attention, with so many queries in each sequence."""
     return AttentionSizes(
         load.rows, queries, load.length, config.num_heads / division.tensor_parallel_size, config.head_size,
-        2 * config.relative_span, config.has_position_to_content, division.element_bytes,
+        config.relative_rows, config.has_content_to_position, config.has_position_to_content, division.element_bytes,
     )  # fmt: skip
 
 

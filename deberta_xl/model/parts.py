@@ -155,14 +155,14 @@ def trunk_parts(config: DebertaConfig) -> list[Part]:
     position_unit = 0 if config.position_biased_input else layers
     position = {"weight": Parameter((config.max_position_embeddings, width))}
     is_read = config.position_biased_input or config.decodes_positions
-    relative = {"table.weight": Parameter((2 * config.relative_span, hidden))}
+    relative = {"table.weight": Parameter((config.relative_rows, hidden))}
     if config.normalize_relative_table:
         relative |= norm("norm", hidden)
     parts = [
         table("embeddings.word", {"weight": Parameter((config.vocab_size, width), "vocabulary")}, config),
         *([table("embeddings.position", position, config)._replace(units=(position_unit,))] if is_read else []),
         table("embeddings", embedding_parameters(config), config),
-        table("encoder.relative_position", relative, config),
+        *([table("encoder.relative_position", relative, config)] if config.relative_rows else []),
     ]
     if config.conv_kernel_size:
         flops = partial(convolution_flops, config)
@@ -202,7 +202,8 @@ def layer_parameters(config: DebertaConfig) -> dict[str, Parameter]:
     hidden, inner, width = config.hidden_size, config.attention_size, config.intermediate_size
     projections = ["query_proj", "key_proj", "value_proj"]
     if not config.share_att_key:
-        projections += ["pos_key_proj", "pos_query_proj"] if config.has_position_to_content else ["pos_key_proj"]
+        projections += ["pos_key_proj"] * config.has_content_to_position
+        projections += ["pos_query_proj"] * config.has_position_to_content
     parameters: dict[str, Parameter] = {}
     for projection in projections:
         parameters |= linear(f"attention.{projection}", hidden, inner, "column")

@@ -25,8 +25,8 @@ class Scene(NamedTuple):
 
     where: Where
     """Where the queries and the tokens they may see stand."""
-    relative_RD: Tensor
-    """The relative table as the layers see it; differentiable."""
+    relative_RD: Tensor | None
+    """The relative table as the layers see it; differentiable. None where none reads one."""
     key: DropoutKey | None = None
     """Names the dropout masks of this place; torch's global generator draws them when absent."""
     projected: RelativeRows | None = None

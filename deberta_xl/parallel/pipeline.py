@@ -51,17 +51,19 @@ class Activations(NamedTuple):
     """What travels between stages."""
 
     hidden_BSD: Tensor
-    relative_RD: Tensor
+    relative_RD: Tensor | None
+    """As in `Scene`."""
 
     def pack(self) -> Tensor:
         """Both as one tensor, [P, D]: one message, one gradient."""
-        return torch.cat([self.hidden_BSD.flatten(0, 1), self.relative_RD])
+        rows_PD = self.hidden_BSD.flatten(0, 1)
+        return rows_PD if self.relative_RD is None else torch.cat([rows_PD, self.relative_RD])
 
     @classmethod
     def unpack(cls, rows_PD: Tensor, num_sequences: int, num_relative: int) -> Activations:
         """The inverse of `pack`."""
         hidden, relative_RD = rows_PD.split([len(rows_PD) - num_relative, num_relative])
-        return cls(hidden.unflatten(0, (num_sequences, -1)), relative_RD)
+        return cls(hidden.unflatten(0, (num_sequences, -1)), relative_RD if num_relative else None)
 
 
 def build_stage(config: DebertaConfig, units: range, seed: int) -> MaskedLanguageModel:
@@ -116,7 +118,7 @@ class PipelinedModel(PipelineModule):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds
             super().__init__([stage_model], topology=topology)
         self.grid = grid
-        self.num_relative = 2 * stage_model.config.relative_span
+        self.num_relative = stage_model.config.relative_rows
         self.logical_shapes = shapes_of(stage_model.parts)
         self.inputs: Iterator[StageInput] = iter(())
         self.losses: list[Tensor] = []

@@ -28,7 +28,7 @@ class CachedLayer:
     def __init__(self, layer: EncoderLayer, relative_RD: Tensor):
         self.layer = layer
         attention = layer.attention
-        self.projected: RelativeRows = attention.project_positions(attention.relative_entry(relative_RD))
+        self.projected: RelativeRows = attention.project_positions(relative_RD)
         self.memory: Memory | None = None
 
     def memorize(self, hidden_BMD: Tensor, position_BM: Tensor, num_slots: int) -> None:

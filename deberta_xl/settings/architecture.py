@@ -51,8 +51,9 @@ class DebertaConfig:
     bucket_rule: Literal["original", "transformers"] = "original"
     """How distances fall into buckets. In sequences longer than max_relative_positions, `original` puts those beyond it
     into the last bucket; `transformers` reads row 0 of the table for them, which shorter sequences never train."""
-    pos_att_type: Literal["c2p", "c2p|p2c"] = "c2p|p2c"
-    """Position terms of eq. (4): content-to-position, and position-to-content."""
+    pos_att_type: Literal["c2p", "p2c", "c2p|p2c", "none"] = "c2p|p2c"
+    """Position terms of eq. (4): content-to-position, position-to-content, both, or content alone: then there is no
+    relative table, and what is said of its rows has no effect."""
     share_att_key: bool = True
     """Project the relative table with the content's query and key projections (v2, v3) instead of its own (v1)."""
     normalize_relative_table: bool = True
@@ -204,9 +205,19 @@ class DebertaConfig:
         return self.position_buckets or self.relative_reach
 
     @property
+    def has_content_to_position(self) -> bool:
+        """Whether the second term of eq. (4) is used."""
+        return "c2p" in self.pos_att_type
+
+    @property
     def has_position_to_content(self) -> bool:
         """Whether the third term of eq. (4) is used."""
         return "p2c" in self.pos_att_type
+
+    @property
+    def relative_rows(self) -> int:
+        """Rows of the relative table (2k); 0 where no term reads one."""
+        return 2 * self.relative_span if self.has_content_to_position or self.has_position_to_content else 0
 
 
 @frozen

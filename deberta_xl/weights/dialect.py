@@ -35,6 +35,7 @@ TIED = {
     "cls.predictions.decoder.bias": "lm_predictions.lm_head.bias",
 }
 """Second names of one tensor in pickles of older transformers."""
+RELATIVE = "encoder.relative_position."
 BUFFER = re.compile(r".*\.position_ids")
 """What torch once saved although it follows from the configuration."""
 FUSED = re.compile(r"(deberta\.encoder\.layer\.\d+\.attention\.self\.)in_proj\.weight")
@@ -84,6 +85,8 @@ def read_dialect(
     unknown = []
     for name, tensor in plain.items():
         if (our_name := from_microsoft(name)) is not None:
+            if our_name.startswith(RELATIVE) and not config.relative_rows:
+                continue  # others make a table although no term reads it
             ours[our_name] = tensor
         elif is_rider(name):
             ours[EXTRA + name] = tensor

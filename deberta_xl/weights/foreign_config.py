@@ -52,13 +52,10 @@ NOT_IN_V1 = {
 def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
     """The architecture described by a released `config.json` or `model_config.json`.
 
-    Raises ConfigError for what cannot be a DeBERTa of ours: no relative attention, or unknown position terms, and for
-    every field that says what we do not compute.
+    Raises ConfigError for what cannot be a DeBERTa of ours, such as unknown position terms, and for every field that
+    says what we do not compute.
     """
-    if fields.get("relative_attention", False) not in (True, 1):
-        raise ConfigError(
-            f"relative_attention={fields.get('relative_attention')!r}, and no true: that is a BERT, not a DeBERTa"
-        )
+    terms = position_terms(fields)
     refuse_unknown(fields)
     refuse_v1_with_parts_of_v2(fields)
     values = ABSENT | (ABSENT_IN_V2 if fields.get("model_type") == "deberta-v2" else {})
@@ -74,7 +71,7 @@ def from_foreign_config(fields: Mapping[str, Any]) -> DebertaConfig:
     for name in ("hidden_act", "conv_act"):
         if name in values:
             values[name] = activation(name, values[name])
-    values["pos_att_type"] = position_terms(fields.get("pos_att_type", "none"))
+    values["pos_att_type"] = terms
     values["normalize_relative_table"] = has_normalized_table(fields.get("norm_rel_ebd"))
     values["bucket_rule"] = bucket_rule(fields)
     return DebertaConfig(**values)
@@ -126,28 +123,42 @@ def bucket_rule(fields: Mapping[str, Any]) -> str:
     return fields.get("bucket_rule") or "original"
 
 
-def position_terms(value: str | list[str]) -> str:
-    """`pos_att_type` in our spelling, from "p2c|c2p" or ["p2c", "c2p"]."""
-    listed = [term.strip() for term in value.lower().split("|")] if isinstance(value, str) else value
+def position_terms(fields: Mapping[str, Any]) -> str:
+    """`pos_att_type` in our spelling, from "p2c|c2p" or ["p2c", "c2p"]; none where there is no relative attention."""
+    is_relative, value = fields.get("relative_attention", False), fields.get("pos_att_type")
+    listed = [term.strip() for term in value.lower().split("|")] if isinstance(value, str) else value or []
     # A term named twice would count twice in transformers' scale of v1, and once in that of v2.
-    terms = sorted(map(str, listed)) if isinstance(listed, list) else []
-    if terms == ["c2p"]:
-        return "c2p"
-    if terms == ["c2p", "p2c"]:
-        return "c2p|p2c"
-    raise ConfigError(f"pos_att_type={value!r} is not supported; known: 'c2p' and 'c2p|p2c'")
+    named = sorted(map(str, listed)) if isinstance(listed, list) else [str(listed)]
+    terms = "|".join(term for term in named if term not in ("", "none"))
+    is_stated = value is not None or fields.get("model_type")
+    if is_relative not in (True, False) or not (is_relative or is_stated):
+        raise ConfigError(
+            f"relative_attention={is_relative!r}, and no true: that is a BERT, not a DeBERTa; one of content alone "
+            "says pos_att_type='none' as well"
+        )
+    if not is_stated:
+        raise ConfigError("pos_att_type is absent: versions of the original read that as 'c2p' or 'none'; say which")
+    if terms not in ("c2p", "p2c", "c2p|p2c", ""):
+        raise ConfigError(f"pos_att_type={value!r} is not supported; known: 'c2p', 'p2c', 'c2p|p2c' and 'none'")
+    if terms and not is_relative:
+        raise ConfigError(
+            f"relative_attention={is_relative!r}, but pos_att_type={value!r}: there the scale counts terms that are "
+            "not computed; say pos_att_type='none' for content alone, or relative_attention=true"
+        )
+    return terms or "none"
 
 
 def to_microsoft_config(config: DebertaConfig) -> dict[str, Any]:
     """Fields of the original release's `model_config.json`."""
     fields = {theirs: getattr(config, ours) for ours, theirs in RENAMED.items()}
     return {name: value for name, value in fields.items() if value is not None} | {
-        "relative_attention": True,
+        "relative_attention": config.relative_rows > 0,
         "attention_head_size": config.head_size,
         "max_relative_positions": config.max_relative_positions or -1,
         "position_buckets": config.position_buckets or -1,
         "pos_att_type": config.pos_att_type,
-        "norm_rel_ebd": "layer_norm" if config.normalize_relative_table else "none",
+        # Without relative attention transformers would make a norm of it that nothing reads.
+        "norm_rel_ebd": "layer_norm" if config.normalize_relative_table and config.relative_rows else "none",
         "hidden_act": activation_there(config.hidden_act),
         "conv_act": activation_there(config.conv_act),
         "bucket_rule": config.bucket_rule,
@@ -164,7 +175,7 @@ def to_huggingface_config(config: DebertaConfig, *, is_fused: bool = False, is_l
     fields = to_microsoft_config(config) | {
         "model_type": "deberta" if is_fused else "deberta-v2",
         "architectures": ["DebertaForMaskedLM" if is_fused else "DebertaV2ForMaskedLM"],
-        "pos_att_type": config.pos_att_type.split("|"),
+        "pos_att_type": config.pos_att_type.split("|") if config.relative_rows else [],
         "pad_token_id": 0,
         "legacy": is_legacy,
         "pooler_hidden_size": config.hidden_size,

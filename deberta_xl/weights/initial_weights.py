@@ -25,6 +25,10 @@ from deberta_xl.weights.pretrained_folder import TRUNK, Pretrained, describe_fre
 
 IDLE_TOGETHER = {"conv_act", "conv_groups"}
 """Of no effect where conv_kernel_size is 0."""
+OF_RELATIVE_ROWS = {
+    "share_att_key", "position_buckets", "normalize_relative_table", "max_relative_positions", "bucket_rule",
+}  # fmt: skip
+"""Of no effect where pos_att_type is none."""
 
 
 def open_pretrained(folder: Path, *, may_be_fresh: bool = False) -> Pretrained:
@@ -119,6 +123,7 @@ def computed_by(config: DebertaConfig) -> dict[str, object]:
     idle |= set() if config.conv_kernel_size else IDLE_TOGETHER
     is_within_reach = config.relative_reach >= config.max_position_embeddings or not config.position_buckets
     idle |= {"bucket_rule"} if is_within_reach or config.bucket_rule == "original" else set()
+    idle |= set() if config.relative_rows else OF_RELATIVE_ROWS
     idle |= set(DECODER) if config.has_released_decoder else set()
     return {key: value for key, value in resolved(config).items() if key not in idle}
 

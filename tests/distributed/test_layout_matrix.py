@@ -41,16 +41,16 @@ VARIANTS = {
     "c2p without convolution": {"pos_att_type": "c2p", "conv_kernel_size": 0},
     "positions in the input": {"position_biased_input": True, "type_vocab_size": 2},
     "two layers": {"num_layers": 2},
-    "a decoder of its own": {"decoder_weights": "own", "decoder_input": "states"},
+    "content alone and a decoder of its own": {"pos_att_type": "none", "decoder_weights": "own"},
 }
 """Other architectures, under tensor and pipeline parallelism at once."""
 
 DECODERS = {
-    "own layers": {"decoder_weights": "own"},
+    "own layers, p2c": {"decoder_weights": "own", "pos_att_type": "p2c"},
     "none": {"decoder_passes": 0},
     "three passes over the states": {"decoder_passes": 3, "decoder_input": "states"},
 }
-"""Other decoders than the released one, where every parameter is gathered for each use."""
+"""Other decoders than the released one: a matter of ZeRO-3, which gathers every parameter for each use."""
 
 LOW_PRECISION = {
     "bf16": (2e-3, 3e-2),
@@ -127,13 +127,8 @@ def test_every_architecture_gives_its_plain_run_over_stages_and_slices(small_dat
     compare(small_dataset, tmp_path, Layout(tensor=2, pipeline=2), [Case(accumulation=2)], plain, **options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(options, id=name, marks=() if name == "own layers" else pytest.mark.full)
-        for name, options in DECODERS.items()
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
 def test_every_decoder_gives_its_plain_run_with_all_of_it_partitioned(small_dataset, tmp_path, options):
     plain = train_plainly(small_dataset, architecture(small_dataset.tokenizer.vocab_size, **options))
     compare(small_dataset, tmp_path, Layout(data=2), [Case(3, 2, recompute=True)], plain, **options)

@@ -1,7 +1,7 @@
 """Sequence parallelism beside tensor parallelism: few collectives, less kept for the backward pass, the plain run.
 
 Most comparisons with the plain run are cases of test_layout_matrix.py; loss, guesses and every gradient of one batch,
-for four kinds of model, with dropout and without, are compared in test_tensor_parallel.py.
+for six kinds of model, with dropout and without, are compared in test_tensor_parallel.py.
 """
 
 from __future__ import annotations

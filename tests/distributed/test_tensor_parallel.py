@@ -30,8 +30,8 @@ LAYOUTS = {
     "own_position_projections": {"share_att_key": False},
     "c2p": {"pos_att_type": "c2p"},
     "positions_in_the_input": {"position_biased_input": True, "type_vocab_size": 2},
-    "own_decoder_layers": {"decoder_weights": "own"},
-    "three_passes_over_the_states": {"decoder_passes": 3, "decoder_input": "states"},
+    "p2c_and_own_decoder_layers": {"pos_att_type": "p2c", "share_att_key": False, "decoder_weights": "own"},
+    "content_and_three_passes_over_it": {"pos_att_type": "none", "decoder_passes": 3, "decoder_input": "states"},
 }
 # 101 and 99 do not divide by 2 or 4: the last rank's part of the vocabulary is padded.
 VOCABULARIES = (101, 99)

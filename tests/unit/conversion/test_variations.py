@@ -17,6 +17,7 @@ from deberta_xl.model.task_model import TaskModel
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 from deberta_xl.weights.initial_encoder import load_encoder
+from deberta_xl.weights.initial_weights import computed_by
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 48,
@@ -135,3 +136,72 @@ def test_a_longer_model_that_reads_no_absolute_positions_needs_no_table_for_them
     model = DebertaForMaskedLM.from_pretrained(tmp_path / "long")
     assert model.config.max_position_embeddings == 40
     assert model.embeddings.position is None
+
+
+@pytest.mark.parametrize("share_att_key", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("terms", ["p2c", "none"])
+def test_position_terms_are_computed_alike_by_transformers(tmp_path, terms, share_att_key):
+    model = save(tmp_path / "native", pos_att_type=terms, share_att_key=share_att_key, decoder_passes=0)
+    exported = there_and_back(tmp_path / "native")
+    back = DebertaForMaskedLM.from_pretrained(tmp_path / "back").config
+    assert computed_by(back) == computed_by(model.config)
+    theirs, report = transformers.AutoModelForMaskedLM.from_pretrained(exported, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert difference(model(IDS).logits, theirs.eval()(IDS).logits) <= TOLERANCE
+
+
+def v1(folder: Path, **options: object) -> transformers.DebertaForMaskedLM:
+    """A model of v1's layout that transformers made."""
+    torch.manual_seed(2)
+    sizes = {
+        "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "max_position_embeddings": 24, "type_vocab_size": 0, "position_biased_input": True, "initializer_range": 0.2,
+    }  # fmt: skip
+    model = transformers.DebertaForMaskedLM(transformers.DebertaConfig(**sizes | options)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relative_attention": True, "pos_att_type": ["p2c"]},
+        {"relative_attention": True, "pos_att_type": []},
+        {"relative_attention": False},
+    ],
+    ids=str,
+)
+def test_models_of_transformers_with_fewer_terms_are_read_as_they_compute(tmp_path, options):
+    theirs = v1(tmp_path / "theirs", **options)
+    convert(tmp_path / "theirs", tmp_path / "native", Conversion(to="native", **EXACT))
+    ours = DebertaForMaskedLM.from_pretrained(tmp_path / "native")
+    assert ours.config.pos_att_type == ("p2c" if options.get("pos_att_type") else "none")
+    convert(tmp_path / "native", tmp_path / "back", Conversion(to="huggingface", **EXACT))
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+        assert difference(ours(IDS).logits, expected) <= TOLERANCE
+        assert difference(again(IDS).logits, expected) <= TOLERANCE
+
+
+def test_the_original_has_content_alone_and_not_p2c_alone(tmp_path):
+    model = save(tmp_path / "none", pos_att_type="none")
+    convert(tmp_path / "none", tmp_path / "original", Conversion(to="microsoft", **EXACT))
+    fields = json.loads((tmp_path / "original/model_config.json").read_text())
+    assert (fields["relative_attention"], fields["pos_att_type"], fields["norm_rel_ebd"]) == (False, "none", "none")
+    convert(tmp_path / "original", tmp_path / "back", Conversion(to="native", **EXACT))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, DebertaForMaskedLM.from_pretrained(tmp_path / "back")(IDS).logits)
+    save(tmp_path / "p2c", pos_att_type="p2c")
+    with pytest.raises(CheckpointError, match=r"pos_att_type=p2c: the original's code ends with an error"):
+        convert(tmp_path / "p2c", tmp_path / "refused", Conversion(to="microsoft"))
+
+
+def test_rows_that_no_term_reads_cannot_be_had_more_of(tmp_path):
+    save(tmp_path / "native", pos_att_type="none")
+    with pytest.raises(CheckpointError, match=r"--position_buckets: pos_att_type=none has no relative table"):
+        convert(tmp_path / "native", tmp_path / "out", Conversion(to="native", edits=Edits(position_buckets=12)))
+    longer = Conversion(to="native", edits=Edits(max_position_embeddings=40))
+    convert(tmp_path / "native", tmp_path / "long", longer)
+    assert DebertaForMaskedLM.from_pretrained(tmp_path / "long").config.max_position_embeddings == 40

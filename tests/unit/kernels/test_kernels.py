@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,11 +58,13 @@ def table_rows(positions: Tensor, keys: Tensor, buckets: Buckets) -> Tensor:
 
 
 def attend_document(query: Tensor, key: Tensor, value: Tensor, relative: RelativeRows, rows: Tensor) -> Tensor:
-    """Eq. (4) by the definition of each term."""
-    scores = torch.einsum("nsh,nth->nst", query, key)
-    scores = scores + torch.einsum("nsh,nsth->nst", query, relative.key_NRH[:, rows])
-    scores = scores + torch.einsum("nth,nsth->nst", key, relative.query_NRH[:, rows])
-    return (scores / math.sqrt(3 * query.shape[-1])).softmax(-1) @ value
+    """Eq. (4) by the definition of each term that is used."""
+    terms = [torch.einsum("nsh,nth->nst", query, key)]
+    if relative.key_NRH is not None:
+        terms.append(torch.einsum("nsh,nsth->nst", query, relative.key_NRH[:, rows]))
+    if relative.query_NRH is not None:
+        terms.append(torch.einsum("nth,nsth->nst", key, relative.query_NRH[:, rows]))
+    return (sum(terms) / math.sqrt(len(terms) * query.shape[-1])).softmax(-1) @ value
 
 
 def refuses_wide_heads(demand: Demand) -> str | None:
@@ -78,12 +81,12 @@ def invented(monkeypatch) -> str:
     return "by_document"
 
 
-def train(kernel: str) -> tuple[list[float], dict[str, Tensor]]:
+def train(kernel: str, config: DebertaConfig) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of five steps on a packed row, and the last weights, in float64."""
     ids = torch.randint(4, 60, (2, 24), generator=torch.Generator().manual_seed(1))
     segments = torch.tensor([[1] * 24, [1] * 9 + [2] * 10 + [0] * 5])
     labels = torch.where((ids % 3 == 0) & (segments > 0), ids, 0)
-    model = MaskedLanguageModel(CONFIG, seed=3).double().train()
+    model = MaskedLanguageModel(config, seed=3).double().train()
     assert model.use_kernel(kernel) == kernel
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
@@ -96,9 +99,12 @@ def train(kernel: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, model.state_dict()
 
 
-def test_an_invented_kernel_is_chosen_by_its_name_and_trains_as_the_reference(invented):
-    expected, expected_weights = train("reference")
-    losses, weights = train(invented)
+@pytest.mark.parametrize("share_att_key", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("terms", ["c2p|p2c", "c2p", "p2c", "none"])
+def test_an_invented_kernel_is_chosen_by_its_name_and_trains_as_the_reference(invented, terms, share_att_key):
+    config = replace(CONFIG, pos_att_type=terms, share_att_key=share_att_key)
+    expected, expected_weights = train("reference", config)
+    losses, weights = train(invented, config)
     assert losses == pytest.approx(expected, rel=1e-12)
     assert losses[-1] < losses[0]
     for name, weight in weights.items():

@@ -27,6 +27,8 @@ FORMS = {
     "three passes over the states": {"decoder_passes": 3, "decoder_input": "states"},
     "two layers of its own": {"decoder_weights": "own"},
     "one layer of its own over the states": {"decoder_passes": 1, "decoder_weights": "own", "decoder_input": "states"},
+    "p2c with its own projections": {"pos_att_type": "p2c", "share_att_key": False},
+    "no positions at all": {"pos_att_type": "none", "share_att_key": False, "decoder_passes": 0},
 }
 IDS = torch.arange(2 * 20).view(2, 20) % 90 + 4
 SEGMENTS = torch.tensor([[1] * 20, [1] * 8 + [2] * 7 + [0] * 5])

@@ -35,6 +35,8 @@ VARIANTS = [
     {"conv_kernel_size": 3, "conv_groups": 2},
     {"share_att_key": False, "pos_att_type": "c2p", "normalize_relative_table": False, "position_buckets": 0},
     {"share_att_key": False, "type_vocab_size": 2},
+    {"share_att_key": False, "pos_att_type": "p2c"},
+    {"share_att_key": False, "pos_att_type": "none"},
     {"position_biased_input": True, "embedding_size": 16, "head_dim": 5},
 ]
 HEADS = {"classification": 3, "regression": 1, "multi_label": 4, "token": 9, "span": 2, "choice": 1}

@@ -31,10 +31,12 @@ IDS = torch.arange(2 * 40).view(2, 40) + 4
         {"conv_kernel_size": 3},
         {"share_att_key": False},
         {"pos_att_type": "c2p"},
+        {"pos_att_type": "p2c"},
+        {"pos_att_type": "none"},
         {"position_biased_input": True},
         {"head_dim": 24},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: " ".join(map(str, *options.items())),
 )
 def test_the_count_is_what_torch_counts(options):
     config = small_config(**options)

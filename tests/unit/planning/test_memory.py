@@ -29,8 +29,10 @@ def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
     """Bytes of the distinct tensors that autograd keeps of the first layer, without weights."""
     segments = torch.ones(rows, length, dtype=torch.int64)
     scene = model.scene(segments, segments, DropoutKey(1))
-    scene = scene._replace(relative_RD=scene.relative_RD.detach().requires_grad_())
-    hidden = torch.randn(rows, length, model.config.hidden_size, dtype=scene.relative_RD.dtype, requires_grad=True)
+    if scene.relative_RD is not None:
+        scene = scene._replace(relative_RD=scene.relative_RD.detach().requires_grad_())
+    dtype = model.embeddings.word.weight.dtype
+    hidden = torch.randn(rows, length, model.config.hidden_size, dtype=dtype, requires_grad=True)
     kept: dict[int, torch.Tensor] = {}
     given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), scene.where.delta)}
 
@@ -45,7 +47,9 @@ def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"pos_att_type": "c2p"}, {"head_dim": 32}], ids=["v2", "c2p", "wide heads"])
+@pytest.mark.parametrize(
+    "options", [{}, *({"pos_att_type": terms} for terms in ("c2p", "p2c", "none")), {"head_dim": 32}], ids=str
+)
 def test_a_layers_activations_are_what_autograd_keeps(dtype, options):
     config = DebertaConfig(max_position_embeddings=96, position_buckets=32, **SIZES | options)
     model = MaskedLanguageModel(config).to(dtype).train()

@@ -20,6 +20,8 @@ ARCHITECTURES = {
     "a wide convolution in groups": V2 | {"conv_kernel_size": 7, "conv_groups": 2},
     "v1": V2 | {"position_buckets": 0, "share_att_key": False, "normalize_relative_table": False},
     "c2p alone": V2 | {"pos_att_type": "c2p"},
+    "p2c alone": V2 | {"pos_att_type": "p2c"},
+    "content alone": V2 | {"pos_att_type": "none"},
     "no decoder": V2 | {"decoder_passes": 0},
     "one pass over the states": V2 | {"decoder_passes": 1, "decoder_input": "states"},
     "decoder layers of its own": V2 | {"decoder_passes": 3, "decoder_weights": "own", "conv_kernel_size": 3},

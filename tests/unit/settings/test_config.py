@@ -208,7 +208,7 @@ BAD_OVERRIDES = {
     "data.masking=Original": ["data.masking='Original'", "'unbiased' or 'original'"],
     "schedule.decay=exponential": ["schedule.decay='exponential'", "'linear', 'cosine' or 'constant'"],
     "model.hidden_act=swish": ["model.hidden_act='swish'", "'tanh' or 'silu'"],
-    "model.pos_att_type=p2c": ["model.pos_att_type='p2c'", "'c2p|p2c'"],
+    "model.pos_att_type=p2p": ["model.pos_att_type='p2p'", "'c2p|p2c' or 'none'"],
     # Ranges.
     "train.steps=0": ["train.steps=0", "at least 1"],
     "train.seed=-1": ["train.seed=-1", "at least 0"],

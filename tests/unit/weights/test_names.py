@@ -111,7 +111,8 @@ def test_the_absent_fields_of_an_old_release_mean_what_they_meant_there():
     ("fields", "words"),
     [
         ({"relative_attention": False}, "relative_attention"),
-        ({"relative_attention": True, "pos_att_type": "p2c"}, "pos_att_type='p2c'"),
+        ({"relative_attention": False, "pos_att_type": "p2c"}, "relative_attention=False, but pos_att_type='p2c'"),
+        ({"relative_attention": True}, "pos_att_type is absent"),
         ({"relative_attention": True, "pos_att_type": ["p2p", "c2p"]}, "pos_att_type"),
     ],
 )
