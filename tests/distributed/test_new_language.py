@@ -68,4 +68,4 @@ def test_the_guide_leads_from_text_without_spaces_to_a_model_that_transformers_l
     program = next(fenced(GUIDE, "python")).replace("…", texts[0][:20])
     assert "torch.Size([1, " in run([sys.executable, "-c", program], checkout)
     assert json.loads((checkout / "labels.jsonl").read_text())["prediction"] in ("0", "1")
-    assert "language: is" in (checkout / "exported" / "README.md").read_text()
+    assert "\nlanguage:\n- is\n" in (checkout / "exported" / "README.md").read_text()
