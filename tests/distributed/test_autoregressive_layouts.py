@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from full_state import FullState
-from layouts import Case, Layout
-from plain_run import LENGTH, ROWS, SEED, Curve, LossOf, architecture, train_plainly
+from layouts import Case, Layout, run_cases
+from plain_run import LENGTH, ROWS, SEED, Curve, LossOf, architecture, assert_equal_curves, train_plainly
 from ranks import run_ranks
 from small_dataset import SmallDataset
-from test_layout_matrix import LAYOUTS, compare
+from test_layout_matrix import LAYOUTS, LOW_PRECISION, compare
 from test_own_objective import STOPPED_AFTER, TINY, command, figures, weights
 from torch import Tensor
 
@@ -176,3 +176,19 @@ def test_a_stopped_run_resumes_to_identical_figures_and_weights(small_dataset, t
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
     config = json.loads((find_weights_folder(tmp_path / "whole") / "config.json").read_text())
     assert config["objective"] == objective
+    if layout != "plain":  # dropout's masks follow from the place in the global batch, draws from the samples
+        pretrain(tmp_path, words(small_dataset, "plain", "plain", objective), "plain")
+        for step, values in figures(tmp_path / "plain").items():
+            assert logged[step] == pytest.approx(values, rel=1e-5), step
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("objective", ["causal", "mixed"])
+def test_low_precision_follows_the_plain_run_within_its_rounding(small_dataset, plain, tmp_path, objective):
+    loss, norm = LOW_PRECISION["bf16"]
+    layout = LAYOUTS["TP2xPP2"]
+    of_case = case(objective, layout, precision="bf16_fp32_sums_at_once")
+    for (curve,) in run_ranks(
+        run_cases, layout.world_size, small_dataset, tmp_path, layout, [of_case], {}, timeout=300
+    ):
+        assert_equal_curves(curve, plain[objective][0], of_case, loss, norm)
