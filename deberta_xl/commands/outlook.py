@@ -102,6 +102,11 @@ def slips(inputs: PretrainingInputs) -> Iterator[str]:
             f"the run reads its {rows:,} rows {epochs:,.0f} times: more text, or "
             f"train.steps={max(1, round(MANY_EPOCHS * rows / train.global_batch_size))} for {MANY_EPOCHS} times"
         )
+    if train.objective == "mixed" and train.global_batch_size == train.micro_batch_size:
+        yield (
+            f"train.objective=mixed draws what each micro-batch predicts, and a step is one micro-batch of "
+            f"{train.micro_batch_size} sequences: with a smaller train.micro_batch_size a step has both kinds"
+        )
     spare = architecture.vocab_size - inputs.tokenizer.vocab_size
     if spare > max(SPARE_ROWS, inputs.tokenizer.vocab_size // 10):
         yield (

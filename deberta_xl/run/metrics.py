@@ -158,6 +158,9 @@ def described(values: Mapping[str, float | None]) -> list[str]:
         ("generator_loss", "generator {:.4f}"),
         ("discriminator_loss", "discriminator {:.4f}"),
         ("f1", "F1 {:.1%}"),
+        ("masked_loss", "masked {:.4f}"),
+        ("causal_loss", "causal {:.4f}"),
+        ("prefix_loss", "prefix {:.4f}"),
         ("learning_rate", "lr {:.2e}"),
         ("grad_norm", "grad norm {:.3f}"),
     ]

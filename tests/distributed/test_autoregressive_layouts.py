@@ -126,8 +126,8 @@ def test_every_layout_and_stage_gives_the_plain_run(small_dataset, plain, tmp_pa
     stages = (1,) if layout.pipeline > 1 else (1, 2, 3)
     cuts = (False, True) if layout.tensor > 1 else (False,)
     cases = [
-        case(objective, layout, stage=stage, sliced=cut, recompute=recompute)
-        for stage in stages for cut in cuts for recompute in (False, True)
+        case(objective, layout, stage=stage, sliced=cut, recompute=(stage + cut) % 2 == 0)
+        for stage in stages for cut in cuts
     ]  # fmt: skip
     compare(small_dataset, tmp_path, layout, cases, plain[objective])
 

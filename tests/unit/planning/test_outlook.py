@@ -74,6 +74,10 @@ def test_what_nobody_means_is_pointed_out_and_an_ordinary_run_is_not(small_datas
     pieces = small_dataset.tokenizer.vocab_size
     (spare,) = slips(look(small_dataset, tmp_path, "train.steps=30", "model.vocab_size=128100"))
     assert f"model.vocab_size=128100, but the tokenizer has {pieces} pieces" in spare
+    mixed = ("train.steps=30", "train.objective=mixed", "train.global_batch_size=8")
+    assert list(slips(look(small_dataset, tmp_path, *mixed, "train.micro_batch_size=4"))) == []
+    (whole,) = slips(look(small_dataset, tmp_path, *mixed, "train.micro_batch_size=8"))
+    assert "a step is one micro-batch of 8 sequences: with a smaller train.micro_batch_size" in whole
     monkeypatch.setattr(outlook, "free_bytes", lambda folder: 10**6)
     full = disk_warning(look(small_dataset, tmp_path, "train.steps=30").outlook)
     assert "do not fit the 0.0 GB that are free" in full
