@@ -18,6 +18,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.base.command_line import build_parser, run_tool
+from deberta_xl.base.log import logger
 from deberta_xl.public.fill_mask import Guess, fill_mask
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.weights.named_folder import tokenizer_for
@@ -36,6 +37,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Load, fill and print."""
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint)
+    if model.learnt.objective in ("causal", "prefix"):
+        logger.warning(
+            "%s was never trained to fill masks (train.objective=%s): do not expect sense of what follows",
+            arguments.checkpoint, model.learnt.objective,
+        )  # fmt: skip
     tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)
     for text in arguments.texts:
         answers = fill_mask(model, tokenizer, text, top_k=arguments.top_k)

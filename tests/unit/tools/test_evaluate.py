@@ -23,7 +23,7 @@ from deberta_xl.settings.pretraining import DataSection
 from deberta_xl.weights.native import write_weights
 from deberta_xl.weights.native_config import native_config
 
-TOOL = Path(__file__).parents[3] / "tools" / "evaluate.py"
+TOOLS = Path(__file__).parents[3] / "tools"
 LENGTH = 40
 
 
@@ -47,9 +47,14 @@ def model(small_dataset) -> MaskedLanguageModel:
 
 def evaluate(folder: Path, data: Path, *options: str) -> None:
     """The tool, as it is started."""
-    sys.argv = [str(TOOL), str(folder), str(data), *options]
+    start("evaluate.py", folder, data, *options)
+
+
+def start(tool: str, *arguments: object) -> None:
+    """A tool, in this process."""
+    sys.argv = [str(TOOLS / tool), *map(str, arguments)]
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(TOOL), run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
     assert ended.value.code == 0
 
 
@@ -124,7 +129,11 @@ def test_masks_of_a_model_that_only_writes_are_filled_with_a_warning(small_datas
     evaluate(folder, small_dataset.valid, "--metric", "masked_lm", "--max_samples", "4")
     out = capfd.readouterr()
     assert "was never trained to fill masks (train.objective=prefix)" in out.out + out.err
+    start("fill_mask.py", folder, "a [MASK] text")
+    out = capfd.readouterr()
+    assert "was never trained to fill masks (train.objective=prefix)" in out.out + out.err
     mixed = folder_of(model, tmp_path / "mixed", small_dataset, objective="mixed", form="causal")
+    start("fill_mask.py", mixed, "a [MASK] text")
     for metric in ("masked_lm", "perplexity"):
         evaluate(mixed, small_dataset.valid, "--metric", metric, "--max_samples", "4")
         assert "never trained" not in "".join(capfd.readouterr())
