@@ -48,6 +48,7 @@ from deberta_xl.run.joining import join_ranks
 from deberta_xl.settings.presets import load_run_config
 from deberta_xl.settings.pretraining import DataSection, RunConfig
 from deberta_xl.weights.named_folder import tokenizer_for
+from deberta_xl.weights.pair import split_part
 
 METRICS = ("masked_lm", "perplexity")
 
@@ -76,7 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def read_run(checkpoint: Path) -> RunConfig | None:
     """The configuration of a run folder; None for any other folder."""
-    path = checkpoint / "config.toml"
+    path = split_part(checkpoint)[0] / "config.toml"
     return load_run_config(path) if path.is_file() else None
 
 

@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_pair import pair_tensors, write_pair
 from vectors import vector_folders
 
 from deberta_xl.base.command_line import run_tool
-from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.replaced_tokens import ReplacedTokenModel
 from deberta_xl.public.detection import DebertaForDetection, DetectionError, Found, JudgedToken, detect, stretches
@@ -160,14 +158,8 @@ def test_who_has_no_such_head_says_what_it_can_do(folder, tool, capsys, tmp_path
     generator = complaint(tool, capsys, str(folder / "generator"), "the class")
     assert "has no head that finds replaced tokens" in generator
     assert f"tools/fill_mask.py {folder / 'generator'}" in generator
-    DebertaForMaskedLM(DebertaForMaskedLM.from_pretrained(folder / "generator").config).save_pretrained(
-        tmp_path / "mlm"
-    )
+    DebertaForMaskedLM.from_pretrained(folder / "generator").save_pretrained(tmp_path / "mlm")
     assert "train.objective=replaced_tokens" in complaint(tool, capsys, str(tmp_path / "mlm"), "the class")
-    write_pair(tmp_path / "half")
-    assert pair_tensors("gdes")["discriminator.detector.dense.bias"].shape == (16,)
-    with pytest.raises(CheckpointError, match=r"fills no masks"):
-        DebertaForMaskedLM.from_pretrained(tmp_path / "half")
 
 
 def test_what_cannot_be_looked_through_is_refused(folder, tokenizer, tool, capsys):
