@@ -28,7 +28,7 @@ from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.objectives import Sharing
 from deberta_xl.weights.initial_weights import check_same_architecture, open_pretrained
 from deberta_xl.weights.named_folder import first_that_opens
-from deberta_xl.weights.names import DETECTOR
+from deberta_xl.weights.names import DELTA, DETECTOR
 from deberta_xl.weights.pair import TABLES, native_pair
 from deberta_xl.weights.pair_folder import not_fresh, open_pair
 from deberta_xl.weights.pretrained_folder import Pretrained, describe_fresh, spaced_layers, with_layers_kept
@@ -119,7 +119,8 @@ def start_of(folder: Path, discriminator: DebertaConfig, generator: DebertaConfi
         else:
             model = open_pretrained(folder, may_be_fresh=True)
             check_same_architecture(discriminator, model.config, folder)
-            own = not_fresh(model)
+            # What it had added was to a table of another generator, which is not there.
+            own = {name: tensor for name, tensor in not_fresh(model).items() if not name.endswith(DELTA)}
             partner, remarks = generator_from(model, generator)
         return Start(native_pair(own, partner, discriminator, sharing), remarks)
     except CheckpointError as error:

@@ -46,6 +46,7 @@ def write_one(folder: Path, *, is_discriminator: bool) -> dict[str, Tensor]:
     if is_discriminator:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         tensors |= {f"detector.{name}": torch.randn(shape) for name, shape in DETECTOR.items()}
+        tensors["extra.deberta.embeddings.word_embeddings._weight"] = torch.randn(tensors[WORD].shape)
     write_weights(folder, tensors, native_config(DISCRIMINATOR), None)
     return tensors
 
