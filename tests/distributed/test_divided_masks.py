@@ -15,11 +15,15 @@ from deberta_xl.parallel.sequence import join_slices as join_sequence
 WAYS = pytest.mark.parametrize("is_sliced", [False, True], ids=["whole", "sliced"])
 
 
-def dependences(mask: str, is_sliced: bool) -> dict[str, torch.Tensor]:
+EVERY_TIME = ["wide_convolution_in_groups", "own_decoder_of_states"]
+"""Models with everything that reads a neighbour; the full tests have the rest."""
+
+
+def dependences(mask: str, is_sliced: bool, names: list[str]) -> dict[str, torch.Tensor]:
     """By model, what each output of the divided model depends on."""
     groups, found = join(2), {}
-    for name, options in MODELS.items():
-        model = build_model(**options).float()  # as the divided layers are
+    for name in names:
+        model = build_model(**MODELS[name]).float()  # as the divided layers are
         divide(model, groups, sequence_parallel=is_sliced)
         whole = (lambda x: join_sequence(x, groups)) if is_sliced else (lambda x: x)
         found[name] = dependence(model, SEGMENTS, OPEN[mask], whole)
@@ -28,9 +32,13 @@ def dependences(mask: str, is_sliced: bool) -> dict[str, torch.Tensor]:
 
 @WAYS
 @pytest.mark.parametrize("mask", OPEN)
-def test_no_output_of_a_divided_model_depends_on_what_its_mask_hides(mask, is_sliced):
+@pytest.mark.parametrize(
+    "names", [EVERY_TIME, pytest.param(sorted(MODELS.keys() - set(EVERY_TIME)), marks=pytest.mark.full)],
+    ids=["every_time", "others"],
+)  # fmt: skip
+def test_no_output_of_a_divided_model_depends_on_what_its_mask_hides(mask, is_sliced, names):
     expected, is_token = sees(SEGMENTS, OPEN[mask]), SEGMENTS > 0
-    for found in run_ranks(dependences, 2, mask, is_sliced):
+    for found in run_ranks(dependences, 2, mask, is_sliced, names):
         for name, of_model in found.items():
             assert torch.equal((of_model > 0)[is_token], expected[is_token]), name
 
