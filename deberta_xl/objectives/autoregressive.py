@@ -9,7 +9,7 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deberta_xl.data.loader import Batch
+from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.data.random_numbers import derive, uniform
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import LabelledPositions
 from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation
+from deberta_xl.objectives.masked_examples import MaskedExamples, NextExamples
 from deberta_xl.objectives.masked_lm import MaskedLM
 from deberta_xl.objectives.objective import Mean, Ratio
 from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows, Rows, step_batches
@@ -95,8 +96,16 @@ class Causal(MaskedLM):
 
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity per token and accuracy."""
-        found = self.measured(run, self.valid, self.micro_batch)
-        return Evaluation(figures_of(found), line_of("validation loss", found))
+        return self.told(run, self.valid, self.micro_batch)
+
+    def told(
+        self, run: Evaluator, data: PretrainingData | KeyedData, build: Callable[[Batch | KeyedBatch], MaskedRows]
+    ) -> Evaluation:
+        """Of what `build` makes of held-out rows; with examples."""
+        examples = NextExamples()
+        found = self.measured(run, data, build, watch=examples.watch)
+        texts = {"predictions": examples.table(found.guess_L, self.piece_of)} if run.is_first else {}
+        return Evaluation(figures_of(found), line_of("validation loss", found), texts)
 
     def curves(self, lines: Sequence[Mapping[str, float]]) -> Figure:
         """Loss in training and on held-out rows."""
@@ -129,8 +138,7 @@ class Prefix(Keyed):
 
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity per token and accuracy behind the prefixes."""
-        found = self.measured(run, KeyedData(self.valid), behind_prefix)
-        return Evaluation(figures_of(found), line_of("validation loss", found))
+        return self.told(run, KeyedData(self.valid), behind_prefix)
 
 
 class Mixed(Keyed):
@@ -211,8 +219,9 @@ class Mixed(Keyed):
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity per token and accuracy of either kind, on the same rows; and the losses' mean."""
         data = KeyedData(self.valid)
-        masked = self.measured(run, data, lambda batch: MaskedRows.of(batch.rows))
-        after = self.measured(run, data, self.next_rows)
+        examples, next_examples = MaskedExamples(), NextExamples()
+        masked = self.measured(run, data, lambda batch: MaskedRows.of(batch.rows), watch=examples.watch)
+        after = self.measured(run, data, self.next_rows, watch=next_examples.watch)
         share = self.config.autoregressive.share
         values = {
             "loss": (1 - share) * masked.loss + share * after.loss,
@@ -220,4 +229,8 @@ class Mixed(Keyed):
             **figures_of(after, f"{self.form}_"),
         }
         line = f"{line_of('validation: masked loss', masked)}  {line_of(f'{self.form} loss', after)}"
-        return Evaluation(values, line)
+        if not run.is_first:
+            return Evaluation(values, line)
+        texts, pictures = self.shown(masked, examples)
+        texts["next_predictions"] = next_examples.table(after.guess_L, self.piece_of)
+        return Evaluation(values, line, texts, pictures)

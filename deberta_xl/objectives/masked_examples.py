@@ -1,4 +1,4 @@
-"""Example predictions in their sentence: masked places of the first held-out rows, and what was guessed there."""
+"""Example predictions in their sentence: places of the first held-out rows, and what was guessed there."""
 
 from __future__ import annotations
 
@@ -30,26 +30,58 @@ class MaskedPlace(NamedTuple):
 
 
 class MaskedExamples:
-    """Keeps the first masked places of the batches that pass through it."""
+    """Keeps the first places of the batches that pass through it."""
+
+    what = "masked word"
+    stride = 1
+    """Of so many places one is kept."""
 
     def __init__(self) -> None:
         self.places: list[MaskedPlace] = []
+        self.num_seen = 0
 
     def watch(self, batches: Iterable[MaskedRows]) -> Iterator[MaskedRows]:
         """The same batches."""
         for batch in batches:
             if len(self.places) < EXAMPLES:
-                self.places += itertools.islice(places_of(batch), EXAMPLES - len(self.places))
+                new = itertools.islice(self.places_of(batch), -self.num_seen % self.stride, None, self.stride)
+                self.places += itertools.islice(new, EXAMPLES - len(self.places))
+                self.num_seen += len(batch.labelled.label_L)
             yield batch
 
+    def places_of(self, batch: MaskedRows) -> Iterator[MaskedPlace]:
+        """All that is predicted in a batch, in the order of its labels."""
+        return places_of(batch)
+
     def table(self, guess_L: Tensor, piece_of: Callable[[int], str]) -> str:
-        """The places with the best guesses for them, as a Markdown table. `guess_L` begins with theirs."""
+        """The places with the best guesses for them, as a Markdown table. `guess_L` has those of all that was seen."""
+        guesses = guess_L[:: self.stride][: len(self.places)].tolist()
         rows = [
             f"| {sentence(place, piece_of)} | {literal(piece_of(place.label))} | {literal(piece_of(guess))} | "
             f"{'yes' if place.label == guess else ''} |"
-            for place, guess in zip(self.places, guess_L[: len(self.places)].tolist(), strict=True)
+            for place, guess in zip(self.places, guesses, strict=True)
         ]
-        return "\n".join(["| text | masked word | best guess | right |", "|---|---|---|---|", *rows])
+        return "\n".join([f"| text | {self.what} | best guess | right |", "|---|---|---|---|", *rows])
+
+
+class NextExamples(MaskedExamples):
+    """Places whose next token is predicted: shown is what comes before it, itself the last of what is read."""
+
+    what = "next piece"
+    stride = 29
+
+    def places_of(self, batch: MaskedRows) -> Iterator[MaskedPlace]:
+        """What is read up to each label, and the label."""
+        return (
+            place._replace(before=[*place.before, own][-AROUND:], behind=[])
+            for place, own in zip(places_of(batch), own_tokens(batch), strict=True)
+        )
+
+
+def own_tokens(batch: MaskedRows) -> list[int]:
+    """The token at each labelled position."""
+    position_BM, slot_L = batch.labelled.position_BM, batch.labelled.slot_L
+    return batch.input_ids_BS.gather(1, position_BM).view(-1)[slot_L].tolist()
 
 
 def places_of(batch: MaskedRows) -> Iterator[MaskedPlace]:

@@ -121,9 +121,14 @@ def test_a_layout_gives_the_plain_run(small_dataset, plain, tmp_path, name):
         compare(small_dataset, tmp_path, LAYOUTS[name], [of_case], plain(of_case.objective))
 
 
+MATRIX = [
+    ("TP2", "causal"), ("TP2", "prefix"), ("TP2xDP2", "mixed"), ("PP2", "causal"), ("PP2xDP2", "mixed"),
+    ("TP2xPP2", "prefix"), ("TP2xPP2", "mixed"), ("TP2xPP2xDP2", "mixed"),
+]  # fmt: skip
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("objective", ["causal", "prefix", "mixed"])
-@pytest.mark.parametrize("name", ["TP2", "TP2xDP2", "PP2", "PP2xDP2", "TP2xPP2", "TP2xPP2xDP2"])
+@pytest.mark.parametrize(("name", "objective"), MATRIX)
 def test_every_layout_and_stage_gives_the_plain_run(small_dataset, plain, tmp_path, name, objective):
     layout = LAYOUTS[name]
     stages = (1,) if layout.pipeline > 1 else (1, 2, 3)

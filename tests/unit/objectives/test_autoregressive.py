@@ -15,6 +15,7 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.objectives.autoregressive import Causal, Mixed, Prefix, draw_prefixes, next_token_rows, next_tokens
 from deberta_xl.objectives.choice import objective_type
 from deberta_xl.objectives.evaluation import Evaluator
+from deberta_xl.objectives.masked_examples import EXAMPLES, NextExamples
 from deberta_xl.objectives.masked_lm import MaskedLM
 from deberta_xl.objectives.rows import KeyedData, MaskedRows
 from deberta_xl.planning.workload import masked_lm_workload
@@ -162,6 +163,25 @@ def test_an_evaluation_tells_loss_perplexity_and_accuracy_of_each_kind(build, na
         assert found.values["loss"] == pytest.approx(sum(means) / 2)
     assert found.values == objective.evaluate(run).values
     assert "perplexity" in found.line
+    rows = found.texts["predictions" if name != "mixed" else "next_predictions"].splitlines()[2:]
+    assert 5 <= len(rows) <= EXAMPLES
+    assert all(row.count("[MASK]") == 1 and "[MASK]</strong> |" in row for row in rows)
+    assert ("confusion" in found.pictures) == (name == "mixed")
+
+
+def test_an_example_shows_what_is_read_before_the_next_piece(build):
+    objective = build("causal")
+    rows = next(objective.held_out(rank=0, size=1))
+    examples = NextExamples()
+    list(examples.watch([rows, rows]))
+    labels = torch.cat([rows.labelled.label_L] * 2).tolist()
+    for number, place in enumerate(examples.places):
+        assert place.label == labels[number * NextExamples.stride]
+        seen = [*place.before, place.label]
+        assert any(seen == row[i : i + len(seen)] for row in rows.input_ids_BS.tolist() for i in range(len(row)))
+    guesses = torch.tensor([label if number % 2 else 5 for number, label in enumerate(labels)])
+    table = examples.table(guesses, lambda token: f"<{token}>").splitlines()[2:]
+    assert [line.endswith("| yes |") for line in table] == [n * NextExamples.stride % 2 == 1 for n in range(len(table))]
 
 
 @pytest.mark.parametrize(("name", "chosen"), [("causal", Causal), ("prefix", Prefix), ("mixed", Mixed)])
