@@ -1,7 +1,7 @@
 """Drawing tokens from logits, by a counter: what is drawn is a function of a seed and of places.
 
 The largest of logit + Gumbel noise is a draw from softmax(logits). An element's noise follows from the hash of
-`dropout.py` of (seed, number of its row, its column). So tensor-parallel ranks, which have some columns each, find
+`dropout.py` of (seed of its sequence, position, column). So tensor-parallel ranks, which have some columns each, find
 together what one rank would find alone, and a resumed run draws what an uninterrupted one draws. The largest of sums
 is also robust: rounding changes it only where two are within rounding of each other, while the place where cumulated
 probabilities pass a random number would change with every rounding on the way.
@@ -26,8 +26,8 @@ ELEMENTS_AT_ONCE = 2**22
 class DrawRule(NamedTuple):
     """How tokens are drawn."""
 
-    seed: int
-    """63 bits."""
+    seed_B: Tensor
+    """63 bits for each sequence, int64."""
     temperature: float = 1.0
     """The logits are divided by it."""
 
@@ -41,33 +41,40 @@ class Drawn(NamedTuple):
 
 
 def draw_tokens(
-    logits_LV: Tensor, row_L: Tensor, rule: DrawRule, first_column: int = 0, num_columns: int | None = None
+    logits_LV: Tensor,
+    position_L: Tensor,
+    seed_L: Tensor,
+    temperature: float = 1.0,
+    *,
+    first_column: int = 0,
+    num_columns: int | None = None,
 ) -> Drawn:
     """One token for each position, drawn from softmax(logits / temperature); without gradients.
 
-    `row_L` numbers the positions. These are the columns from `first_column` on of a vocabulary of `num_columns`.
+    The noise is a function of seed and position (int64). These are the columns from `first_column` on of a vocabulary
+    of `num_columns`.
     """
     width = logits_LV.shape[-1]
     chunk = max(1, ELEMENTS_AT_ONCE // width)
-    column_V = torch.arange(first_column, first_column + width, device=logits_LV.device)
+    column_V = torch.arange(first_column, first_column + width, dtype=torch.int32, device=logits_LV.device)
     found = []
     with torch.no_grad():
-        for logits_CV, row_C in zip(logits_LV.split(chunk), row_L.split(chunk), strict=True):
-            noise_CV = gumbel_noise(row_C, column_V, num_columns or width, rule.seed)
-            found.append(noise_CV.add_(logits_CV, alpha=1 / rule.temperature).max(-1))
+        for logits_CV, *row in zip(*(x.split(chunk) for x in (logits_LV, position_L, seed_L)), strict=True):
+            noise_CV = gumbel_noise(*row, column_V, num_columns or width)
+            found.append(noise_CV.add_(logits_CV, alpha=1 / temperature).max(-1))
     values, indices = zip(*found, strict=True)
     return Drawn(torch.cat(values), torch.cat(indices) + first_column)
 
 
-def gumbel_noise(row_C: Tensor, column_V: Tensor, num_columns: int, seed: int) -> Tensor:
-    """−ln(−ln(1 − u)), float32 [C, V], where u = (31 bits of the hash + ½) / 2³¹ of each (row, column).
+def gumbel_noise(position_C: Tensor, seed_C: Tensor, column_V: Tensor, num_columns: int) -> Tensor:
+    """−ln(−ln(1 − u)), float32 [C, V], where u = (31 bits of the hash + ½) / 2³¹ of each (position, column).
 
     Small u are exact to their last bit, and it is from them that large noise comes.
     """
-    stride = 2 * (seed >> 32) + 1
+    stride_C = 2 * (seed_C >> 32) + 1
     # Integers wrap around: what is said modulo 2**32 may be computed modulo 2**64 first.
-    first_C1 = (row_C.unsqueeze(-1) * (num_columns * stride) + seed).to(torch.int32)
-    words_CV = first_C1 + (column_V * stride).to(torch.int32)
+    first_C = (position_C * num_columns * stride_C + seed_C).to(torch.int32)
+    words_CV = (stride_C.to(torch.int32).unsqueeze(-1) * column_V).add_(first_C.unsqueeze(-1))
     hash_words(words_CV, torch.empty_like(words_CV))
     u_CV = words_CV.bitwise_and_(2**31 - 1).to(torch.float32).add_(0.5).mul_(2**-31)
     return u_CV.neg_().log1p_().neg_().log_().neg_()

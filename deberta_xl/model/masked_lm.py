@@ -102,7 +102,7 @@ class MaskedLanguageModel(Trunk):
             self.head = MaskedLanguageModelHead(config)
         self.loss = masked_lm_loss
         """Cross-entropy and guesses from logits; the plan puts another here where the vocabulary is divided."""
-        self.draw: Callable[[Tensor, Tensor, DrawRule], Drawn] = draw_tokens
+        self.draw: Callable[[Tensor, Tensor, Tensor, float], Drawn] = draw_tokens
         """Tokens from logits; the plan replaces it together with the loss."""
         self.draw_weights(seed)
 
@@ -141,7 +141,7 @@ class MaskedLanguageModel(Trunk):
             labels: [batch, sequence], 0 or −100 where nothing is predicted; or the positions found beforehand.
             label_count: divisor of the loss, for a mean over more than this batch.
             output_hidden_states: return every layer's states too (the last layer then runs although EMD replaces it).
-            draw: draw a token at each labelled position, too; it names them by their places in the batch.
+            draw: draw a token at each labelled position, too.
         """
         scene = self.scene(input_ids, attention_mask, dropout_key, open_BS=open_BS)
         states = self.encoder(
@@ -172,7 +172,9 @@ class MaskedLanguageModel(Trunk):
         logits_LV = self.head(decoded.flatten(0, 1).index_select(0, labelled.slot_L), self.embeddings.word)
         drawn_L = None
         if draw is not None:  # before the loss, which may spend the logits
-            drawn_L = self.draw(logits_LV.detach(), labelled.place_L(hidden_BSD.shape[1]), draw).token_L
+            place_L, length = labelled.place_L(hidden_BSD.shape[1]), hidden_BSD.shape[1]
+            seed_L = draw.seed_B[place_L // length]
+            drawn_L = self.draw(logits_LV.detach(), place_L % length, seed_L, draw.temperature).token_L
         loss_sum, guess_L = self.loss(logits_LV, labelled.label_L)
         divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
         return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L, drawn_L=drawn_L)

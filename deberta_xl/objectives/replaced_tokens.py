@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.together import on_rank_zero
-from deberta_xl.data.loader import Batch
+from deberta_xl.data.random_numbers import derive
 from deberta_xl.kernels.sampling import DrawRule
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.part_costs import Load
@@ -20,10 +21,11 @@ from deberta_xl.model.parts import replaced_tokens_parts
 from deberta_xl.model.replaced_tokens import Proposal, ReplacedTokenModel, detection_counts, detection_loss
 from deberta_xl.objectives.detection import DetectionEvaluation
 from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
+from deberta_xl.objectives.masked_evaluation import evaluation_batches
 from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.objective import Guessing, Mean, Ratio, Reports, Tally, Update
 from deberta_xl.objectives.pretraining import Pretraining
-from deberta_xl.objectives.rows import MaskedRows
+from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows, step_batches
 from deberta_xl.planning.cost import step_flops
 from deberta_xl.run.figures import detection_curves
 from deberta_xl.settings.objectives import generator_architecture
@@ -32,6 +34,8 @@ from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.native import files_beside_weights
 from deberta_xl.weights.replaced_tokens import load_initial_pair
 
+DRAWS = 1
+"""Tells the key of a row's draws from that of its masks."""
 GENERATOR: Reports = {
     "generator_loss": Mean("labels"),
     "generator_accuracy": Ratio("labels"),
@@ -48,13 +52,16 @@ class MaskedTokens(NamedTuple):
     """Packed rows, some of whose tokens are masked; all of them are to be judged afterwards."""
 
     rows: MaskedRows
+    draw_seed_B: Tensor
+    """From which tokens are drawn."""
     num_tokens: int
     """Without padding."""
 
     @classmethod
-    def of(cls, batch: Batch) -> MaskedTokens:
+    def of(cls, batch: KeyedBatch) -> MaskedTokens:
         """From arrays."""
-        return cls(MaskedRows.of(batch), int((batch.segments > 0).sum()))
+        seed_B = torch.from_numpy((derive(batch.key_B, DRAWS) >> np.uint64(1)).astype(np.int64))
+        return cls(MaskedRows.of(batch.rows), seed_B, int((batch.rows.segments > 0).sum()))
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -92,9 +99,22 @@ class ReplacedTokens(Pretraining):
             load_initial_pair(model, source)
             rank_zero("weights from %s", source)
 
-    def micro_batch(self, batch: Batch) -> MaskedTokens:
-        """Masked rows."""
-        return MaskedTokens.of(batch)
+    def batches(self, first_step: int, first_sample: int, *, rank: int, size: int) -> Iterator[list[MaskedTokens]]:
+        """The rows from `first_sample` on, with their keys."""
+        return step_batches(
+            KeyedData(self.data), self.config.train, first_sample, MaskedTokens.of, rank=rank, size=size
+        )
+
+    def held_out(self, *, rank: int, size: int) -> Iterator[MaskedTokens]:
+        """The rows of `data.valid`, always masked alike, under the same draws."""
+        return evaluation_batches(
+            KeyedData(self.valid),
+            MaskedTokens.of,
+            max_samples=self.config.evaluation.max_samples,
+            micro_batch_size=self.config.train.micro_batch_size,
+            rank=rank,
+            size=size,
+        )
 
     @property
     def fingerprints(self) -> Mapping[str, Any]:
@@ -167,17 +187,15 @@ class ReplacedTokens(Pretraining):
         loss = proposal.loss + self.section.weight * judged["discriminator_loss"]
         return {"loss": loss, **generator_figures(proposal, batch), **judged}
 
-    def given(
-        self, batch: MaskedTokens, shares: Mapping[str, float], key: DropoutKey, *, drops: bool = True
-    ) -> dict[str, Any]:
-        """What the model is given of a batch on the device. Tokens are drawn under `key`, as masks of dropout are."""
+    def given(self, batch: MaskedTokens, shares: Mapping[str, float], key: DropoutKey | None) -> dict[str, Any]:
+        """What the model is given of a batch on the device."""
         return {
             "input_ids": batch.rows.input_ids_BS,
             "segments": batch.rows.segments_BS,
             "labelled": batch.rows.labelled,
             "label_count": shares["labels"],
-            "draw": DrawRule(key.fold("drawn tokens").seed, self.section.temperature),
-            "dropout_key": key if drops else None,
+            "draw": DrawRule(batch.draw_seed_B, self.section.temperature),
+            "dropout_key": key,
         }
 
     def step_flops(self, counts: Mapping[str, float]) -> float:
@@ -198,12 +216,9 @@ class ReplacedTokens(Pretraining):
         """The figures of training, the area under the ROC curve, and examples; always under the same draws."""
         whole = dict.fromkeys(self.counts, 1.0)
         found = DetectionEvaluation(run, self.reports, self.counts)
-        for number, host_batch in enumerate(
-            run.batches(self.held_out(rank=run.rank, size=run.size), does="evaluating")
-        ):
+        for host_batch in run.batches(self.held_out(rank=run.rank, size=run.size), does="evaluating"):
             batch = on_device(host_batch, run.device)
-            key = DropoutKey(self.seed).fold("evaluation", number * run.size + run.rank)
-            proposal, logits_BS = run.model("learn", **self.given(batch, whole, key, drops=False))
+            proposal, logits_BS = run.model("learn", **self.given(batch, whole, None))
             figures = self.figures(batch, proposal, logits_BS, whole)
             found.take(host_batch.counts, figures, proposal, logits_BS, batch.rows)
         evaluation = found.conclude(self.derived, self.tokenizer)

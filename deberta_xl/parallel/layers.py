@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from deberta_xl.kernels.sampling import Drawn, DrawRule, draw_tokens
+from deberta_xl.kernels.sampling import Drawn, draw_tokens
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.sequence import sum_to_slice
 from deberta_xl.parallel.shard import Shard
@@ -163,11 +163,12 @@ class VocabularyDraw:
         self.vocab_size = vocab_size
         self.groups = groups
 
-    def __call__(self, logits_LV: Tensor, row_L: Tensor, rule: DrawRule) -> Drawn:
+    def __call__(self, logits_LV: Tensor, position_L: Tensor, seed_L: Tensor, temperature: float) -> Drawn:
         """What one rank would draw from all columns."""
         first = logits_LV.shape[-1] * self.groups.grid.tensor_parallel_rank
         width = max(1, min(logits_LV.shape[-1], self.vocab_size - first))  # without the padding
-        drawn = draw_tokens(logits_LV[:, :width], row_L, rule, first, self.vocab_size)
+        columns = {"first_column": first, "num_columns": self.vocab_size}
+        drawn = draw_tokens(logits_LV[:, :width], position_L, seed_L, temperature, **columns)
         is_padding = first >= self.vocab_size
         value_L = torch.full_like(drawn.value_L, float("-inf")) if is_padding else drawn.value_L
         return Drawn(*largest_of_ranks(value_L, drawn.token_L, self.groups))

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.random_numbers import derive
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.kernels.sampling import DrawRule
-from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import LabelledPositions
 from deberta_xl.model.replaced_tokens import ReplacedTokenModel
+from deberta_xl.objectives.replaced_tokens import DRAWS
 from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.settings.presets import load_run_config
 from deberta_xl.settings.pretraining import RunConfig
@@ -61,8 +63,9 @@ def plain_losses(config_file: Path, *, is_decoupled: bool) -> list[list[float]]:
         num_tokens = sum(int((segments > 0).sum()) for _, segments, _ in batches)
         generator_loss, discriminator_loss, corrupted = 0.0, 0.0, []
         for number, (ids, segments, labels) in enumerate(batches):
-            key = DropoutKey(train.seed).fold("step", step).fold("micro-batch", number)
-            rule = DrawRule(key.fold("drawn tokens").seed)
+            start = (step - 1) * train.global_batch_size + number * train.micro_batch_size
+            keys = derive(data.keys(train.seed, start, train.micro_batch_size), DRAWS)
+            rule = DrawRule(torch.from_numpy((keys >> np.uint64(1)).astype(np.int64)))
             output = model.generator(ids, segments, labels=LabelledPositions.of(labels), label_count=1.0, draw=rule)
             (output.loss / num_labels).backward()
             generator_loss += output.loss.item() / num_labels

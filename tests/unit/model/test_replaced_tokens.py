@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_the_originals(folder):
     labelled = LabelledPositions.of(labels)
     proposal = pair.model(
         "propose", input_ids=ids, segments=segments, labelled=labelled, label_count=len(labelled.label_L),
-        draw=DrawRule(1),
+        draw=DrawRule(torch.tensor([1, 2])),
     )  # fmt: skip
     corrupted = pair.outputs["discriminator_input_ids"]
     logits = pair.model("judge", corrupted=corrupted, segments=segments)
@@ -121,7 +121,7 @@ def test_the_generator_replaces_labelled_tokens_alone_and_says_which_differ():
     model = ReplacedTokenModel(CONFIG, GENERATOR).eval()
     ids, segments, labelled = masked_batch()
     given = {"input_ids": ids, "segments": segments, "labelled": labelled, "label_count": 1.0}
-    proposal = model("propose", **given, draw=DrawRule(11))
+    proposal = model("propose", **given, draw=DrawRule(torch.tensor([11, 12])))
     place_L = labelled.place_L(20)
     assert place_L.tolist() == [3, 12, 27]
     is_elsewhere = torch.ones(40, dtype=torch.bool).index_fill(0, place_L, value=False)
@@ -129,7 +129,9 @@ def test_the_generator_replaces_labelled_tokens_alone_and_says_which_differ():
     drawn_L = proposal.corrupted_BS.flatten()[place_L]
     assert torch.equal(proposal.is_replaced_BS.flatten()[place_L], drawn_L != labelled.label_L)
     assert not proposal.is_replaced_BS.flatten()[is_elsewhere].any()
-    assert not torch.equal(model("propose", **given, draw=DrawRule(12)).corrupted_BS, proposal.corrupted_BS)
+    assert not torch.equal(
+        model("propose", **given, draw=DrawRule(torch.tensor([11, 13]))).corrupted_BS, proposal.corrupted_BS
+    )
 
 
 def test_documents_of_one_row_are_judged_as_each_alone():
