@@ -192,7 +192,7 @@ def recorded(after_step: Callable[[], None]) -> Iterator[Curve]:
     def noted(recorder: Recorder, *given: Any) -> dict[str, float | None]:
         values = interval_metrics(recorder, *given)
         curve.losses.append(values["loss"])
-        curve.norms.append(values["grad_norm"])
+        curve.norms.append(next(values[name] for name in ("grad_norm", "discriminator_grad_norm") if name in values))
         after_step()
         return values
 
