@@ -10,12 +10,16 @@ What comes out:
                positions, other heads) travels along, so the way back loses nothing
   microsoft    model_config.json, pytorch_model.bin, spm.model for the original code
 
+A discriminator with its generator (a run of train.objective=replaced_tokens, a v3 release) is converted as the two;
+SOURCE/discriminator and SOURCE/generator convert one of them.
+
 A fine-tuned model (deberta_xl/finetune.py) goes --to huggingface with its head, for AutoModelForSequenceClassification
 and its kin; what transformers has fine-tuned, DebertaForTask.from_pretrained reads as it is.
 
 examples:
   python tools/convert.py --to huggingface runs/first exported --verify --model_card
   python tools/convert.py --to native downloads/deberta-v3-large start
+  python tools/convert.py --to huggingface runs/v3/discriminator exported
   python tools/convert.py --to native runs/first averaged --average 5
   python tools/convert.py --to native runs/first longer --max_position_embeddings 2048 --max_relative_positions 2048
 """

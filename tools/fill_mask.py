@@ -1,8 +1,9 @@
 """Ask a pretrained model what stands behind each [MASK] of a text.
 
 CHECKPOINT is a run folder (its newest whole checkpoint), a step or weights folder, or a folder in the original
-release's or Hugging Face's layout. The model answers through the enhanced mask decoder, as in pretraining. A piece that
-begins with ▁ begins a word; [MASK] is one piece, so that a rare word takes several.
+release's or Hugging Face's layout; of a run with a discriminator, runs/v3/generator is what fills masks. The model
+answers through the enhanced mask decoder, as in pretraining. A piece that begins with ▁ begins a word; [MASK] is one
+piece, so that a rare word takes several.
 
 example:
   python tools/fill_mask.py runs/first "The capital of [MASK] is Paris." --top_k 5
