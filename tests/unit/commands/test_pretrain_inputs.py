@@ -19,6 +19,7 @@ from deberta_xl.commands.pretraining import PretrainingInputs, parse_arguments, 
 from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.conversion.edits import Edits
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.kernels.registry import KERNELS, Demand
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
@@ -72,6 +73,25 @@ def rescored(tokenizer: Tokenizer) -> Tokenizer:
 def test_an_unknown_kernel_is_refused_with_those_there_are_before_anything_is_built(small_dataset, weights, tmp_path):
     with pytest.raises(UserError, match=r"model.kernel='flash' is unknown; choose one of auto, reference"):
         read(small_dataset, tmp_path / "run", weights, "model.kernel=flash")
+
+
+@pytest.mark.parametrize(
+    ("words", "mask"),
+    [
+        (["train.objective=causal"], "causal"),
+        (["train.objective=prefix"], "prefix"),
+        (["train.objective=mixed", "autoregressive.form=prefix"], "prefix"),
+        (["train.objective=mixed"], "causal"),
+    ],
+)
+def test_a_kernel_is_asked_for_the_mask_of_the_objective(small_dataset, weights, tmp_path, monkeypatch, words, mask):
+    def refuses_order(demand: Demand) -> str | None:
+        return None if demand.mask == "bidirectional" else f"it has no {demand.mask} mask"
+
+    monkeypatch.setitem(KERNELS, "unordered", KERNELS["reference"]._replace(refusal=refuses_order))
+    read(small_dataset, tmp_path / "run", weights, "model.kernel=unordered")
+    with pytest.raises(UserError, match=f"model.kernel=unordered .* it has no {mask} mask; choose one of auto, refer"):
+        read(small_dataset, tmp_path / "run", weights, "model.kernel=unordered", *words)
 
 
 @pytest.mark.parametrize("kind", ["native", "huggingface", "microsoft"])
