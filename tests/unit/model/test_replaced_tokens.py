@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from pair_vectors import PairVector
 from torch import Tensor
 from vectors import vector_folders
 
@@ -15,62 +12,22 @@ from deberta_xl.kernels.sampling import DrawRule
 from deberta_xl.model.masked_lm import LabelledPositions
 from deberta_xl.model.replaced_tokens import Discriminator, ReplacedTokenModel, detection_counts, detection_loss
 from deberta_xl.settings.architecture import DebertaConfig
-from deberta_xl.weights.foreign_config import from_foreign_config
-from deberta_xl.weights.names import DELTA, from_microsoft
 
 SIZES = {"vocab_size": 37, "hidden_size": 24, "num_layers": 3, "num_heads": 2, "intermediate_size": 40}
 CONFIG = DebertaConfig(**SIZES, max_position_embeddings=20, position_buckets=4)
 GENERATOR = DebertaConfig(**SIZES | {"num_layers": 2}, max_position_embeddings=20, position_buckets=4)
-DETECTOR = {"LayerNorm": "norm", "dense": "dense", "classifier": "classifier"}
-
-
-def our_name(name: str) -> str:
-    """The original's name of a parameter of the pair, as ours."""
-    model, _, rest = name.partition(".")
-    if rest.startswith("mask_predictions."):
-        _, module, kind = rest.split(".")
-        return f"{model}.detector.{DETECTOR[module]}.{kind}"
-    ours = from_microsoft(rest.replace(DELTA, ".weight"))
-    return f"{model}.{ours.replace('.weight', '_delta.weight') if rest.endswith(DELTA) else ours}"
-
-
-class Pair:
-    """A reference case: its pair with its weights, and what the original computes of it."""
-
-    def __init__(self, folder: Path):
-        config = json.loads((folder / "config.json").read_text())
-        self.weight = json.loads((folder / "meta.json").read_text())["rtd_lambda"]
-        architectures = (from_foreign_config(config[name]) for name in ("discriminator", "generator"))
-        self.model = ReplacedTokenModel(*architectures, config["embedding_sharing"]).double().eval()
-        self.inputs, self.outputs = (load_file(folder / f"{name}.safetensors") for name in ("inputs", "outputs"))
-        read = {our_name(k): v for k, v in load_file(folder / "weights.safetensors").items()}
-        self.gradients = {our_name(k): v for k, v in load_file(folder / "grads.safetensors").items()}
-        missing, self.unread = self.model.load_state_dict(read, strict=False)
-        assert not missing
 
 
 @pytest.mark.parametrize("folder", vector_folders("rtd"), ids=lambda folder: folder.name)
 def test_losses_and_gradients_are_the_originals(folder):
-    pair = Pair(folder)
+    vector = PairVector(folder)
     # Under shared embeddings the original's discriminator has tables of its own that it never reads.
-    assert all("word" in name or "position" in name for name in pair.unread)
-    ids, segments, labels = (pair.inputs[name] for name in ("input_ids", "attention_mask", "labels"))
-    labelled = LabelledPositions.of(labels)
-    proposal = pair.model(
-        "propose", input_ids=ids, segments=segments, labelled=labelled, label_count=len(labelled.label_L),
-        draw=DrawRule(torch.tensor([1, 2])),
-    )  # fmt: skip
-    corrupted = pair.outputs["discriminator_input_ids"]
-    logits = pair.model("judge", corrupted=corrupted, segments=segments)
-    is_replaced = corrupted != torch.where(labels > 0, labels, ids)
-    loss = detection_loss(logits, is_replaced, segments) / segments.sum()
-    expected = pair.outputs
-    torch.testing.assert_close(proposal.loss, expected["generator_loss"], rtol=0, atol=1e-10)
-    torch.testing.assert_close(loss, expected["discriminator_loss"], rtol=0, atol=1e-10)
-    torch.testing.assert_close(logits * segments, expected["discriminator_logits"] * segments, rtol=0, atol=1e-10)
-    (proposal.loss + pair.weight * loss).backward()
-    for name, parameter in pair.model.named_parameters():
-        assert (parameter.grad - pair.gradients[name]).abs().max() <= 1e-10, name
+    assert all("word" in name or "position" in name for name in vector.unread)
+    outcome = vector.outcome(vector.model)
+    vector.check(outcome, 1e-10)
+    outcome.total.backward()
+    for name, parameter in vector.model.named_parameters():
+        assert (parameter.grad - vector.gradients[name]).abs().max() <= 1e-10, name
 
 
 def masked_batch() -> tuple[Tensor, Tensor, LabelledPositions]:
