@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.strict import frozen
 from deberta_xl.data.random_numbers import derive
-from deberta_xl.kernels.sampling import DrawRule, draw_tokens
+from deberta_xl.kernels.sampling import draw_tokens
 
 
 @frozen
@@ -58,14 +59,9 @@ def choose_tokens(
     if sampling is None:
         return logits_BV.argmax(-1)
     kept_BV = kept_logits(logits_BV, sampling)
-    drawn = []
-    for logits_V, number, position in zip(kept_BV, numbers, positions, strict=True):
-        # A seed for each place: rows of one seed would begin to repeat each other after 2**32 numbers.
-        rule = DrawRule(seed=int(derive(sampling.seed, number, position)[0]) >> 1)
-        drawn.append(
-            draw_tokens(logits_V.unsqueeze(0), torch.zeros_like(logits_V[:1], dtype=torch.int64), rule).token_L
-        )
-    return torch.cat(drawn)
+    seeds = (derive(sampling.seed, np.asarray(numbers)) >> np.uint64(1)).astype(np.int64)
+    seed_B = torch.from_numpy(seeds).to(kept_BV.device)
+    return draw_tokens(kept_BV, torch.tensor(positions, device=kept_BV.device), seed_B).token_L
 
 
 def kept_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
