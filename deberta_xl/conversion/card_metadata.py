@@ -12,6 +12,7 @@ from typing import Any
 
 from deberta_xl.base.small_file import read_json, read_small
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.weights.pair import split_part
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -103,7 +104,7 @@ def base_model_of(init: str) -> str:
     """The name of the weights that a run began with: that on the Hub where it is recorded, or the folder's."""
     if cached := re.search(r"models--([^/\\]+)--([^/\\]+)", init):
         return f"{cached[1]}/{cached[2]}"
-    folder = Path(init)
+    folder, _ = split_part(Path(init))
     for name, key in (("config.json", "_name_or_path"), ("conversion.json", "source")):
         recorded = read_field(folder / name, key)
         if recorded and (key == "source" or re.fullmatch(r"[\w.-]+/[\w.-]+", recorded)):

@@ -156,7 +156,7 @@ def open_source(source: Path, conversion: Conversion) -> Pretrained | Pair:
         if found != "native":
             raise CheckpointError(f"--average: {source} is no run folder, which has several checkpoints")
         if isinstance(pair := open_any(source), Pair):
-            return Pair(*(average_of_newest(source / part, count) for part in PARTS), pair.sharing)
+            return Pair(*(average_of_newest(source / part, count) for part in PARTS), pair.sharing).summed_anew()
         return average_of_newest(source, count)
     model = open_any(source, conversion.generator)
     for one in models_of(model):

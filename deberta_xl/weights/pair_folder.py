@@ -14,13 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from deberta_xl.checkpoint.lazy import LazyTensors
+import torch
+
+from deberta_xl.checkpoint.lazy import LazyTensors, derived
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.settings.objectives import Sharing
 from deberta_xl.weights.foreign import find_generator, is_foreign_folder, open_foreign, read_config_fields
 from deberta_xl.weights.native import CONFIG_NAME, open_native
 from deberta_xl.weights.native_config import read_native_config
-from deberta_xl.weights.pair import native_pair, rider_name, split_part, with_part
+from deberta_xl.weights.pair import TABLES, native_pair, rider_name, split_part, with_part
 from deberta_xl.weights.pretrained_folder import Pretrained
 
 SHARING_FIELD = "embedding_sharing"
@@ -39,6 +41,17 @@ class Pair(NamedTuple):
         """Both under native names, without what would be fresh in a discriminator: it needs no masked-LM head."""
         own, partner = not_fresh(self.discriminator), self.generator.tensors
         return native_pair(own, partner, self.discriminator.config, self.sharing)
+
+    def summed_anew(self) -> Pair:
+        """The same with whole tables made of the generator's and what is added, once both have been changed: the sum of
+        two means is not quite the mean of sums.
+        """
+        tensors = dict(self.discriminator.tensors)
+        for table in TABLES:
+            if (delta := tensors.get(rider_name(table))) is not None:
+                shared = self.generator.tensors[f"{table}.weight"]
+                tensors[f"{table}.weight"] = derived(torch.add, (shared, delta), shared.shape)
+        return self._replace(discriminator=replace(self.discriminator, tensors=tensors))
 
 
 def not_fresh(model: Pretrained) -> LazyTensors:

@@ -20,6 +20,7 @@ from torch import Tensor
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
 from deberta_xl.conversion.convert import Conversion, convert
+from deberta_xl.public.detection import DebertaForDetection
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.weights.initial_weights import read_pretrained
 from deberta_xl.weights.named_folder import find_pretrained
@@ -118,5 +119,10 @@ def test_what_does_not_fit_is_refused_before_the_run(runs, small_dataset, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_masks_are_filled_by_the_generator_of_a_run(runs):
+def test_a_run_fills_masks_finds_replaced_tokens_and_is_converted_as_the_two(runs, tmp_path):
     assert DebertaForMaskedLM.from_pretrained(runs / "v3" / "generator").config.num_layers == 2
+    assert DebertaForDetection.from_pretrained(runs / "v3").config.num_layers == 4
+    convert(runs / "v3", tmp_path / "native", Conversion(to="native", tolerance=0.0))
+    stored, converted = (read_weights(find_weights_folder(folder)) for folder in (runs / "v3", tmp_path / "native"))
+    assert stored.keys() == converted.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in stored.items())

@@ -10,11 +10,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small_pair import DISCRIMINATOR, write_pair
+from small_checkpoint import write_state
+from small_pair import DISCRIMINATOR, GENERATOR, pair_tensors, write_pair
 from torch import Tensor
 from vectors import vector_folders
 
-from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.base.durable import write_files
+from deberta_xl.checkpoint.manifest import CheckpointError, file_facts, step_folder_name, write_manifest
+from deberta_xl.checkpoint.rank_file import KINDS
 from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.conversion.edits import Edits
 from deberta_xl.corpus.tokenizer_training import train_tokenizer
@@ -23,7 +26,7 @@ from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import HeadConfig
 from deberta_xl.weights.initial_encoder import find_init, load_encoder
 from deberta_xl.weights.initial_weights import computed_by
-from deberta_xl.weights.native_config import read_native_config
+from deberta_xl.weights.native_config import native_config, read_native_config
 
 SHARED = {f"deberta.embeddings.{kind}_embeddings.weight" for kind in ("word", "position")}
 EXACTLY = {"tolerance": 0.0, "show": lambda _line: None}
@@ -157,6 +160,23 @@ def test_more_rows_go_to_both_tables_alike(tmp_path):
     assert found[word].shape == found[delta].shape == (50, 16)
     assert torch.equal(found[word][:48], stored[word])
     assert torch.allclose((found[word] + found[delta])[:48], stored[word] + stored[delta], atol=1e-6)
+
+
+def test_the_average_of_a_run_is_that_of_both_models(tmp_path):
+    steps = []
+    for step in (1, 2):
+        tensors = {name: tensor * step for name, tensor in pair_tensors("gdes").items()}
+        folder = tmp_path / "run" / "checkpoints" / step_folder_name(step)
+        names = [path.name for path in write_state(folder, {kind: tensors for kind in KINDS}, [])]
+        config = native_config(DISCRIMINATOR, generator=GENERATOR, sharing="gdes")
+        names += write_files(folder, {"config.json": json.dumps(config).encode()})
+        write_manifest(folder, {name: file_facts(folder / name) for name in names})
+        steps.append(tensors)
+    convert(tmp_path / "run", tmp_path / "averaged", Conversion(to="native", edits=Edits(average=2), **EXACTLY))
+    found = load_file(tmp_path / "averaged" / "model.safetensors")
+    assert found.keys() == steps[0].keys()
+    for name, tensor in steps[0].items():
+        assert torch.equal(found[name], ((tensor.double() + steps[1][name].double()) / 2).float()), name
 
 
 # Refused.
