@@ -54,7 +54,7 @@ class Split(NamedTuple):
             layers = self.layers(stage)
             names = f"layers {layers.start}–{layers.stop - 1}" if len(layers) > 1 else f"layer {layers.start}"
             names = ("embeddings, " if stage == 0 else "") + names
-            names += ", mask decoder and head" if stage == self.num_stages - 1 else ""
+            names += ", prediction" if stage == self.num_stages - 1 else ""
             parts.append(f"{names} ({self.costs[stage] / total:.0%} of the work)")
         idle = self.idle_share(num_micro_batches)
         return f"{'; '.join(parts)}; {idle:.0%} idle with {num_micro_batches} micro-batches"

@@ -62,7 +62,7 @@ def test_the_bubble_is_that_of_1f1b():
 def test_the_start_tells_what_each_stage_has():
     told = split_model(masked_lm_parts(XXLARGE), 4, LOAD).describe(num_micro_batches=16)
     assert told.startswith("embeddings, layers 0–")
-    assert "–47, mask decoder and head" in told
+    assert "–47, prediction" in told
     assert "idle with 16 micro-batches" in told
 
 
