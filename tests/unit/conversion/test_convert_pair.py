@@ -32,7 +32,11 @@ SHARED = {f"deberta.embeddings.{kind}_embeddings.weight" for kind in ("word", "p
 EXACTLY = {"tolerance": 0.0, "show": lambda _line: None}
 UNREAD = "deberta.embeddings.position_embeddings."
 """The discriminator's, which its input does not have."""
-CASES = [(sharing, positions) for sharing in ("gdes", "es", "none") for positions in (False, True)]
+CASES = [
+    pytest.param(sharing, positions, marks=pytest.mark.full if positions and sharing != "gdes" else ())
+    for sharing in ("gdes", "es", "none")
+    for positions in (False, True)
+]
 
 
 def release(vector: Path, folder: Path) -> dict[str, dict[str, Tensor]]:
