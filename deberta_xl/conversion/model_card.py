@@ -39,6 +39,7 @@ def model_card(model: Pretrained, tokenizer: Tokenizer | None, metadata: CardMet
     decoded = "with an" if model.config.num_decoder_passes else "without an"
     how = "by replaced token detection" if DETECTOR in model.tensors else f"{decoded} enhanced mask decoder"
     is_discriminator = DETECTOR in model.tensors
+    writing = TEXT.format(model.learnt.writes_as) if model.learnt.writes_as else NO_TEXT
     facts = {
         "Architecture": architecture(model.config, model.tensors),
         "Training data": data_facts(model.folder),
@@ -50,7 +51,7 @@ def model_card(model: Pretrained, tokenizer: Tokenizer | None, metadata: CardMet
         f"A DeBERTa encoder pretrained {how}, written by deberta_xl.",
         (encoder_example if is_discriminator else fill_mask_example)(tokenizer, metadata.example),
         facts,
-        (DISCRIMINATOR_USE if is_discriminator else INTENDED_USE + loading(model.config))
+        (DISCRIMINATOR_USE if is_discriminator else INTENDED_USE.format(writing=writing) + loading(model.config))
         + longer_sequences(model.config),
         pipeline="feature-extraction" if is_discriminator else "fill-mask",
         metadata=with_base_model(metadata, run),
@@ -119,8 +120,9 @@ def card(
 
 INTENDED_USE = """\
 As an encoder to be fine-tuned for classification, tagging, question answering or retrieval, and for filling masks.
-It generates no text. It repeats the biases of the text it was trained on; examine it on your own data before use.
+{writing} It repeats the biases of the text it was trained on; examine it on your own data before use.
 """
+NO_TEXT, TEXT = "It generates no text.", "`tools/generate.py` of deberta_xl writes with it, under {} masks."
 DISCRIMINATOR_USE = """\
 As an encoder to be fine-tuned for classification, tagging, question answering or retrieval. It is the discriminator of
 replaced token detection: it fills no masks and generates no text. It repeats the biases of the text it was trained on;

@@ -21,8 +21,7 @@ from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.parts import Part, discriminator_parts, replaced_tokens_parts, with_heads
 from deberta_xl.model.trunk import Trunk, shapes_of_model
 from deberta_xl.settings.architecture import DebertaConfig
-
-Sharing = Literal["gdes", "es", "none"]
+from deberta_xl.settings.objectives import Sharing
 
 
 class Detector(nn.Module):

@@ -33,6 +33,10 @@ def test_it_is_known_there_and_back_again(learnt, kind, tmp_path, caplog):
     assert DebertaForMaskedLM.from_pretrained(tmp_path / "there").learnt == learnt
     convert(tmp_path / "there", tmp_path / "back", Conversion(to="native"))
     assert DebertaForMaskedLM.from_pretrained(tmp_path / "back").learnt == learnt
+    if kind == "huggingface":
+        card = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
+        assert ("It generates no text." in card) == (learnt.writes_as is None)
+        assert (f"under {learnt.writes_as} masks" in card) == (learnt.writes_as is not None)
     says = "the model was trained with train.objective=causal, and"
     assert (says in caplog.text) == (learnt == Learnt("causal") and kind != "native")
 
