@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.conversion.card_metadata import CardMetadata
 from deberta_xl.conversion.convert import Conversion, convert
+from deberta_xl.conversion.model_card import model_card
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.weights.native import open_native
 from deberta_xl.weights.native_config import Learnt
 
 SMALL = DebertaConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32)
@@ -33,10 +36,6 @@ def test_it_is_known_there_and_back_again(learnt, kind, tmp_path, caplog):
     assert DebertaForMaskedLM.from_pretrained(tmp_path / "there").learnt == learnt
     convert(tmp_path / "there", tmp_path / "back", Conversion(to="native"))
     assert DebertaForMaskedLM.from_pretrained(tmp_path / "back").learnt == learnt
-    if kind == "huggingface":
-        card = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
-        assert ("It generates no text." in card) == (learnt.writes_as is None)
-        assert (f"under {learnt.writes_as} masks" in card) == (learnt.writes_as is not None)
     says = "the model was trained with train.objective=causal, and"
     assert (says in caplog.text) == (learnt == Learnt("causal") and kind != "native")
 
@@ -47,3 +46,8 @@ def test_an_objective_that_is_none_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"writing_objective": "novel"}))
     with pytest.raises(CheckpointError, match="objective='novel' is not known"):
         DebertaForMaskedLM.from_pretrained(tmp_path / "there")
+
+
+@pytest.mark.parametrize(("learnt", "says"), [(Learnt(), "It generates no text."), (Learnt("mixed"), "causal masks.")])
+def test_the_card_says_whether_it_writes(learnt, says, tmp_path):
+    assert says in model_card(open_native(write(tmp_path, learnt)), None, CardMetadata())
