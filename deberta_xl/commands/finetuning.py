@@ -190,9 +190,11 @@ def check_given(config: FinetuneConfig) -> None:
 def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Pooling, Path]:
     """Architecture, pooler and tokenizer folder of the checkpoint to start from; its weights are read later."""
     from deberta_xl.weights.initial_encoder import peek_init, peek_pooling
-    from deberta_xl.weights.named_folder import find_tokenizer
+    from deberta_xl.weights.named_folder import find_tokenizer, learnt_in
 
     folder, architecture = peek_init(Path(config.train.init))
+    if (objective := learnt_in(folder).objective) in ("causal", "prefix"):
+        rank_zero("train.init=%s was trained with train.objective=%s: its tokens saw less than now", folder, objective)
     return config.model.applied_to(architecture), peek_pooling(folder, architecture), find_tokenizer(folder)
 
 

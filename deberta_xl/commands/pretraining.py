@@ -22,7 +22,7 @@ from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.parts import num_parameters
 from deberta_xl.objectives.choice import BUILT_IN, check_objective, objective_type
-from deberta_xl.parallel.grid import check_stages
+from deberta_xl.parallel.grid import Grid, check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import pretraining_workload
@@ -109,8 +109,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     store = TokenStore(config.data.train)
     tokenizer, tokenizer_folder = store.tokenizer(), store.paths.tokenizer
     architecture = config.model.architecture(tokenizer.vocab_size)
-    for model in models(architecture, config):
-        check_model(model, layout.grid, config)
+    check_models(architecture, layout.grid, config)
     check_stages(architecture, layout.grid.num_stages)
     if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
         check_init(config, architecture, tokenizer, tokenizer_folder)
@@ -118,7 +117,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     data = PretrainingData(store, *options)
     data.check_training()
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
-    if valid:
+    if valid and config.train.objective not in ("causal", "prefix"):  # which mask nothing
         valid.check_held_out(config.evaluation.max_samples)
     return PretrainingInputs(
         config=config,
@@ -134,11 +133,15 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     )
 
 
-def models(architecture: DebertaConfig, config: RunConfig) -> list[DebertaConfig]:
-    """The architectures that are trained: the model's, and its generator's where it has one."""
+def check_models(architecture: DebertaConfig, grid: Grid, config: RunConfig) -> None:
+    """`check_model` of the model, and of its generator where it has one. Raises ConfigError."""
+    check_model(architecture, grid, config)
     if config.train.objective != "replaced_tokens":
-        return [architecture]
-    return [architecture, generator_architecture(architecture, config.generator)]
+        return
+    try:
+        check_model(generator_architecture(architecture, config.generator), grid, config)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.", "generator.")) from None
 
 
 def read_config(name: str, overrides: Sequence[str]) -> RunConfig:

@@ -77,4 +77,5 @@ def gumbel_noise(position_C: Tensor, seed_C: Tensor, column_V: Tensor, num_colum
     words_CV = (stride_C.to(torch.int32).unsqueeze(-1) * column_V).add_(first_C.unsqueeze(-1))
     hash_words(words_CV, torch.empty_like(words_CV))
     u_CV = words_CV.bitwise_and_(2**31 - 1).to(torch.float32).add_(0.5).mul_(2**-31)
+    u_CV.clamp_(max=1 - 2**-24)  # the last ones round to 1, of which the logarithm is none
     return u_CV.neg_().log1p_().neg_().log_().neg_()

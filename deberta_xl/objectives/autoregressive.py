@@ -10,7 +10,7 @@ Shape suffixes of this file:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from deberta_xl.objectives.objective import Mean, Ratio
 from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows, Rows, step_batches
 from deberta_xl.run.figures import loss_curves
 from deberta_xl.weights.native import files_beside_weights
+from deberta_xl.weights.native_config import Form
 
 # Purposes of a row's random streams, beside those of masking (`data/masking.py`).
 PREFIX, KIND = 100, 101
@@ -39,8 +40,8 @@ def next_tokens(ids_BS: np.ndarray, segments_BS: np.ndarray, open_BS: np.ndarray
 
     Nothing predicts the last token of a row, [SEP] or padding: a row ends where it is full, not where a text does.
     """
-    is_predicted = (segments_BS[:, 1:] == segments_BS[:, :-1]) & (segments_BS[:, 1:] > 0) & ~open_BS[:, 1:]
-    is_predicted[:, -1] = False
+    is_last_BS = np.pad(segments_BS[:, 2:], ((0, 0), (0, 1))) == 0  # padding may follow: a row is a token or two short
+    is_predicted = (segments_BS[:, 1:] == segments_BS[:, :-1]) & ~is_last_BS & ~open_BS[:, 1:]
     return np.pad(np.where(is_predicted, ids_BS[:, 1:], 0), ((0, 0), (0, 1)))
 
 
@@ -83,6 +84,8 @@ class Causal(MaskedLM):
     """Predict every next token from those before it."""
 
     has_stages = True
+    writes_as: ClassVar[Form] = "causal"
+    """Under which mask such a model writes on; a class of yours that inherits keeps it."""
     nothing_to_learn = "give longer rows (model.sequence_length, or longer text): no document has two tokens"
 
     def micro_batch(self, batch: Batch) -> MaskedRows:
@@ -92,7 +95,7 @@ class Causal(MaskedLM):
     @property
     def checkpoint_files(self) -> Mapping[str, bytes]:
         """Architecture and tokenizer, and that the model can write."""
-        return files_beside_weights(self.architecture, self.tokenizer, objective=self.config.train.objective)
+        return files_beside_weights(self.architecture, self.tokenizer, objective=self.writes_as)
 
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity per token and accuracy."""
@@ -131,6 +134,8 @@ def behind_prefix(batch: KeyedBatch) -> MaskedRows:
 
 class Prefix(Keyed):
     """Predict every next token behind a prefix, all of which is seen from everywhere."""
+
+    writes_as = "prefix"
 
     def rows(self, batch: KeyedBatch) -> MaskedRows:
         """A prefix of each document is given."""

@@ -7,6 +7,7 @@ Shape suffixes of this file:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,8 @@ class DetectionEvaluation:
         segments_BS = rows.segments_BS
         self.sums += torch.stack([figures[name].double() for name in self.reports])
         self.counts += torch.tensor(counts)
-        bin_BS = ((logits_BS.clamp(-LIMIT, LIMIT) + LIMIT) * ((BINS - 1) / (2 * LIMIT))).long()
+        # What is no number has no bin; the loss is no number then, either, and nothing is made of the bins.
+        bin_BS = ((logits_BS.nan_to_num().clamp(-LIMIT, LIMIT) + LIMIT) * ((BINS - 1) / (2 * LIMIT))).long()
         bin_BS = torch.where(proposal.is_replaced_BS, bin_BS + BINS, bin_BS)
         self.bins_2K += torch.bincount(bin_BS[segments_BS > 0], minlength=2 * BINS)
         if self.run.is_first and len(self.examples) < EXAMPLES:
@@ -74,7 +76,8 @@ class DetectionEvaluation:
         count_of = dict(zip(self.count_names, run.add_up(self.counts.to(run.device)).tolist(), strict=True))
         told = {name: report.count for name, report in self.reports.items() if not isinstance(report, Tally)}
         values = {name: totals[name] / count_of[count] if count_of[count] else None for name, count in told.items()}
-        values |= {**derived(totals), "auc": area_under_curve(*run.add_up(self.bins_2K).cpu().view(2, BINS))}
+        auc = area_under_curve(*run.add_up(self.bins_2K).cpu().view(2, BINS))
+        values |= {**derived(totals), "auc": auc if math.isfinite(totals["discriminator_loss"]) else None}
         shown = ("generator_loss", "discriminator_loss", "f1", "auc")
         line = "  ".join(f"{name.replace('_', ' ')} {values[name]:.4f}" for name in shown if values[name] is not None)
         panel = {"replaced_tokens": table(self.examples, tokenizer)} if self.examples else {}

@@ -65,8 +65,9 @@ class Update(Protocol):
     ) -> Sums:
         """Forward and backward of such losses over all micro-batches, then one update; the figures of this rank.
 
-        `learner` is the one of `Objective.learners` whose parameters are updated, with a gradient norm of its own; all
-        are when absent. `reports` has the figures that these losses give; those of the objective when absent.
+        `learner` is the one of `Objective.learners` whose parameters are updated; all are when absent. The losses then
+        send gradients to no other's: norm and clipping are of all that come. `reports` has the figures that these
+        losses give; those of the objective when absent.
         """
 
 

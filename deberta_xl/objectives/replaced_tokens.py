@@ -34,8 +34,8 @@ from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.native import files_beside_weights
 from deberta_xl.weights.replaced_tokens import load_initial_pair
 
-DRAWS = 1
-"""Tells the key of a row's draws from that of its masks."""
+DRAWS = 102
+"""Purpose of a row's random stream, beside those of masking (`data/masking.py`) and of `autoregressive.py`."""
 GENERATOR: Reports = {
     "generator_loss": Mean("labels"),
     "generator_accuracy": Ratio("labels"),

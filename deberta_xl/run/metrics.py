@@ -163,6 +163,8 @@ def described(values: Mapping[str, float | None]) -> list[str]:
         ("prefix_loss", "prefix {:.4f}"),
         ("learning_rate", "lr {:.2e}"),
         ("grad_norm", "grad norm {:.3f}"),
+        ("generator_grad_norm", "grad norms {:.3f}"),
+        ("discriminator_grad_norm", "and {:.3f}"),
     ]
     hidden = () if values.get("skipped_steps") else ("skipped_steps",)
     return [form.format(values[name]) for name, form in shown if values.get(name) is not None and name not in hidden]

@@ -181,6 +181,9 @@ class Training:
         reports: Reports | None = None,
     ) -> Sums:
         """One optimizer update; its figures (`Update`)."""
+        if learner not in (None, *self.objective.learners):
+            known = ", ".join(self.objective.learners)
+            raise ConfigError(f"the objective updates the learner {learner!r}, and its learners are: {known}")
         signs_of_life = {"heartbeat": self.heartbeat, "timer": self.recorder.timer}
         with only_learning(self.engine, learner):
             if self.groups.grid.num_stages > 1:

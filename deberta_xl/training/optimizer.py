@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.parts import parts_by_parameter
 from deberta_xl.model.trunk import Trunk
 from deberta_xl.settings.finetuning import FinetuneOptimizerSection
@@ -31,7 +32,12 @@ def parameter_groups(
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            learner = next(learner for learner in learners if not learner or name.startswith(f"{learner}."))
+            learner = next((known for known in learners if not known or name.startswith(f"{known}.")), None)
+            if learner is None:
+                raise ConfigError(
+                    f"the parameter {name} belongs to none of the objective's learners ({', '.join(learners)}): name "
+                    "its module among them"
+                )
             share = learners[learner] * (shares[name] if shares else 1.0)
             groups.setdefault((learner, share, parameter.dim() >= 2), []).append(parameter)
     return [

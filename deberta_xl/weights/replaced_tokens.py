@@ -122,6 +122,7 @@ def start_of(folder: Path, discriminator: DebertaConfig, generator: DebertaConfi
             # What it had added was to a table of another generator, which is not there.
             own = {name: tensor for name, tensor in not_fresh(model).items() if not name.endswith(DELTA)}
             partner, remarks = generator_from(model, generator)
+            remarks += [] if DETECTOR in model.tensors else ["has no detector: the discriminator's begins anew"]
         return Start(native_pair(own, partner, discriminator, sharing), remarks)
     except CheckpointError as error:
         raise ConfigError(f"train.init: {error}") from error

@@ -15,12 +15,13 @@ from small_dataset import NAMES, PIECES, SPECIALS, SmallDataset, documents
 
 from deberta_xl.base.errors import TokenizerError, UserError
 from deberta_xl.base.log import logger
-from deberta_xl.commands.pretraining import PretrainingInputs, parse_arguments, read_inputs
+from deberta_xl.commands.pretraining import PretrainingInputs, check_models, parse_arguments, read_inputs
 from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.conversion.edits import Edits
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.kernels.registry import KERNELS, Demand
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.parallel.grid import Grid
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.presets import load_run_config, to_toml
@@ -263,3 +264,10 @@ def test_weights_from_training_with_another_sight_are_taken_and_that_is_said(
     said = [line for line in caplog.messages if "comes from training in which" in line]
     assert len(said) == (words is not None)
     assert words is None or words in said[0]
+
+
+def test_a_generator_that_does_not_divide_is_named_as_such():
+    words = ["train.objective=replaced_tokens", "replaced_tokens.sharing=none", "generator.num_heads=1"]
+    config = load_run_config("debug", words)
+    with pytest.raises(UserError, match=r"tensor_parallel_size=2 does not divide generator\.num_heads=1"):
+        check_models(config.model.architecture(100), Grid(tensor_parallel_size=2), config)

@@ -50,11 +50,30 @@ def build(small_dataset):
 def test_the_next_token_of_the_same_document_is_predicted_and_nothing_closes_a_row():
     ids = np.array([[1, 7, 8, 2, 1, 9, 2], [1, 7, 8, 9, 6, 5, 2], [1, 7, 2, 0, 0, 0, 0]])
     segments = np.array([[1, 1, 1, 1, 2, 2, 2], [1] * 7, [1, 1, 1, 0, 0, 0, 0]])
-    expected = [[7, 8, 2, 0, 9, 0, 0], [7, 8, 9, 6, 5, 0, 0], [7, 2, 0, 0, 0, 0, 0]]
+    expected = [[7, 8, 2, 0, 9, 0, 0], [7, 8, 9, 6, 5, 0, 0], [7, 0, 0, 0, 0, 0, 0]]
     assert next_tokens(ids, segments, np.zeros_like(ids, bool)).tolist() == expected
     is_open = np.array([[1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]], bool)
-    behind = [[0, 8, 2, 0, 0, 0, 0], [0] * 7, [7, 2, 0, 0, 0, 0, 0]]
+    behind = [[0, 8, 2, 0, 0, 0, 0], [0] * 7, [7, 0, 0, 0, 0, 0, 0]]
     assert next_tokens(ids, segments, is_open).tolist() == behind
+
+
+TAIL = 5
+"""Tokens by which a document's end is known."""
+
+
+def test_an_end_is_predicted_only_where_a_document_ends(small_dataset):
+    # Rows that begin in a joint of two documents are a token or two short, and are closed by [SEP] before padding.
+    store, tokenizer = TokenStore(small_dataset.train), small_dataset.tokenizer
+    data = PretrainingData(store, tokenizer, load_run_config("debug").data, 24, seed=1)
+    ends = {tuple(store[number][-TAIL:]) for number in range(len(store))}
+    ids, segments, labels = data.batch(0, 1000)
+    ids = np.where(labels > 0, labels, ids)
+    is_end = next_tokens(ids, segments, np.zeros_like(ids, bool)) == tokenizer.sep_id
+    found = [tuple(ids[row, last - TAIL + 1 : last + 1]) for row, last in zip(*np.nonzero(is_end), strict=True)]
+    whole = [tail for tail in found if len(tail) == TAIL and tokenizer.cls_id not in tail]
+    assert len(whole) > 100
+    assert set(whole) <= ends
+    assert (segments[:, -1] == 0).any()  # there are rows that are short
 
 
 def test_a_prefix_has_every_length_equally_often_as_its_row_and_visit_have_it():

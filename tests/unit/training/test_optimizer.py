@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
@@ -26,6 +28,16 @@ def test_norms_and_biases_do_not_decay_and_everything_else_does():
         is_free = "norm" in name or name.endswith("bias")
         assert (id(parameter) in free) == is_free, name
         assert (id(parameter) in decayed) != is_free, name
+
+
+def test_a_parameter_of_no_learner_is_refused_by_name():
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "second": torch.nn.Linear(2, 2)})
+    groups = parameter_groups(model, SECTION, {"first": 1.0, "second": 0.5})
+    assert [(group["learner"], group["rate_share"]) for group in groups] == [
+        ("first", 1.0), ("first", 1.0), ("second", 0.5), ("second", 0.5),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"second.weight belongs to none of the objective's learners \(first\)"):
+        parameter_groups(model, SECTION, {"first": 1.0})
 
 
 def test_without_bias_correction_an_update_is_the_originals_formula():
