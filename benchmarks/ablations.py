@@ -27,7 +27,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 
 from deberta_xl.base.command_line import build_parser, run_tool
 from benchmarks import objectives
-from benchmarks.real_tasks import ROOT, TASKS, run_all
+from benchmarks.real_tasks import ROOT, TASKS, agree_on_sources, run_all
 from deberta_xl.base.errors import UserError
 from deberta_xl.base.strict import at_least, own_path
 
@@ -81,9 +81,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--tasks needs --data: the folder with a folder for each task")
     arguments.output = arguments.output.resolve()
     arguments.data = arguments.data and arguments.data.resolve()
-    if arguments.train is None:
+    if arguments.train is not None:
+        agree_on_sources(arguments.output, {key: getattr(arguments, key) for key in ("train", "valid")})
+    else:
         arguments.text, arguments.held_out = map(text_files, (arguments.text, arguments.held_out))
         arguments.train, arguments.valid = (str(arguments.output / "data" / name) for name in ("train", "valid"))
+        sources = {key: getattr(arguments, key) for key in ("text", "held_out", "vocab_size")}
+        agree_on_sources(arguments.output, sources)
         objectives.prepare_data(arguments)
 
 

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.base.command_line import build_parser, run_tool
-from benchmarks.real_tasks import COMMON, ROOT, TASKS, run_all
+from benchmarks.real_tasks import COMMON, ROOT, TASKS, agree_on_sources, run_all
 from deberta_xl.base.errors import UserError
 from deberta_xl.base.strict import own_path
 from deberta_xl.commands.pretraining import parse_arguments as parse_pretraining
@@ -246,6 +246,8 @@ def run(arguments: argparse.Namespace) -> None:
         setattr(arguments, key, getattr(arguments, key).resolve())
     for key in ("text", "held_out"):
         setattr(arguments, key, [str(Path(path).resolve()) for path in getattr(arguments, key)])
+    sources = {key: getattr(arguments, key) for key in ("text", "held_out", "vocab_size")}
+    agree_on_sources(arguments.output, sources)
     prepare_data(arguments)
     shares = share_out(arguments)
     pretrain(arguments, shares)

@@ -13,12 +13,13 @@ examples:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +104,16 @@ def run_all(commands: Sequence[list[str]], jobs: int) -> None:
             if complaint:
                 pool.shutdown(cancel_futures=True)
                 raise UserError(f"the command above failed:\n{complaint}")
+
+
+def agree_on_sources(output: Path, sources: Mapping[str, object]) -> None:
+    """Note in `output` what its runs are made of. Raises UserError where those there are made of other things."""
+    note = output / "made_of.json"
+    text = json.dumps(sources, indent=1, ensure_ascii=False)
+    if note.exists() and note.read_text(encoding="utf-8") != text:
+        raise UserError(f"{note} names other sources than those given now: give the same, or another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    note.write_text(text, encoding="utf-8")
 
 
 def execute(command: list[str]) -> tuple[str, float]:
