@@ -137,12 +137,10 @@ def test_what_other_layouts_saved_continues(small_dataset, originals, target):
     check_continuing(small_dataset, originals, target, SOURCES[target])
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param(name, marks=() if name == "DP2-ZeRO3" else pytest.mark.full) for name in TWO_MODELS]
-)
-def test_two_models_go_on_from_what_every_other_layout_saved(small_dataset, pairs, target, request):
-    is_slice = not request.node.get_closest_marker("full")
-    others = ["TP2"] if is_slice else [name for name in TWO_MODELS if name != target]
+@pytest.mark.full
+@pytest.mark.parametrize("target", TWO_MODELS)
+def test_two_models_go_on_from_what_every_other_layout_saved(small_dataset, pairs, target):
+    others = [name for name in TWO_MODELS if name != target]
     check_continuing(small_dataset, pairs, target, [target, *others])
 
 

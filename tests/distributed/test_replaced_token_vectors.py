@@ -66,14 +66,16 @@ def engined(folder: Path, stage: int) -> Outcome:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-@pytest.mark.parametrize("is_sliced", [False, True], ids=["TP2", "TP2 sliced"])
+@pytest.mark.parametrize(
+    "is_sliced", [pytest.param(False, marks=pytest.mark.full, id="TP2"), pytest.param(True, id="TP2 sliced")]
+)
 def test_a_divided_pair_computes_what_the_original_computes(folder, is_sliced):
     for outcome in run_ranks(divided, 2, folder, is_sliced):
         PairVector(folder).check(outcome, TOLERANCE)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
 def test_every_stage_computes_what_the_original_computes(folder, stage):
     for outcome in run_ranks(engined, 2, folder, stage):
         PairVector(folder).check(outcome, TOLERANCE)
