@@ -50,7 +50,8 @@ class Kind:
         self.labels = torch.zeros_like(ids)
         for row, place in np.ndindex(len(ids), LENGTH - 2):
             is_together = segments[row, place + 1] == segments[row, place] > 0
-            if is_together and not self.open[row, place + 1]:
+            is_followed = segments[row, place + 2] > 0  # by more of the row, whose last token nothing predicts
+            if is_together and is_followed and not self.open[row, place + 1]:
                 self.labels[row, place] = self.ids[row, place + 1]
 
     @property
