@@ -76,13 +76,13 @@ def by_hand(model: MaskedLanguageModel, prefix: Path, tokenizer: Tokenizer) -> t
     total, number = 0.0, 0
     for start in range(data.num_rows):
         ids, segments, labels = (torch.from_numpy(part[0]) for part in data.batch(start, 1))
-        row = torch.where(labels > 0, labels, ids)
+        row, last = torch.where(labels > 0, labels, ids), int((segments > 0).sum()) - 1
         for document in range(1, int(segments.max()) + 1):
             places = (segments == document).nonzero().flatten()
             piece = row[places][None]
             logits = model(piece, open_BS=torch.zeros_like(piece, dtype=torch.bool)).logits[0].log_softmax(-1)
             for number_in_piece in range(1, len(places)):
-                if places[number_in_piece] < LENGTH - 1:
+                if places[number_in_piece] < last:  # what closes the row is predicted from nothing
                     total -= float(logits[number_in_piece - 1, piece[0, number_in_piece]])
                     number += 1
     return total, number
