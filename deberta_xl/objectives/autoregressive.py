@@ -9,6 +9,7 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -118,9 +119,9 @@ class Causal(MaskedLM):
 class Keyed(Causal):
     """Something is drawn for each row."""
 
+    @abstractmethod
     def rows(self, batch: KeyedBatch) -> MaskedRows:
         """What is predicted of a batch."""
-        raise NotImplementedError
 
     def batches(self, first_step: int, first_sample: int, *, rank: int, size: int) -> Iterator[list[MaskedRows]]:
         """The rows from `first_sample` on, with their keys."""
