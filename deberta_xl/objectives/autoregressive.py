@@ -84,7 +84,6 @@ def line_of(name: str, found: MaskedEvaluation) -> str:
 class Causal(MaskedLM):
     """Predict every next token from those before it."""
 
-    has_stages = True
     writes_as: ClassVar[Form] = "causal"
     """Under which mask such a model writes on; a class of yours that inherits keeps it."""
     nothing_to_learn = "give longer rows (model.sequence_length, or longer text): no document has two tokens"

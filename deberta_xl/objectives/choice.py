@@ -33,8 +33,8 @@ BUILT_IN = {
         "wait for one another twice a step",
     ),
 }
-TOLD_BY_STAGES = ("build", "micro_batch", "losses", "reports")
-"""What a class that `has_stages` tells a second time, for a stage."""
+TOLD_BY_STAGES = ("build", "losses", "reports")
+"""What a `Staged` objective tells a second time, for a stage."""
 FORM = "it is {names}, or PACKAGE.MODULE:CLASS, as in train.objective=my_package.my_module:MyObjective"
 
 
@@ -43,19 +43,25 @@ def check_objective(name: str, num_stages: int) -> None:
 
     Raises ConfigError.
     """
-    why_no_stages = "does not say what a stage of a pipeline does (has_stages)"
-    if name in BUILT_IN:
-        chosen, why_no_stages = None, BUILT_IN[name].why_no_stages
-    else:
-        chosen = objective_type(name)
-        why_no_stages = None if chosen.has_stages else why_no_stages
-    if num_stages > 1 and why_no_stages is not None:
+    chosen = None if name in BUILT_IN else objective_type(name)
+    if num_stages == 1:
+        return
+    why_no_stages = BUILT_IN[name].why_no_stages if chosen is None else why_no_own_stages(chosen)
+    if why_no_stages is not None:
         raise ConfigError(
             f"train.objective={name} {why_no_stages}, so parallel.pipeline_parallel_size={num_stages} cannot be: leave "
             "it at 1, and divide the model by parallel.tensor_parallel_size and the ZeRO stage of the DeepSpeed JSON"
         )
-    if num_stages > 1 and chosen is not None:
+    if chosen is not None:
         check_own_stages(name, chosen)
+
+
+def why_no_own_stages(chosen: type[Pretraining]) -> str | None:
+    """Why the model of a user's class cannot be a pipeline; None where it can."""
+    from deberta_xl.objectives.objective import Staged
+
+    told = "does not say what a stage of a pipeline does (it is no Staged of deberta_xl.objectives.objective)"
+    return None if issubclass(chosen, Staged) else told
 
 
 def check_own_stages(name: str, chosen: type[Pretraining]) -> None:
@@ -63,13 +69,20 @@ def check_own_stages(name: str, chosen: type[Pretraining]) -> None:
 
     Raises ConfigError.
     """
-    owner = {key: next(c for c in chosen.__mro__ if key in vars(c)) for key in ("has_stages", *TOLD_BY_STAGES)}
-    staged = owner["has_stages"]
-    if changed := [key for key in TOLD_BY_STAGES if owner[key] is not staged and issubclass(owner[key], staged)]:
+    from deberta_xl.objectives.objective import Objective, Staged
+
+    def owner(*keys: str) -> type:
+        """The class in which any of these is last said."""
+        return next(c for c in chosen.__mro__ if vars(c).keys() & set(keys))
+
+    of_stages = sorted(Staged.__abstractmethods__ - Objective.__abstractmethods__)
+    staged = owner(*of_stages)
+    own = {key: owner(key) for key in TOLD_BY_STAGES}
+    if changed := [key for key in TOLD_BY_STAGES if own[key] is not staged and issubclass(own[key], staged)]:
         raise ConfigError(
             f"train.objective={name}: {chosen.__name__} has {', '.join(changed)} of its own, but the stages of "
-            f"{staged.__name__}: leave parallel.pipeline_parallel_size at 1, or say has_stages = True in it, too, once "
-            "build_stage and what begins with stage_ are its own"
+            f"{staged.__name__}: leave parallel.pipeline_parallel_size at 1, or give it what its stages do "
+            f"({', '.join(of_stages)}), too"
         )
 
 

@@ -18,7 +18,7 @@ from deberta_xl.model.parts import masked_lm_parts
 from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm, masked_sums
 from deberta_xl.objectives.masked_examples import MaskedExamples
-from deberta_xl.objectives.objective import Guessing, Mean, Ratio
+from deberta_xl.objectives.objective import Guessing, Mean, Ratio, Staged
 from deberta_xl.objectives.pretraining import Pretraining
 from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows
 from deberta_xl.planning.cost import step_flops
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from deberta_xl.parallel.pipeline import StageInput
 
 
-class MaskedLM(Pretraining):
+class MaskedLM(Pretraining, Staged):
     """Predict the masked tokens, through the enhanced mask decoder."""
-
-    has_stages = True
 
     def build(self) -> MaskedLanguageModel:
         """Embeddings, encoder, mask decoder and head."""
@@ -64,8 +62,9 @@ class MaskedLM(Pretraining):
         """Everything of a micro-batch: each stage has it from its own loader."""
         from deberta_xl.parallel.pipeline import StageInput
 
-        ids_BS, segments_BS, labelled = batch[:3]
-        return StageInput(ids_BS, segments_BS, labelled, shares["labels"], key, open_BS=batch.open_BS)
+        return StageInput(
+            batch.input_ids_BS, batch.segments_BS, batch.labelled, shares["labels"], key, open_BS=batch.open_BS
+        )
 
     def stage_guesses(self, batch: MaskedRows) -> Tensor:
         """One for each label."""

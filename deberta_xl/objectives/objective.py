@@ -1,7 +1,8 @@
 """What is learned, as one object: the loop (training/loop.py) asks it for everything that is not the same in every run.
 
 An objective knows a model, micro-batches and losses. It does not know ranks beyond two numbers, nor engines: what it
-needs of the run is handed in. `Pretraining` (pretraining.py) is where an objective on packed rows of text begins.
+needs of the run is handed in. `Pretraining` (pretraining.py) is where an objective on packed rows of text begins. What
+not every objective can do is a type below it: `Staged`, `KeepsBest`.
 """
 
 from __future__ import annotations
@@ -85,13 +86,6 @@ class Objective(ABC):
 
     counts: ClassVar[tuple[str, ...]]
     """Names of what a step counts over the global batch, such as labelled tokens: the denominators of its losses."""
-    has_stages: ClassVar[bool] = False
-    """Whether the model can be a pipeline: then there are `build_stage` and what begins with `stage_`."""
-    keeps_best: ClassVar[bool] = False
-    """Whether the best weights are kept, as `is_better` finds them. An evaluation then comes before the checkpoint,
-    which remembers its outcome; otherwise after it, since it may take long."""
-    patience: int = 0
-    """Evaluations without a better one after which the run ends; 0 trains to the end. For those that keep the best."""
     tokens_per_sample: int | None = None
     """Where every sample has as many; otherwise `counts` has `tokens`."""
     nothing_to_learn: ClassVar[str] = "give more data, or larger batches"
@@ -106,10 +100,6 @@ class Objective(ABC):
     @abstractmethod
     def build(self) -> nn.Module:
         """The plain model with fresh weights, the same on every rank. Its forward is called once per micro-batch."""
-
-    def build_stage(self, units: range) -> nn.Module:
-        """As much of it as these units of the model need."""
-        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
 
     @abstractmethod
     def load_initial(self, model: nn.Module) -> None:
@@ -185,20 +175,6 @@ class Objective(ABC):
         """The loss of knowing nothing, for the warning of a loss that explodes; None where there is none."""
         return None
 
-    # A stage of a pipeline.
-
-    def stage_input(self, batch: Any, shares: Mapping[str, float], key: DropoutKey | None) -> StageInput:
-        """What a stage needs of a micro-batch besides the states that it receives."""
-        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
-
-    def stage_guesses(self, batch: Any) -> Tensor:
-        """Where a stage that has none receives the last stage's guesses for a micro-batch."""
-        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
-
-    def stage_sums(self, batch: Any, shares: Mapping[str, float], loss: Tensor, guesses: Tensor) -> Sums:
-        """What the last stage's loss and guesses say of a micro-batch: all that `reports` has but `loss`."""
-        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
-
     # Held-out data.
 
     @property
@@ -231,23 +207,51 @@ class Objective(ABC):
         values |= {name: value for name, value in self.derived(totals).items() if value is not None}
         return Evaluation(values, "  ".join(f"validation {name} {value:.4f}" for name, value in values.items()))
 
-    def value_of(self, values: Mapping[str, float | None]) -> float | None:
-        """What evaluations are compared by. For those that keep the best."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no best weights")
-
-    def is_better(self, value: float | None, best: float | None) -> bool:
-        """Whether an evaluation's value is better than the best one so far. For those that keep the best."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no best weights")
-
-    def conclude(self, run: Evaluator, *, best_step: int, steps: int) -> Mapping[str, str]:
-        """At the end of a run that keeps the best weights, with those in the model: what it leaves. Collective.
-
-        Path in the run folder -> content; each folder among them is replaced as a whole.
-        """
-        return {}
-
     def curves(self, lines: Sequence[Mapping[str, float]]) -> Figure:
         """How the run went, from the lines of metrics.jsonl."""
         from deberta_xl.run.figures import loss_curves
 
         return loss_curves(lines)
+
+
+class Staged(Objective):
+    """An objective whose model can be a pipeline: its `losses` once more, as a stage has them."""
+
+    @abstractmethod
+    def build_stage(self, units: range) -> nn.Module:
+        """As much of the model as these units of it need."""
+
+    @abstractmethod
+    def stage_input(self, batch: Any, shares: Mapping[str, float], key: DropoutKey | None) -> StageInput:
+        """What a stage needs of a micro-batch besides the states that it receives."""
+
+    @abstractmethod
+    def stage_guesses(self, batch: Any) -> Tensor:
+        """Where a stage that has none receives the last stage's guesses for a micro-batch."""
+
+    @abstractmethod
+    def stage_sums(self, batch: Any, shares: Mapping[str, float], loss: Tensor, guesses: Tensor) -> Sums:
+        """What the last stage's loss and guesses say of a micro-batch: all that `reports` has but `loss`."""
+
+
+class KeepsBest(Objective):
+    """An objective of which the best weights are kept. An evaluation comes before the checkpoint, which remembers its
+    outcome; with others it comes after it, since it may take long."""
+
+    patience: int = 0
+    """Evaluations without a better one after which the run ends; 0 trains to the end."""
+
+    @abstractmethod
+    def value_of(self, values: Mapping[str, float | None]) -> float | None:
+        """What evaluations are compared by."""
+
+    @abstractmethod
+    def is_better(self, value: float | None, best: float | None) -> bool:
+        """Whether an evaluation's value is better than the best one so far."""
+
+    def conclude(self, run: Evaluator, *, best_step: int, steps: int) -> Mapping[str, str]:
+        """At the end of a run, with the best weights in the model: what it leaves. Collective.
+
+        Path in the run folder -> content; each folder among them is replaced as a whole.
+        """
+        return {}

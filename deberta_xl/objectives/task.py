@@ -21,7 +21,7 @@ from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import forward_flops
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
-from deberta_xl.objectives.objective import Guessing, Mean, Objective, Ratio
+from deberta_xl.objectives.objective import Guessing, KeepsBest, Mean, Ratio
 from deberta_xl.objectives.sift import build_sift
 from deberta_xl.objectives.task_batches import TaskLoss, TaskMicroBatch, task_step_batches
 from deberta_xl.objectives.task_evaluation import task_logits
@@ -43,11 +43,10 @@ VALID = "valid"
 """The split that chooses the best weights."""
 
 
-class TaskObjective(Objective):
+class TaskObjective(KeepsBest):
     """A task's loss on its training examples, its metrics on the others; the best weights are kept."""
 
     counts = ("items", "tokens")
-    keeps_best = True
     nothing_to_learn = "the words that carry labels are cut from these examples; give a larger model.sequence_length"
     curves_file = "metrics.png"
     keeps_pictures = True

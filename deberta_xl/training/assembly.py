@@ -9,7 +9,7 @@ from torch import nn
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.stop_request import StopRequest
-from deberta_xl.objectives.objective import Objective, Tally
+from deberta_xl.objectives.objective import KeepsBest, Objective, Staged, Tally
 from deberta_xl.parallel.pipeline import PipelinedModel
 from deberta_xl.training.loop import Training
 from deberta_xl.training.safeguard import Safeguard
@@ -64,10 +64,10 @@ def check_told(objective: Objective) -> None:
             raise ConfigError(
                 f"{name}: reports divides {figure} by {report.count}, but counts has only {', '.join(objective.counts)}"
             )
-    if objective.keeps_best and not objective.has_held_out:
+    if isinstance(objective, KeepsBest) and not objective.has_held_out:
         raise ConfigError(
-            f"{name} keeps the best weights (keeps_best), which only an evaluation can tell: set data.valid, or "
-            "keeps_best = False"
+            f"{name} keeps the best weights (KeepsBest), which only an evaluation can tell: set data.valid, or let it "
+            "not inherit from KeepsBest"
         )
 
 
@@ -78,7 +78,10 @@ def build_model(objective: Objective, units: range | None, *, is_new: bool) -> n
     """
 
     def build() -> nn.Module:
-        return objective.build() if units is None else objective.build_stage(units)
+        if units is None:
+            return objective.build()
+        assert isinstance(objective, Staged), "check_objective has refused the stages of others"
+        return objective.build_stage(units)
 
     if not is_new:
         with torch.device("meta"):

@@ -16,7 +16,7 @@ from deberta_xl.checkpoint.manifest import step_folder_name
 from deberta_xl.checkpoint.store import load_checkpoint
 from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.objectives.evaluation import Evaluation, Evaluator
-from deberta_xl.objectives.objective import Objective
+from deberta_xl.objectives.objective import KeepsBest, Objective
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.run.figure_text import Picture, legend_lines, legend_table
 from deberta_xl.run.heartbeat import Heartbeat
@@ -57,7 +57,7 @@ class Evaluations:
 
     def was_made(self) -> bool:
         """Whether this step's is known from the start before. Collective."""
-        if self.objective.keeps_best:  # the checkpoint remembers
+        if isinstance(self.objective, KeepsBest):  # the checkpoint remembers
             return self.state.evaluated_step == self.state.step
         return on_rank_zero(lambda: has_evaluation(self.folder.metrics, self.state.step))
 
@@ -74,9 +74,8 @@ class Evaluations:
             rank_zero("the evaluation of step %d is left unfinished; the next start makes it anew", self.state.step)
             return False
         self.is_owed = False
-        is_best = self.objective.keeps_best and self.state.take(
-            self.objective.value_of(found.values), self.objective.is_better
-        )
+        keeper = self.objective if isinstance(self.objective, KeepsBest) else None
+        is_best = keeper is not None and self.state.take(keeper.value_of(found.values), keeper.is_better)
         if self.writer is not None:
             self.tell(self.writer, found, is_best=is_best)
         return is_best
@@ -136,7 +135,7 @@ class Evaluations:
     def conclude(self) -> None:
         """The best weights, without the optimizer's state, and what the objective makes of them, into the run folder.
 
-        Raises StopRequested. Collective.
+        For those that keep them. Raises StopRequested. Collective.
         """
         best = self.folder.checkpoints / step_folder_name(self.state.best_step)
         if self.state.best_step != self.state.step:

@@ -16,7 +16,7 @@ from deberta_xl.data.loader import prefetch
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.evaluation import Sums
 from deberta_xl.objectives.micro_batch import MicroBatch, pinned
-from deberta_xl.objectives.objective import Losses, Objective, Reports
+from deberta_xl.objectives.objective import KeepsBest, Losses, Objective, Reports
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.metrics import MetricsWriter
@@ -136,7 +136,8 @@ class Training:
     @property
     def is_finished(self) -> bool:
         """Whether the last step is made, or waiting longer is of no use."""
-        return self.is_last or self.state.has_waited(self.objective.patience)
+        patience = self.objective.patience if isinstance(self.objective, KeepsBest) else 0
+        return self.is_last or self.state.has_waited(patience)
 
     def batches(self) -> Iterator[Sequence[MicroBatch]]:
         """This rank's micro-batches for every step from here on."""
@@ -203,11 +204,12 @@ class Training:
     def save_and_evaluate(self) -> None:
         """What comes after a step, now and then: best weights are known before they are saved. Collective."""
         is_evaluated = self.evaluations.is_due(is_last=self.is_last)
+        keeps_best = isinstance(self.objective, KeepsBest)
         is_saved = self.state.step % self.config.checkpoint.interval == 0
-        if is_evaluated and self.objective.keeps_best:
+        if is_evaluated and keeps_best:
             is_saved |= self.evaluations.make()
         self.saver.save_when(is_saved or self.is_finished)
-        if is_evaluated and not self.objective.keeps_best:
+        if is_evaluated and not keeps_best:
             self.evaluations.make()
 
     def end(self) -> State:
@@ -227,7 +229,7 @@ class Training:
     def conclude(self) -> bool:
         """Leave nothing but what a finished run keeps; whether all was written. Collective."""
         self.safeguard.prune()
-        if not self.objective.keeps_best:
+        if not isinstance(self.objective, KeepsBest):
             return True
         try:
             self.evaluations.conclude()

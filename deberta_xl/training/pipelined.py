@@ -13,7 +13,7 @@ from torch import Tensor
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.objectives.evaluation import Judged, Sums
 from deberta_xl.objectives.micro_batch import MicroBatch, on_device
-from deberta_xl.objectives.objective import Objective
+from deberta_xl.objectives.objective import Staged
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.timing import StepTimer
@@ -25,7 +25,7 @@ BATCHES_PER_STAGE = 4
 
 def run_pipeline_step(
     engine: deepspeed.PipelineEngine,
-    objective: Objective,
+    objective: Staged,
     micro_batches: Sequence[MicroBatch],
     shares: Mapping[str, float],
     keys: Sequence[DropoutKey],
@@ -57,7 +57,7 @@ def nothing_to_load(engine: deepspeed.PipelineEngine) -> tuple[Tensor, Tensor]:
 
 
 def judge_in_pipeline(
-    engine: deepspeed.PipelineEngine, objective: Objective, groups: Groups, host_batches: Iterable[MicroBatch]
+    engine: deepspeed.PipelineEngine, objective: Staged, groups: Groups, host_batches: Iterable[MicroBatch]
 ) -> Iterator[Judged]:
     """What the model says of held-out micro-batches, in evaluation mode, on every stage. Collective.
 

@@ -11,6 +11,7 @@ import pytest
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.objectives.choice import BUILT_IN, check_objective, objective_type
+from deberta_xl.objectives.objective import Staged
 
 SOURCE = """
 from deberta_xl.objectives.pretraining import Pretraining
@@ -33,8 +34,11 @@ class Drawn(MaskedLM):
 class Weighed(Drawn):
     def losses(self, model, batch, shares, key): ...
 
-class Staged(Weighed):
-    has_stages = True
+class Divided(Weighed):
+    def stage_sums(self, batch, shares, loss, guesses): ...
+
+class Other(MaskedLM):
+    def micro_batch(self, batch): ...
 """
 
 
@@ -61,12 +65,12 @@ def test_a_class_in_the_working_directory_is_found_and_hides_nothing(folder):
 
 def test_masked_language_modelling_goes_through_stages():
     check_objective("masked_lm", num_stages=4)
-    assert objective_type("masked_lm").has_stages
+    assert issubclass(objective_type("masked_lm"), Staged)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_table_says_of_a_built_in_objective_what_its_class_says(name):
-    assert objective_type(name).has_stages is (BUILT_IN[name].why_no_stages is None)
+    assert issubclass(objective_type(name), Staged) is (BUILT_IN[name].why_no_stages is None)
 
 
 def test_a_pipeline_of_two_models_is_refused_with_the_reason():
@@ -101,7 +105,7 @@ def test_stages_are_refused_where_the_objective_does_not_say_what_they_do():
 
 def test_the_stages_of_another_objective_are_refused_to_a_loss_of_ones_own():
     check_objective("derived:Weighed", num_stages=1)
-    for name in ("derived:Drawn", "derived:Staged"):
+    for name in ("derived:Drawn", "derived:Divided", "derived:Other"):
         check_objective(name, num_stages=2)
     with pytest.raises(ConfigError, match="Weighed has losses of its own, but the stages of MaskedLM: leave parallel"):
         check_objective("derived:Weighed", num_stages=2)

@@ -11,7 +11,7 @@ from torch import nn
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.model import trunk
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.objectives.objective import Mean, Ratio
+from deberta_xl.objectives.objective import KeepsBest, Mean, Objective, Ratio
 from deberta_xl.objectives.pretraining import Pretraining
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.settings.architecture import DebertaConfig
@@ -79,27 +79,26 @@ def test_what_no_checkpoint_holds_is_made_as_ever(model):
     assert build_model(Small(model), None, is_new=False).scale.item() == 7.0
 
 
-def told(**changes: object) -> SimpleNamespace:
-    """What an objective says of itself."""
+def told(kind: type[Objective] = Objective, **changes: object) -> Objective:
+    """What an objective of a kind says of itself, with nothing behind it."""
     reports = {"loss": Mean("labels"), "accuracy": Ratio("labels")}
-    return SimpleNamespace(
-        **{"counts": ("labels",), "reports": reports, "keeps_best": False, "has_held_out": False} | changes
-    )
+    said = {"counts": ("labels",), "reports": reports, "has_held_out": False} | changes
+    return type("Told", (kind,), {**dict.fromkeys(kind.__abstractmethods__), **said})()
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("objective", "words"),
     [
-        ({"keeps_best": True}, r"keeps the best weights .* set data\.valid"),
-        ({"reports": {"accuracy": Ratio("labels")}}, "reports has accuracy, but no loss, which is differentiated"),
-        ({"reports": {"loss": Mean("label")}}, "reports divides loss by label, but counts has only labels"),
+        (told(KeepsBest), r"keeps the best weights .* set data\.valid"),
+        (told(reports={"accuracy": Ratio("labels")}), "reports has accuracy, but no loss, which is differentiated"),
+        (told(reports={"loss": Mean("label")}), "reports divides loss by label, but counts has only labels"),
     ],
 )
-def test_an_objective_that_contradicts_itself_is_refused(changes, words):
+def test_an_objective_that_contradicts_itself_is_refused(objective, words):
     check_told(told())
-    check_told(told(keeps_best=True, has_held_out=True))
+    check_told(told(KeepsBest, has_held_out=True))
     with pytest.raises(ConfigError, match=words):
-        check_told(told(**changes))
+        check_told(objective)
 
 
 def test_only_a_trunk_can_be_divided_or_begin_with_other_weights():
