@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deberta_xl.kernels.dropout import DropoutRule
+from deberta_xl.kernels.dropout import DropoutRule, Places
 from deberta_xl.kernels.relative_index import Buckets, relative_index
 
 
@@ -36,6 +36,26 @@ class RelativeRows(NamedTuple):
     """None where content-to-position is not used."""
     query_NRH: Tensor | None = None
     """None where position-to-content is not used."""
+
+
+class Documents(NamedTuple):
+    """Which document each token belongs to, int64 [B, T] each. A document is a run of one segment number; where a mask
+    of pairs says what sees what, it is a row. At padding the numbers mean nothing."""
+
+    number_BT: Tensor
+    """0, 1, … row by row."""
+    start_BT: Tensor
+    """Position in the row of the document's first token."""
+
+
+class Span(NamedTuple):
+    """Where a document stands."""
+
+    row: int
+    start: int
+    length: int
+    segment: int
+    """Its number in `Where.segments_BT`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,17 +118,43 @@ class Where:
         is_open_BSW = F.pad(self.open_BT, (reach, reach)).unfold(1, window, 1)
         return is_seen_BSW & (is_open_BSW | (torch.arange(window, device=is_open_BSW.device) <= reach))
 
-    def pair_rows(self, first_head: int, num_heads: int) -> Tensor:
-        """Number of every query's row of pairs among those of all heads, for dropout, int64 [B, N, S].
-
-        It counts heads, sequences and positions of queries: chosen ones have the rows that they have among all.
-        """
-        num_sequences, length = self.segments_BT.shape
+    @cached_property
+    def documents(self) -> Documents:
+        """The documents of the micro-batch, of every token; made without a look at what is in them."""
+        num_rows, length = self.segments_BT.shape
         device = self.segments_BT.device
-        head_N1 = torch.arange(first_head, first_head + num_heads, device=device).unsqueeze(1)
-        sequence_NB = head_N1 * num_sequences + torch.arange(num_sequences, device=device)
-        position_BS = torch.arange(length, device=device) if self.position_BM is None else self.position_BM
-        return (sequence_NB.unsqueeze(-1) * length + position_BS).transpose(0, 1)
+        key_T = torch.arange(length, device=device)
+        if self.mask_BST is not None:  # whole rows
+            number_BT = torch.arange(num_rows, device=device).unsqueeze(1).expand(-1, length)
+            return Documents(number_BT, torch.zeros_like(number_BT))
+        is_start_BT = self.segments_BT != F.pad(self.segments_BT, (1, -1))
+        is_start_BT &= self.segments_BT > 0
+        number_BT = is_start_BT.flatten().cumsum(0).view(num_rows, length) - 1
+        return Documents(number_BT, (is_start_BT * key_T).cummax(1).values)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The documents of the micro-batch, in their order; a GPU is waited for, once."""
+        bounds_BT = self.segments_BT != F.pad(self.segments_BT, (1, -1))
+        found = bounds_BT.nonzero()
+        values = torch.cat([found, self.segments_BT[bounds_BT].unsqueeze(1)], dim=1).tolist()
+        length = self.segments_BT.shape[1]
+        following = [(row, start) for row, start, _ in values[1:]] + [(len(self.segments_BT), 0)]
+        spans = []
+        for (row, start, segment), (next_row, next_start) in zip(values, following, strict=True):
+            end = next_start if next_row == row else length
+            if segment:
+                spans.append(Span(row, start, end - start, segment))
+        return spans
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the queries stand in their documents, for dropout of their pairs."""
+        number_BT, start_BT = self.documents
+        position_BT = torch.arange(number_BT.shape[1], device=number_BT.device) - start_BT
+        if self.position_BM is None:
+            return Places(number_BT, position_BT, start_BT)
+        return Places(*(of_token.gather(1, self.position_BM) for of_token in (number_BT, position_BT, start_BT)))
 
     def rows_of_queries(self, dense_BST: Tensor) -> Tensor:
         """Of a matrix of all pairs, the rows of the queries."""

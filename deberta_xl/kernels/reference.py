@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deberta_xl.kernels.contract import Memory, RelativeRows, Where
-from deberta_xl.kernels.dropout import DropoutRule, drop
+from deberta_xl.kernels.dropout import DropoutRule, keep_pairs
 
 
 def disentangled_scores(
@@ -71,6 +71,6 @@ def attention(query_BNSH: Tensor, memory: Memory, relative: RelativeRows, where:
     scores_BNST = disentangled_scores(query_BNSH, key_BNTH, relative, where)
     probabilities_BNST = masked_softmax(scores_BNST, where.blocked_BST).to(dtype)
     if dropout.rate:
-        row_BNS = where.pair_rows(dropout.first_head, probabilities_BNST.shape[1])
-        probabilities_BNST = drop(probabilities_BNST, dropout, row_BNS)
+        kept_BNST = keep_pairs(where.places, *probabilities_BNST.shape[1::2], dropout.with_seed())
+        probabilities_BNST = (probabilities_BNST * kept_BNST).mul_(dropout.scale)
     return probabilities_BNST @ value_BNTH

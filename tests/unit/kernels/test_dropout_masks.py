@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
 from deberta_xl.kernels.contract import Where
-from deberta_xl.kernels.dropout import LEVELS, WORDS_IN_CACHE, DropoutRule, keep_mask
+from deberta_xl.kernels.dropout import LEVELS, WORDS_IN_CACHE, DropoutRule, Places, keep_mask, keep_pairs
 from deberta_xl.kernels.relative_index import Buckets
 from deberta_xl.model.dropout import DropoutKey
 
 SEEDS = [DropoutKey(1).fold("test", number).seed for number in range(5)]
+GOLDEN = [0x1E3BB633, 0x575A93CF, 0xABEF787E, 0x84F4F28B]
+
+
+def finalise(x: int) -> int:
+    """The documented hash of a word, with Python's unlimited integers."""
+    modulus = 2**32
+    x = (x % modulus ^ x % modulus >> 16) * 0x7FEB352D % modulus
+    x = (x ^ x >> 15) * 0x846CA68B % modulus
+    return x ^ x >> 16
+
+
+def half_stays(word: int, column: int, rule: DropoutRule) -> bool:
+    """Whether the column's half of a word is above the lowest that drop."""
+    half = word >> 16 if column % 2 else word & 0xFFFF
+    return (half if half < LEVELS // 2 else half - LEVELS) + LEVELS // 2 >= rule.dropped_levels
 
 
 def stays(row: int, column: int, width: int, rule: DropoutRule) -> bool:
-    """The documented hash, with Python's unlimited integers."""
-    modulus = 2**32
-    x = ((row * -(-width // 2) + column // 2) * (2 * (rule.seed >> 32) + 1) + rule.seed) % modulus
-    x = (x ^ x >> 16) * 0x7FEB352D % modulus
-    x = (x ^ x >> 15) * 0x846CA68B % modulus
-    x ^= x >> 16
-    half = x >> 16 if column % 2 else x & 0xFFFF
-    return (half if half < LEVELS // 2 else half - LEVELS) + LEVELS // 2 >= rule.dropped_levels
+    """The documented rule of an element of states."""
+    word = (row * -(-width // 2) + column // 2) * (2 * (rule.seed >> 32) + 1) + rule.seed
+    return half_stays(finalise(word), column, rule)
+
+
+def pair_stays(document: int, head: int, i: int, j: int, rule: DropoutRule) -> bool:
+    """The documented rule of a pair."""
+    of_head = finalise(finalise(rule.seed + document * 0x9E3779B9) + head * 0x85EBCA6B)
+    start = finalise(of_head + i)
+    stride = 2 * finalise((rule.seed >> 32) + start) + 1
+    return half_stays(finalise(start + j // 2 * stride), j, rule)
 
 
 @pytest.mark.parametrize("width", [1, 6, 7])
@@ -44,15 +63,86 @@ def test_rows_may_be_drawn_in_any_order_and_in_tiles():
     assert torch.equal(keep_mask(rows[-7:].view(1, 7), 128, rule)[0], whole[-7:])
 
 
-def test_the_pairs_of_a_head_are_the_same_whoever_holds_it_and_whichever_queries_are_chosen():
-    rule = DropoutRule(0.2, SEEDS[0])
-    where = Where(torch.ones(2, 10, dtype=torch.int64), Buckets(0, 10))
-    whole_BNST = keep_mask(where.pair_rows(0, 4), 10, rule)
-    assert torch.equal(keep_mask(where.pair_rows(2, 2), 10, rule), whole_BNST[:, 2:])
-    position = torch.tensor([[3, 9], [0, 5]])
-    chosen_BNMT = keep_mask(where.of_queries(position).pair_rows(0, 4), 10, rule)
-    for sequence in range(2):
-        assert torch.equal(chosen_BNMT[sequence], whole_BNST[sequence][:, position[sequence]])
+def test_a_mask_of_pairs_is_the_documented_hash_of_document_head_query_and_key():
+    document, position = torch.tensor([[0, 0, 7, 2**20]]), torch.tensor([[0, 511, 3, 8191]])
+    for seed, first_head in ((SEEDS[0], 5), (2**63 - 1, 0), (0, 23)):
+        rule = DropoutRule(0.3, seed, first_head)
+        mask = keep_pairs(Places(document, position), 2, 9, rule)[0]
+        for head, query, key in numpy.ndindex(2, 4, 9):
+            places = int(document[0, query]), first_head + head, int(position[0, query]), key
+            assert bool(mask[head, query, key]) == pair_stays(*places, rule), places
+
+
+def test_the_hash_of_pairs_is_that_of_numpy_words_whatever_the_machine():
+    """Golden numbers: a bit for each of keys 0 … 31, of queries 0 … 3 of document 1 in head 3."""
+    mask = keep_pairs(Places(torch.ones(1, 4).long(), torch.arange(4)[None]), 1, 32, DropoutRule(0.4, 2**40 + 12345, 3))
+    bits = [sum(bool(bit) << key for key, bit in enumerate(row)) for row in mask[0, 0]]
+    assert bits == words_of_numpy() == GOLDEN
+
+
+def words_of_numpy() -> list[int]:
+    """The same by numpy's 32-bit words, which wrap around by themselves."""
+    word = numpy.uint32
+
+    def f(x: numpy.ndarray) -> numpy.ndarray:
+        x = (x ^ x >> word(16)) * word(0x7FEB352D)
+        x = (x ^ x >> word(15)) * word(0x846CA68B)
+        return x ^ x >> word(16)
+
+    with numpy.errstate(over="ignore"):
+        of_head = f(f(word(12345) + word(0x9E3779B9)) + word(3) * word(0x85EBCA6B))
+        start = f(of_head + numpy.arange(4, dtype=word))[:, None]
+        stride = word(2) * f(word(2**8) + start) + word(1)
+        words = f(start + numpy.arange(16, dtype=word) * stride)
+    halves = words.view(numpy.int16)  # little-endian: the lower half first
+    stays = halves >= round(0.4 * 2**16) - 2**15
+    return [int(bits) for bits in numpy.packbits(stays, axis=1, bitorder="little").view("<u4")[:, 0]]
+
+
+def masks_of_documents(segments: list[list[int]], heads: slice, queries: Tensor | None = None) -> list[Tensor]:
+    """The pairs of each document, cut out of the mask of their rows; of chosen queries, those that are in it."""
+    where = Where(torch.tensor(segments), Buckets(0, 10))
+    where = where if queries is None else where.of_queries(queries)
+    rule = DropoutRule(0.4, SEEDS[0], first_head=heads.start)
+    mask_BNST = keep_pairs(where.places, heads.stop - heads.start, len(segments[0]), rule)
+    cut = []
+    for row, start, length, _ in where.spans:
+        end = start + length
+        position = torch.arange(len(segments[0])) if queries is None else queries[row]
+        cut.append(mask_BNST[row][:, (position >= start) & (position < end), start:end])
+    return cut
+
+
+PACKED = [[1, 1, 1, 2, 2, 2, 2, 3, 3, 0], [5, 5, 5, 5, 5, 5, 5, 0, 1, 1]]
+PADDED = [[1, 1, 1, 0, 0, 0, 0], [1] * 4 + [0] * 3, [0] * 5 + [1] * 2, [1] * 7, [2, 2] + [0] * 5]
+
+
+def test_documents_have_their_masks_however_they_are_packed_or_padded_and_whoever_holds_the_heads():
+    packed, padded = masks_of_documents(PACKED, slice(0, 4)), masks_of_documents(PADDED, slice(0, 4))
+    sliced = masks_of_documents(PACKED, slice(1, 3))
+    for whole, other, some in zip(packed, padded, sliced, strict=True):
+        assert torch.equal(whole, other)
+        assert torch.equal(whole[1:3], some)
+    alone = keep_pairs(Places(torch.tensor([[3] * 7]), torch.arange(7)[None]), 4, 7, DropoutRule(0.4, SEEDS[0]))
+    assert torch.equal(alone[0], packed[3])
+
+
+def test_chosen_queries_have_the_masks_that_they_have_among_all():
+    queries = torch.tensor([[8, 4, 0], [6, 1, 9]])
+    for whole, some, kept in zip(
+        masks_of_documents(PACKED, slice(0, 4)),
+        masks_of_documents(PACKED, slice(0, 4), queries),
+        [[0], [1], [1], [6, 1], [1]],
+        strict=True,
+    ):
+        assert torch.equal(some, whole[:, kept])
+
+
+def test_a_mask_of_pairs_makes_each_row_a_document():
+    mask = torch.ones(2, 6, 6).bool()
+    rows = Where(torch.ones(2, 6).long(), Buckets(0, 6), mask).places
+    whole = Where(torch.ones(2, 6).long(), Buckets(0, 6)).places
+    assert all(torch.equal(one, other) for one, other in zip(rows, whole, strict=True))
 
 
 def centred(seed: int, rate: float) -> Tensor:
@@ -60,7 +150,7 @@ def centred(seed: int, rate: float) -> Tensor:
     rule = DropoutRule(rate, seed)
     where = Where(torch.ones(2, 64, dtype=torch.int64), Buckets(0, 64))
     keep = 1 - rule.dropped_levels / LEVELS
-    return (keep_mask(where.pair_rows(0, 4), 64, rule).double() - keep) / math.sqrt(keep * (1 - keep))
+    return (keep_pairs(where.places, 4, 64, rule).double() - keep) / math.sqrt(keep * (1 - keep))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
