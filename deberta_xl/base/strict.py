@@ -14,6 +14,9 @@ from deberta_xl.base.errors import ConfigError
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
 
+FLOAT32_ROOM = 1e30
+"""Largest factor of what is computed in float32, which ends at 3.4e38."""
+
 Class = TypeVar("Class", bound=type)
 
 
@@ -78,8 +81,19 @@ def at_least(minimum: float, **values: float | None) -> None:
             raise ConfigError(f"{name}={value} is too small; it must be at least {minimum}")
 
 
+def at_most(maximum: float, **values: float | None) -> None:
+    """Refuse every one of `values` that lies above `maximum`; None is allowed."""
+    for name, value in values.items():
+        if value is not None and value > maximum:
+            raise ConfigError(f"{name}={value} is too large; it must be at most {maximum}")
+
+
 def positive(**values: float) -> None:
-    """Refuse every one of `values` that is not above 0."""
+    """Refuse every one of `values` that is not above 0, or by which float32 cannot multiply or divide."""
     for name, value in values.items():
         if value <= 0:
             raise ConfigError(f"{name}={value} must be greater than 0")
+        if not 1 / FLOAT32_ROOM <= value <= FLOAT32_ROOM:
+            raise ConfigError(
+                f"{name}={value} is beyond float32; it must lie in {1 / FLOAT32_ROOM:g} … {FLOAT32_ROOM:g}"
+            )

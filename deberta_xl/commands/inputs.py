@@ -47,9 +47,14 @@ def read_layout(arguments: argparse.Namespace, config: RunConfig | FinetuneConfi
     return Layout(engine, launch, grid)
 
 
-def check_model(architecture: DebertaConfig, grid: Grid, config: RunConfig | FinetuneConfig) -> None:
-    """Refuse a model that does not divide over the ranks, or that the kernel cannot compute. Raises ConfigError."""
-    check_divisible(architecture, grid.tensor_parallel_size)
+def check_model(
+    architecture: DebertaConfig, grid: Grid, config: RunConfig | FinetuneConfig, section: str = "model"
+) -> None:
+    """Refuse a model that does not divide over the ranks, or that the kernel cannot compute; `section` has its sizes.
+
+    Raises ConfigError.
+    """
+    check_divisible(architecture, grid.tensor_parallel_size, section)
     choose_kernel(config.model.kernel, Demand(architecture, mask_of(config)))
 
 

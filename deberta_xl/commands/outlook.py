@@ -15,12 +15,16 @@ from deberta_xl.planning.cost import REFERENCE_FLOPS, rank_hours
 from deberta_xl.planning.hardware import device_gibibytes
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.objectives import generator_architecture
+from deberta_xl.settings.pretraining import DataSection
 
 if TYPE_CHECKING:
     from deberta_xl.commands.pretraining import PretrainingInputs
 
 MANY_EPOCHS = 100
 """Repeated text is worth less from about 4 passes on and nothing beyond some 40 (arXiv 2305.16264)."""
+OF_MASKING = ("masking", "mask_probability", "max_ngram", "replace_with_mask", "replace_with_random")
+"""Settings of `data` that only masked tokens read."""
 SPARE_ROWS = 1000
 """Rows of the word table beyond the tokenizer's pieces that pass as padding to a round number."""
 
@@ -102,15 +106,34 @@ def slips(inputs: PretrainingInputs) -> Iterator[str]:
             f"the run reads its {rows:,} rows {epochs:,.0f} times: more text, or "
             f"train.steps={max(1, round(MANY_EPOCHS * rows / train.global_batch_size))} for {MANY_EPOCHS} times"
         )
-    if train.objective == "mixed" and train.global_batch_size == train.micro_batch_size:
-        yield (
-            f"train.objective=mixed draws what each micro-batch predicts, and a step is one micro-batch of "
-            f"{train.micro_batch_size} sequences: with a smaller train.micro_batch_size a step has both kinds"
-        )
+    yield from objective_slips(inputs)
     spare = architecture.vocab_size - inputs.tokenizer.vocab_size
     if spare > max(SPARE_ROWS, inputs.tokenizer.vocab_size // 10):
         yield (
             f"model.vocab_size={architecture.vocab_size}, but the tokenizer has {inputs.tokenizer.vocab_size} pieces: "
             f"{spare:,} rows of the word table ({spare * architecture.embedding_width:,} parameters) will never be "
             "trained; leave model.vocab_size out to take the tokenizer's size"
+        )
+
+
+def objective_slips(inputs: PretrainingInputs) -> Iterator[str]:
+    """Settings that are at odds with what is learned."""
+    config, architecture = inputs.config, inputs.architecture
+    if config.train.objective == "replaced_tokens":
+        generator = generator_architecture(architecture, config.generator)
+        for name in ("num_layers", "hidden_size"):
+            own, other = getattr(generator, name), getattr(architecture, name)
+            if own > other:
+                yield (
+                    f"generator.{name}={own} is more than model.{name}={other}, of the discriminator: the generator is "
+                    f"meant to be the smaller model; leave generator.{name} out for one that fits"
+                )
+    if config.train.objective in ("causal", "prefix"):
+        idle = [name for name in OF_MASKING if getattr(config.data, name) != getattr(DataSection, name)]
+        if idle:
+            yield f"train.objective={config.train.objective} masks nothing: data.{', data.'.join(idle)} has no effect"
+    if config.train.objective == "mixed" and config.train.global_batch_size == config.train.micro_batch_size:
+        yield (
+            f"train.objective=mixed draws what each micro-batch predicts, and a step is one micro-batch of "
+            f"{config.train.micro_batch_size} sequences: with a smaller train.micro_batch_size a step has both kinds"
         )

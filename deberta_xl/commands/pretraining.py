@@ -136,12 +136,8 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
 def check_models(architecture: DebertaConfig, grid: Grid, config: RunConfig) -> None:
     """`check_model` of the model, and of its generator where it has one. Raises ConfigError."""
     check_model(architecture, grid, config)
-    if config.train.objective != "replaced_tokens":
-        return
-    try:
-        check_model(generator_architecture(architecture, config.generator), grid, config)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("model.", "generator.")) from None
+    if config.train.objective == "replaced_tokens":
+        check_model(generator_architecture(architecture, config.generator), grid, config, "generator")
 
 
 def read_config(name: str, overrides: Sequence[str]) -> RunConfig:

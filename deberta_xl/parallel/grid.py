@@ -89,14 +89,17 @@ def refusal(world_size: int, tensor_parallel_size: int, num_stages: int) -> str:
     )
 
 
-def check_divisible(config: DebertaConfig, tensor_parallel_size: int) -> None:
-    """Refuse a size that does not divide heads and inner widths, before anything is built."""
+def check_divisible(config: DebertaConfig, tensor_parallel_size: int, section: str = "model") -> None:
+    """Refuse a size that does not divide heads and inner widths, before anything is built.
+
+    `section` is that of the settings which name them.
+    """
     for name, value in (("num_heads", config.num_heads), ("intermediate_size", config.intermediate_size)):
         if value % tensor_parallel_size:
             allowed = [n for n in divisors(config.num_heads) if config.intermediate_size % n == 0]
             raise ConfigError(
-                f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide model.{name}={value}; "
-                f"choose one of {allowed}"
+                f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide {section}.{name}={value}; "
+                f"choose one of {allowed}, or another {section}.{name}"
             )
 
 

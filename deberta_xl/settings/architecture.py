@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.base.strict import at_least, divisors, frozen, positive, probability
+from deberta_xl.base.strict import at_least, at_most, divisors, frozen, positive, probability
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "tanh", "silu"]
 """`gelu` is the exact, erf form; `gelu_tanh` its approximation, `gelu_new` and `gelu_fast` of transformers."""
@@ -15,6 +15,8 @@ PAD_ID = 0
 """Id of [PAD], in every tokenizer and every word table."""
 IGNORED = -100
 """Label of a token that has none: in no loss and no metric."""
+MOST_LAYERS = 10_000
+"""Each is planned and built one by one, so that a slip of some zeros would keep a start busy for ever."""
 RELEASED_PASSES = 2
 """How often the released models' enhanced mask decoder applies the last layer."""
 
@@ -90,6 +92,7 @@ class DebertaConfig:
 
     def __post_init__(self) -> None:
         at_least(1, hidden_size=self.hidden_size, num_layers=self.num_layers, num_heads=self.num_heads)
+        at_most(MOST_LAYERS, num_layers=self.num_layers, decoder_passes=self.decoder_passes)
         at_least(1, intermediate_size=self.intermediate_size, vocab_size=self.vocab_size)
         at_least(1, head_dim=self.head_dim, embedding_size=self.embedding_size)
         at_least(2, max_position_embeddings=self.max_position_embeddings)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.base.strict import at_least, frozen, positive
+from deberta_xl.base.strict import FLOAT32_ROOM, at_least, at_most, frozen, positive
 from deberta_xl.settings.architecture import DebertaConfig
 
 Sharing = Literal["gdes", "es", "none"]
@@ -34,6 +34,7 @@ class GeneratorSection:
         at_least(1, num_layers=self.num_layers, hidden_size=self.hidden_size, num_heads=self.num_heads)
         at_least(1, intermediate_size=self.intermediate_size)
         at_least(0, learning_rate=self.learning_rate)
+        at_most(FLOAT32_ROOM, learning_rate=self.learning_rate)
 
 
 @frozen
@@ -75,7 +76,9 @@ def generator_architecture(discriminator: DebertaConfig, section: GeneratorSecti
     try:
         return dataclasses.replace(discriminator, **changed)
     except ConfigError as error:
-        raise ConfigError(f"generator: {error}") from None
+        key = str(error).partition("=")[0]
+        is_own = key in {f.name for f in dataclasses.fields(section)}
+        raise ConfigError(f"generator{'.' if is_own else ': '}{error}") from None
 
 
 def scaled(name: str, discriminator: DebertaConfig, hidden: int) -> int:

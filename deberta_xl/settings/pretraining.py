@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Literal
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.base.strict import UserPath, at_least, frozen, positive, probability
+from deberta_xl.base.strict import FLOAT32_ROOM, UserPath, at_least, at_most, frozen, positive, probability
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.objectives import (
     READERS,
@@ -184,6 +184,7 @@ class OptimizerSection:
 
     def __post_init__(self) -> None:
         at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        at_most(FLOAT32_ROOM, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         positive(epsilon=self.epsilon)  # without it a weight that gets no gradient is divided 0 / 0
         probability("beta1", self.beta1)
         probability("beta2", self.beta2)

@@ -78,6 +78,12 @@ def test_what_nobody_means_is_pointed_out_and_an_ordinary_run_is_not(small_datas
     assert list(slips(look(small_dataset, tmp_path, *mixed, "train.micro_batch_size=4"))) == []
     (whole,) = slips(look(small_dataset, tmp_path, *mixed, "train.micro_batch_size=8"))
     assert "a step is one micro-batch of 8 sequences: with a smaller train.micro_batch_size" in whole
+    pair = ("train.steps=30", "train.objective=replaced_tokens", "model.num_layers=3")
+    assert list(slips(look(small_dataset, tmp_path, *pair))) == []
+    (deep,) = slips(look(small_dataset, tmp_path, *pair, "generator.num_layers=4"))
+    assert deep.startswith("generator.num_layers=4 is more than model.num_layers=3, of the discriminator")
+    (idle,) = slips(look(small_dataset, tmp_path, "train.steps=30", "train.objective=causal", "data.max_ngram=2"))
+    assert idle == "train.objective=causal masks nothing: data.max_ngram has no effect"
     monkeypatch.setattr(outlook, "free_bytes", lambda folder: 10**6)
     full = disk_warning(look(small_dataset, tmp_path, "train.steps=30").outlook)
     assert "do not fit the 0.0 GB that are free" in full

@@ -25,10 +25,18 @@ BAD = {
     (RTD, "replaced_tokens.sharing=es"): "set replaced_tokens.training=joint",
     (RTD, "generator.hidden_size=64"): "generator's tables are 64 wide and the discriminator's 128",
     (RTD, "generator.hidden_size=33", "replaced_tokens.sharing=none"): "set generator.num_heads",
-    (RTD, "generator.num_layers=1"): "generator: num_layers=1",
-    (RTD, "generator.num_heads=5"): "generator: num_heads=5 does not divide hidden_size=128",
+    (RTD, "generator.num_layers=1"): "generator.num_layers=1:",
+    (RTD, "generator.num_heads=5"): "generator.num_heads=5 does not divide hidden_size=128",
     (RTD, "optimizer.learning_rate=0", "generator.learning_rate=1e-4"): "optimizer.learning_rate, which is 0",
     (RTD, "generator.learning_rate=-1"): "learning_rate=-1.0 is too small",
+    (RTD, "generator.learning_rate=1e39"): "generator.learning_rate=1e+39 is too large; it must be at most 1e+30",
+    (RTD, "generator.num_layers=1000000"): "generator.num_layers=1000000 is too large; it must be at most 10000",
+    (RTD, "replaced_tokens.weight=nan"): "weight=nan",
+    (
+        RTD,
+        "replaced_tokens.weight=1e39",
+    ): "replaced_tokens.weight=1e+39 is beyond float32; it must lie in 1e-30 … 1e+30",
+    (RTD, "replaced_tokens.temperature=1e-300"): "replaced_tokens.temperature=1e-300 is beyond float32",
 }
 
 
