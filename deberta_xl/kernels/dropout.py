@@ -80,13 +80,14 @@ class Places(NamedTuple):
     """Column at which the document starts, where its key 0 is; None where all start at column 0."""
 
 
-def drop(x: Tensor, rule: DropoutRule) -> Tensor:
-    """`x` with the mask of `rule`: its rows are numbered in order."""
+def drop(x: Tensor, rule: DropoutRule, row: Tensor | None = None) -> Tensor:
+    """`x` with the mask of `rule`. `row` has the number of each row, [*x.shape[:-1]]; in order when absent."""
     if rule.rate == 0:
         return x
     if rule.seed is None:
         return F.dropout(x, rule.rate)
-    row = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
+    if row is None:
+        row = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
     return (x * keep_mask(row, x.shape[-1], rule)).mul_(rule.scale)
 
 
