@@ -62,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--metric", choices=METRICS, help="what is predicted (default: perplexity for a model that only writes)"
     )
     parser.add_argument(
-        "--sequence_length", type=int, help="tokens in a row (default: the run's own, or the longest possible)"
+        "--sequence_length", type=int, help="tokens in a row (default: as in training, where that is recorded)"
     )
     parser.add_argument("--max_samples", type=int, default=0, help="rows to use, from all over DATA (default: 0 = all)")
     parser.add_argument("--micro_batch_size", type=int, default=8, help="rows in one forward (default: 8)")
@@ -81,13 +81,26 @@ def read_run(checkpoint: Path) -> RunConfig | None:
     return load_run_config(path) if path.is_file() else None
 
 
-def choose_length(arguments: argparse.Namespace, run_config: RunConfig | None, longest: int) -> int:
-    """The sequence length asked for, the run's own, or the longest."""
-    if arguments.sequence_length is None:
-        return run_config.model.sequence_length if run_config else longest
-    if not 8 <= arguments.sequence_length <= longest:
-        raise ConfigError(f"--sequence_length {arguments.sequence_length} does not fit; the model allows 8 … {longest}")
-    return arguments.sequence_length
+def choose_length(
+    asked: int | None, run_config: RunConfig | None, model: DebertaForMaskedLM, checkpoint: Path, rank: int
+) -> int:
+    """The sequence length asked for, that of the training, or the longest; on rank 0 a warning beyond the training's.
+
+    Raises ConfigError for one that the model does not allow.
+    """
+    longest, trained = model.config.max_position_embeddings, model.learnt.sequence_length
+    if trained is None and run_config is not None:  # of a run from before this was recorded with the weights
+        trained = run_config.model.sequence_length
+    length = (trained or longest) if asked is None else asked
+    if not 8 <= length <= longest:
+        raise ConfigError(f"--sequence_length {length} does not fit; the model allows 8 … {longest}")
+    if trained is not None and length > trained and rank == 0:
+        logger.warning(
+            "%s was trained on rows of %d tokens: of the positions behind those, up to --sequence_length %d, it has "
+            "learnt nothing, and the figures will be worse for that",
+            checkpoint, trained, length,
+        )  # fmt: skip
+    return length
 
 
 def read_unigram(asked: str | None, run_config: RunConfig | None, tokenizer: Tokenizer) -> np.ndarray | None:
@@ -115,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
     store = TokenStore(arguments.data)
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint, dtype=getattr(torch, arguments.dtype))
     run_config = read_run(arguments.checkpoint)
-    length = choose_length(arguments, run_config, model.config.max_position_embeddings)
+    length = choose_length(arguments.sequence_length, run_config, model, arguments.checkpoint, launch.rank)
     tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"

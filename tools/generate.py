@@ -36,6 +36,7 @@ from deberta_xl.parallel.plan import divide
 from deberta_xl.public.generation import Ranks, Stop, Writing, Written, generate
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.public.prompts import Prompt, Speller, read_prompt
+from deberta_xl.public.room import Room
 from deberta_xl.public.sampling import Sampling
 from deberta_xl.run.joining import join_ranks
 from deberta_xl.tasks.records import read_jsonl
@@ -61,6 +62,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("texts", metavar="PROMPT", nargs="*", help="text to go on from (default: each line of stdin)")
     parser.add_argument("--prompts", metavar="FILE", type=Path, help="prompts, one per line, or .jsonl")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest continuation (default: 64)")
+    parser.add_argument(
+        "--max_length", type=int, help="longest text, prompt included (default: as long as a row in training)"
+    )
     parser.add_argument("--temperature", type=float, help="draw tokens; below 1 the probable ones more often (1)")
     parser.add_argument("--top_k", type=int, help="draw among the so many most probable tokens")
     parser.add_argument("--top_p", type=float, help="draw among the fewest tokens of this probability together")
@@ -129,14 +133,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     launch = read_launch()
     grid = Grid.of(launch.rank, launch.world_size, arguments.tensor_parallel_size)
-    writing = Writing(
-        max_new_tokens=arguments.max_new_tokens, sampling=read_sampling(arguments), batch_size=arguments.batch_size
-    )
+    lengths = {"max_new_tokens": arguments.max_new_tokens, "max_length": arguments.max_length}
+    writing = Writing(**lengths, sampling=read_sampling(arguments), batch_size=arguments.batch_size)
     given = read_prompts(arguments, launch)
     tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint, dtype=getattr(torch, arguments.dtype))
-    longest = model.config.max_position_embeddings
-    read = [read_prompt(prompt.text, number, tokenizer, longest) for number, prompt in enumerate(given)]
+    room = Room.of(model.config, model.learnt, writing.max_length)
+    read = [read_prompt(prompt.text, number, tokenizer, room) for number, prompt in enumerate(given)]
     if launch.rank == 0:
         warn(arguments.checkpoint, model.learnt.writes_as, read, tokenizer)
     ranks = place(model, launch, grid)
@@ -149,9 +152,9 @@ def run(arguments: argparse.Namespace) -> None:
             stopped.append(written.stopped)
             if launch.rank == 0:
                 print(line_of(prompt, written) if arguments.json else written.text, flush=True)
-    if launch.rank == 0 and (number := stopped.count("position_table")):
+    if launch.rank == 0 and room.limit != "max_length" and (number := stopped.count(room.limit)):
         what = f"{number} of {counted(len(stopped), 'text')}"
-        complain(f"{what} reached the last of the model's {longest} positions, and stopped there")
+        complain(f"{what} filled {room.name}, and stopped there{room.way_out}")
 
 
 def place(model: DebertaForMaskedLM, launch: Launch, grid: Grid) -> Ranks:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deberta_xl.objectives.task import TaskObjective
     from deberta_xl.weights.foreign_heads import Pooling
     from deberta_xl.weights.head_facts import HeadFacts
+    from deberta_xl.weights.native_config import Learnt
 
 DEFAULT_PRESET = "finetune"
 SHORT_FORMS = {"task": "task.name", "data": "task.data", "init": "train.init"}
@@ -128,13 +129,15 @@ def read_inputs(arguments: argparse.Namespace) -> FinetuningInputs:
     if config.train.class_weights != "none" and not task.has_classes:
         raise ConfigError(f"train.class_weights=balanced: a {task.head} has no classes to weigh; leave it at none")
     examples = read_examples(task, config)
-    architecture, pooling, tokenizer_folder = describe_init(config)
+    init = describe_init(config)
+    architecture, tokenizer_folder = init.architecture, init.tokenizer_folder
     check_model(architecture, layout.grid, config)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(f"{tokenizer_folder} has {tokenizer.vocab_size} ids, the model {architecture.vocab_size}")
     data = tokenize_all(task, examples, tokenizer, config)
-    head = describe_head(task, data[TRAIN].labels, architecture, pooling, config)
+    tell_of_longer_rows(init.learnt, data[TRAIN], config)
+    head = describe_head(task, data[TRAIN].labels, architecture, init.pooling, config)
     if not config.train.fresh_weights and not step_folders(Path(config.run.folder) / "checkpoints"):
         check_weights(config, architecture, head)
     train_data = data.pop(TRAIN)
@@ -187,15 +190,36 @@ def check_given(config: FinetuneConfig) -> None:
             raise ConfigError(f"{key} is not set: give it by --{short} (deberta_xl/finetune.py --help has an example)")
 
 
-def describe_init(config: FinetuneConfig) -> tuple[DebertaConfig, Pooling, Path]:
-    """Architecture, pooler and tokenizer folder of the checkpoint to start from; its weights are read later."""
+class Init(NamedTuple):
+    """What has to be known of the checkpoint to start from, before its weights are read."""
+
+    architecture: DebertaConfig
+    pooling: Pooling
+    tokenizer_folder: Path
+    learnt: Learnt
+
+
+def describe_init(config: FinetuneConfig) -> Init:
+    """Of the folder that `train.init` names. Raises UserError where it is none, or has no tokenizer."""
     from deberta_xl.weights.initial_encoder import peek_init, peek_pooling
     from deberta_xl.weights.named_folder import find_tokenizer, learnt_in
 
     folder, architecture = peek_init(Path(config.train.init))
-    if (objective := learnt_in(folder).objective) in ("causal", "prefix"):
+    learnt = learnt_in(folder)
+    if (objective := learnt.objective) in ("causal", "prefix"):
         rank_zero("train.init=%s was trained with train.objective=%s: its tokens saw less than now", folder, objective)
-    return config.model.applied_to(architecture), peek_pooling(folder, architecture), find_tokenizer(folder)
+    pooling = peek_pooling(folder, architecture)
+    return Init(config.model.applied_to(architecture), pooling, find_tokenizer(folder), learnt)
+
+
+def tell_of_longer_rows(learnt: Learnt, data: TaskData, config: FinetuneConfig) -> None:
+    """Say how many examples have positions of which the checkpoint to start from has learnt nothing."""
+    longer = int((data.lengths > (learnt.sequence_length or config.model.sequence_length)).sum())
+    if longer and not config.train.fresh_weights:
+        rank_zero(
+            "%d of %d examples or windows to train on are longer than the %d tokens of a row that train.init was "
+            "trained on: positions behind those are learnt here alone", longer, len(data), learnt.sequence_length,
+        )  # fmt: skip
 
 
 def describe_head(

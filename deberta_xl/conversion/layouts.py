@@ -60,7 +60,7 @@ def write_native_layout(partial: Path, source: Pretrained | Pair, writing: Writi
     is_pair = isinstance(source, Pair)
     model = source.discriminator if is_pair else source
     pair = {"generator": source.generator.config, "sharing": source.sharing} if is_pair else {}
-    files = {CONFIG_NAME: json_bytes(native_config(model.config, **pair, **model.learnt._asdict()))}
+    files = {CONFIG_NAME: json_bytes(native_config(model.config, **pair, learnt=model.learnt))}
     origins = {"discriminator": model.origin, "generator": source.generator.origin if is_pair else None}
     files |= {origin_name(part): origin.to_json() for part, origin in origins.items() if origin is not None}
     tokenizer = load_tokenizer(model)
@@ -154,8 +154,10 @@ def write_microsoft_model(
     write_pickle(partial / names[1], write_dialect(tensors, model.config, dialect), writing.advance)
 
 
-def learnt_fields(model: Pretrained) -> dict[str, str]:
-    """What rides along in another world's configuration, so that a model that can write is known for one here."""
+def learnt_fields(model: Pretrained) -> dict[str, str | int]:
+    """What rides along in another world's configuration, which nothing there reads: how a model was trained is known
+    of it here, whatever way it has come.
+    """
     return {LEARNT[name]: value for name, value in model.learnt._asdict().items() if value is not None}
 
 
@@ -184,7 +186,7 @@ def trained_length(model: Pretrained) -> int:
     path = model.folder / STATE_NAME
     prints = read_json(path).get("fingerprints", {}) if path.is_file() else {}
     recorded = stated_length(model.folder) if model.kind == "huggingface" else prints.get("sequence_length")
-    return recorded or model.config.max_position_embeddings
+    return recorded or model.learnt.sequence_length or model.config.max_position_embeddings
 
 
 # The tokenizer

@@ -29,8 +29,7 @@ from deberta_xl.objectives.masked_lm import MaskedLM
 from deberta_xl.objectives.objective import Mean, Ratio
 from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows, Rows, step_batches
 from deberta_xl.run.figures import loss_curves
-from deberta_xl.weights.native import files_beside_weights
-from deberta_xl.weights.native_config import Form
+from deberta_xl.weights.native_config import Form, Learnt
 
 # Purposes of a row's random streams, beside those of masking (`data/masking.py`).
 PREFIX, KIND = 100, 101
@@ -93,9 +92,9 @@ class Causal(MaskedLM):
         return next_token_rows(batch)
 
     @property
-    def checkpoint_files(self) -> Mapping[str, bytes]:
-        """Architecture and tokenizer, and that the model can write."""
-        return files_beside_weights(self.architecture, self.tokenizer, objective=self.writes_as)
+    def learnt(self) -> Learnt:
+        """That the model can write, and how."""
+        return super().learnt._replace(objective=self.writes_as)
 
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity per token and accuracy."""
@@ -164,9 +163,9 @@ class Mixed(Keyed):
         return {**super().fingerprints, "autoregressive.form": self.form}
 
     @property
-    def checkpoint_files(self) -> Mapping[str, bytes]:
-        """Architecture and tokenizer, and in which form the model writes."""
-        return files_beside_weights(self.architecture, self.tokenizer, objective="mixed", form=self.form)
+    def learnt(self) -> Learnt:
+        """That the model can write, too, and in which form."""
+        return super().learnt._replace(objective="mixed", form=self.form)
 
     @property
     def reports(self) -> Mapping[str, Mean | Ratio]:

@@ -24,6 +24,7 @@ from deberta_xl.settings.pretraining import RunConfig
 from deberta_xl.weights.initial_weights import encoder_fingerprints, load_initial_weights
 from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.native import files_beside_weights
+from deberta_xl.weights.native_config import Learnt
 
 
 class Pretraining(Objective):
@@ -97,7 +98,12 @@ class Pretraining(Objective):
     @property
     def checkpoint_files(self) -> Mapping[str, bytes]:
         """The architecture and the tokenizer: from a checkpoint the encoder can be fine-tuned."""
-        return files_beside_weights(self.architecture, self.tokenizer)
+        return files_beside_weights(self.architecture, self.tokenizer, learnt=self.learnt)
+
+    @property
+    def learnt(self) -> Learnt:
+        """What a checkpoint tells of its training."""
+        return Learnt(sequence_length=self.tokens_per_sample)
 
     @property
     def num_samples(self) -> int:

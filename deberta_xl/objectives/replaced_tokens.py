@@ -125,9 +125,8 @@ class ReplacedTokens(Pretraining):
     @property
     def checkpoint_files(self) -> Mapping[str, bytes]:
         """Both architectures and the tokenizer."""
-        return files_beside_weights(
-            self.architecture, self.tokenizer, generator=self.generator_architecture, sharing=self.section.sharing
-        )
+        pair = {"generator": self.generator_architecture, "sharing": self.section.sharing}
+        return files_beside_weights(self.architecture, self.tokenizer, **pair, learnt=self.learnt)
 
     @property
     def reports(self) -> Reports:

@@ -17,10 +17,12 @@ from deberta_xl.checkpoint.lazy import read_all
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.replaced_tokens import Discriminator
+from deberta_xl.public.room import warn_of_length
 from deberta_xl.weights.initial_weights import open_pretrained
 from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.names import DETECTOR
 from deberta_xl.weights.native import fill_model
+from deberta_xl.weights.native_config import UNRECORDED, Learnt
 
 
 class DetectionError(UserError):
@@ -29,6 +31,9 @@ class DetectionError(UserError):
 
 class DebertaForDetection(Discriminator):
     """DeBERTa with the head that tells which tokens of a text were replaced. See `Discriminator.forward`."""
+
+    learnt: Learnt = UNRECORDED
+    """On how long rows it was trained, as its folder says."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
@@ -49,6 +54,7 @@ class DebertaForDetection(Discriminator):
         names = {name for name, _ in discriminator.named_parameters()}
         weights = read_all({name: tensor for name, tensor in model.tensors.items() if name in names})
         fill_model(discriminator, weights, source, dtype)
+        discriminator.learnt = model.learnt
         return discriminator.eval()
 
 
@@ -74,8 +80,8 @@ class Found(NamedTuple):
     """Of the most probable of its tokens."""
 
 
-def detect(model: Discriminator, tokenizer: Tokenizer, text: str) -> list[JudgedToken]:
-    """What the discriminator says of each token of a text, in order.
+def detect(model: DebertaForDetection, tokenizer: Tokenizer, text: str) -> list[JudgedToken]:
+    """What the discriminator says of each token of a text, in order; of one longer than in its training with a warning.
 
     Raises DetectionError for a text that is empty or longer than the model takes, and a tokenizer larger than its
     vocabulary.
@@ -93,6 +99,7 @@ def detect(model: Discriminator, tokenizer: Tokenizer, text: str) -> list[Judged
     longest = model.config.max_position_embeddings
     if len(ids) + 2 > longest:
         raise DetectionError(f"the text has {len(ids) + 2} tokens, the model takes {longest}; shorten the text")
+    warn_of_length(model.learnt, len(ids) + 2)
     device = model.detector.classifier.bias.device
     input_ids_1S = torch.tensor([[tokenizer.cls_id, *ids, tokenizer.sep_id]], device=device)
     with torch.no_grad():

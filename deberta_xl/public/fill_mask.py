@@ -14,7 +14,8 @@ import torch
 
 from deberta_xl.base.errors import UserError
 from deberta_xl.data.tokenizer import MASK_PIECE, WORD_MARK, Tokenizer
-from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.public.pretrained import DebertaForMaskedLM
+from deberta_xl.public.room import warn_of_length
 
 
 class FillMaskError(UserError):
@@ -34,11 +35,11 @@ class Guess(NamedTuple):
     """The text with the mask replaced; other masks are left as they are."""
 
 
-def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, *, top_k: int = 5) -> list[list[Guess]]:
+def fill_mask(model: DebertaForMaskedLM, tokenizer: Tokenizer, text: str, *, top_k: int = 5) -> list[list[Guess]]:
     """For each `[MASK]` of `text`, from left to right, the `top_k` most probable pieces, best first.
 
     Masks are filled independently of each other. `[MASK]` stands for one piece with the space before it; a longer word
-    takes several masks.
+    takes several masks. A text longer than the rows of the model's training is filled with a warning.
 
     Raises FillMaskError for a text without mask or longer than the position table, an impossible `top_k`, a tokenizer
     larger than the model's vocabulary, or outputs that are not finite numbers.
@@ -50,6 +51,7 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, *, to
             f"the text has {len(input_ids)} tokens, the model's position table {model.config.max_position_embeddings}; "
             "shorten the text"
         )
+    warn_of_length(model.learnt, len(input_ids))
     device = model.head.bias.device
     input_ids_1S = torch.tensor([input_ids], device=device)
     # Any label above 0 asks for a prediction; the loss is not used.
@@ -67,7 +69,7 @@ def fill_mask(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, *, to
     return [list(guesses(tokenizer, text, number, *found)) for number, found in enumerate(pieces)]
 
 
-def check(model: MaskedLanguageModel, tokenizer: Tokenizer, text: str, top_k: int) -> np.ndarray:
+def check(model: DebertaForMaskedLM, tokenizer: Tokenizer, text: str, top_k: int) -> np.ndarray:
     """The ids that may be proposed, after refusing what cannot be meant."""
     ordinary = np.flatnonzero(~tokenizer.special)
     if MASK_PIECE not in text:

@@ -26,9 +26,10 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.public.cached_model import CachedModel
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.public.prompts import GenerationError, Prompt, Speller, read_prompt
+from deberta_xl.public.room import Limit, Room
 from deberta_xl.public.sampling import Sampling, choose_tokens
 
-Stop = Literal["end", "max_new_tokens", "position_table"]
+Stop = Literal["end", "max_new_tokens"] | Limit
 Hear = Callable[[int, int], None]
 """Is told each new token: the row of its prompt in the batch, and its id."""
 
@@ -39,6 +40,9 @@ class Writing:
 
     max_new_tokens: int = 64
     """Tokens after which a text stops that has not ended by itself."""
+    max_length: int | None = None
+    """Tokens of prompt and continuation together, [CLS] included, at most; when unset, as many as a row of the model's
+    training had, where that is recorded. It may be any number up to that of the model's positions."""
     sampling: Sampling | None = None
     """How tokens are drawn; without, each is the most probable one."""
     batch_size: int = 8
@@ -46,6 +50,7 @@ class Writing:
 
     def __post_init__(self) -> None:
         at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        at_least(3, max_length=self.max_length)  # [CLS], a prompt and what follows it
 
 
 GREEDY = Writing()
@@ -98,11 +103,11 @@ def generate(
     comes, of this rank's batches.
 
     Raises GenerationError for a prompt that cannot be continued, a tokenizer larger than the model's vocabulary, or
-    outputs that are not finite numbers; ConfigError for an impossible top_k.
+    outputs that are not finite numbers; ConfigError for an impossible top_k or max_length.
     """
     check_model(model, tokenizer, writing)
-    longest = model.config.max_position_embeddings
-    read = [read_prompt(text, number, tokenizer, longest) for number, text in enumerate(prompts)]
+    room = Room.of(model.config, model.learnt, writing.max_length)
+    read = [read_prompt(text, number, tokenizer, room) for number, text in enumerate(prompts)]
     batches = [read[first : first + writing.batch_size] for first in range(0, len(read), writing.batch_size)]
     for first in range(0, len(batches), ranks.size):
         found: list[Written] | GenerationError = []
@@ -151,14 +156,14 @@ def allowed_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 class Text:
     """A prompt's text while it grows."""
 
-    def __init__(self, prompt: Prompt, max_new_tokens: int, longest: int):
+    def __init__(self, prompt: Prompt, max_new_tokens: int, room: Room):
         self.prompt = prompt
         self.token_ids: list[int] = []
         self.stopped: Stop | None = None
         wanted = len(prompt.token_ids) + max_new_tokens
-        self.limit = min(wanted, longest)
-        """Tokens at most: the last one has the last position."""
-        self.reason: Stop = "max_new_tokens" if wanted <= longest else "position_table"
+        self.limit = min(wanted, room.length)
+        """Tokens at most."""
+        self.reason: Stop = "max_new_tokens" if wanted <= room.length else room.limit
         """Why there cannot be more."""
 
     @property
@@ -188,7 +193,8 @@ def write_batch(
 ) -> list[Written]:
     """The continuations of prompts that are read together, each as long as it takes."""
     device = model.head.bias.device
-    texts = [Text(prompt, writing.max_new_tokens, model.config.max_position_embeddings) for prompt in prompts]
+    room = Room.of(model.config, model.learnt, writing.max_length)
+    texts = [Text(prompt, writing.max_new_tokens, room) for prompt in prompts]
     length_B = torch.tensor([text.length for text in texts], device=device)
     slot_T = torch.arange(max(text.limit for text in texts), device=device)
     cached = CachedModel(model, (slot_T < length_B.unsqueeze(1)) & (model.learnt.writes_as == "prefix"))

@@ -12,7 +12,7 @@ from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.weights.initial_weights import open_pretrained
 from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.native import fill_model, write_weights
-from deberta_xl.weights.native_config import Learnt, native_config
+from deberta_xl.weights.native_config import UNRECORDED, Learnt, native_config
 
 
 class DebertaForMaskedLM(MaskedLanguageModel):
@@ -21,8 +21,8 @@ class DebertaForMaskedLM(MaskedLanguageModel):
     `DebertaForMaskedLM(config)` has fresh weights; `from_pretrained` reads them. See `MaskedLanguageModel.forward`.
     """
 
-    learnt: Learnt = Learnt()
-    """Whether, and how, it has learnt to write (`public/generation.py`), as its folder says."""
+    learnt: Learnt = UNRECORDED
+    """Whether, and how, it has learnt to write (`public/generation.py`), and on how long rows, as its folder says."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
@@ -48,5 +48,5 @@ class DebertaForMaskedLM(MaskedLanguageModel):
         Raises CheckpointError when the folder exists and is not empty.
         """
         weights = {name: p.detach() for name, p in self.named_parameters()}
-        config = native_config(self.config, **self.learnt._asdict())
+        config = native_config(self.config, learnt=self.learnt)
         write_weights(Path(directory), weights, config, Path(tokenizer) if tokenizer else None)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from deberta_xl.base.errors import UserError
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.public.room import Room
 
 
 class GenerationError(UserError):
@@ -24,8 +25,8 @@ class Prompt(NamedTuple):
     """With [CLS] before them."""
 
 
-def read_prompt(text: str, number: int, tokenizer: Tokenizer, longest: int) -> Prompt:
-    """A prompt as a model of `longest` positions reads it.
+def read_prompt(text: str, number: int, tokenizer: Tokenizer, room: Room) -> Prompt:
+    """A prompt as a model reads it.
 
     Raises GenerationError, naming it by its number, for one that is no good.
     """
@@ -35,10 +36,10 @@ def read_prompt(text: str, number: int, tokenizer: Tokenizer, longest: int) -> P
     ids = tokenizer.encode(text).tolist()
     if not ids:
         raise GenerationError(f"{name} is empty; write how the text is to begin, be it one letter")
-    if len(ids) + 2 > longest:
+    if len(ids) + 2 > room.length:
         raise GenerationError(
             f"{name} has {len(ids)} tokens; with [CLS] before them and at least one after them they do not fit into "
-            f"the {longest} positions of the model; shorten it to {longest - 2} tokens"
+            f"{room.name}; shorten it to {room.length - 2} tokens{room.way_out}"
         )
     bare = text.rstrip()
     if bare != text and tokenizer.encode(bare).tolist() == ids:

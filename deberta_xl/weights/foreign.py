@@ -108,9 +108,9 @@ def open_foreign(source: Path, *, generator: Path | None = None, may_be_fresh: b
 
 
 def stated_learnt(fields: Mapping[str, Any], path: Path) -> Learnt:
-    """Whether, and how, a model has learnt to write, by what rides along in a foreign configuration."""
+    """How a model was trained, by what rides along in a foreign configuration."""
     try:
-        return Learnt.checked(*(fields.get(theirs) for theirs in LEARNT.values()))
+        return Learnt.checked(*(fields.get(LEARNT[ours]) for ours in Learnt._fields))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -42,8 +42,9 @@ RENAMED = {
 }
 #: Fields of ours that others do not read, of the decoder where it is not the released models'.
 DECODER = ("decoder_passes", "decoder_weights", "decoder_input")
-#: … and of whether and how a model has learnt to write (`Learnt`): ours, and what they are called there.
-LEARNT = {"objective": "writing_objective", "form": "writing_form"}
+#: … and of how a model was trained (`Learnt`): ours, and what they are called there. The length is not taken from a
+#: tokenizer's model_max_length, which may be any at which somebody wanted texts cut.
+LEARNT = {"objective": "writing_objective", "form": "writing_form", "sequence_length": "trained_sequence_length"}
 #: Fields that are computed from the architecture in another way, and written anew.
 COMPUTED = (
     "relative_attention",

@@ -49,7 +49,7 @@ def peek(directory: str | Path, setting: str = "train.init") -> tuple[Path, Debe
 
 
 def learnt_in(folder: Path) -> Learnt:
-    """Whether, and how, the model of a folder given by `find_pretrained` or `peek` has learnt to write."""
+    """How the model of a folder given by `find_pretrained` or `peek` was trained."""
     if is_foreign_folder(folder):
         return stated_learnt(read_config_fields(folder) or {}, folder)
     return read_native_config(split_part(folder)[0] / CONFIG_NAME).learnt

@@ -35,7 +35,7 @@ from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no
 from deberta_xl.data.tokenizer import Tokenizer, tokenizer_contents
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.objectives import Sharing
-from deberta_xl.weights.native_config import Form, WritingObjective, native_config, read_native_config
+from deberta_xl.weights.native_config import UNRECORDED, Learnt, native_config, read_native_config
 from deberta_xl.weights.pair import Part, merged_discriminator, no_generator, split_part, tensors_of, with_part
 from deberta_xl.weights.pretrained_folder import ORIGIN_NAME, Origin, Pretrained, complete
 
@@ -49,15 +49,13 @@ def files_beside_weights(
     *,
     generator: DebertaConfig | None = None,
     sharing: Sharing | None = None,
-    objective: WritingObjective | None = None,
-    form: Form | None = None,
+    learnt: Learnt = UNRECORDED,
 ) -> dict[str, bytes]:
     """`config.json` and `tokenizer/`, which a checkpoint holds as well: name -> content.
 
-    A pair of discriminator (`architecture`) and generator says how they share tables, too; a model that has learnt to
-    predict the next token says by which objective, and a mixed one in which form.
+    A pair of discriminator (`architecture`) and generator says how they share tables, too.
     """
-    config = native_config(architecture, generator=generator, sharing=sharing, objective=objective, form=form)
+    config = native_config(architecture, generator=generator, sharing=sharing, learnt=learnt)
     content = json.dumps(config, indent=2).encode()
     return {CONFIG_NAME: content, **below(TOKENIZER_NAME, tokenizer.files())}
 

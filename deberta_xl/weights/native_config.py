@@ -1,6 +1,7 @@
 """Our own `config.json`: the architecture beside native weights, and what else has to be known to read them.
 
 {"model_type": "deberta_xl", "vocab_size": …, …}                            a model
+{…, "sequence_length": 512}                                                 … and how long the rows of its training were
 {…, "objective": "causal"}                                                  one that has learnt to write on
 {…, "objective": "mixed", "form": "prefix"}                                 one that fills masks, too
 {…, "generator": {"vocab_size": …, …}, "sharing": "gdes"}                   a discriminator with its generator
@@ -29,12 +30,15 @@ Form = Literal["causal", "prefix"]
 
 
 class Learnt(NamedTuple):
-    """Whether, and how, a model has learnt to write."""
+    """What a model was trained for, and on how long rows: what those who use it have to know of that."""
 
     objective: WritingObjective | None = None
     """What it was trained for, where that is not to fill masks or to find replaced tokens."""
     form: Form | None = None
     """Of the autoregressive part of a mixed objective."""
+    sequence_length: int | None = None
+    """Tokens of a row in training, [CLS] and [SEP] among them, in the last phase of several; None where it is not
+    recorded."""
 
     @property
     def writes_as(self) -> Form | None:
@@ -42,14 +46,20 @@ class Learnt(NamedTuple):
         return (self.form or "causal") if self.objective == "mixed" else self.objective
 
     @classmethod
-    def checked(cls, objective: Any, form: Any) -> Learnt:
+    def checked(cls, objective: Any, form: Any, sequence_length: Any) -> Learnt:
         """From what a configuration says. Raises ConfigError for a value that is not known, or out of place."""
         for name, value, type_of in (("objective", objective, WritingObjective), ("form", form, Form)):
             if value is not None and value not in get_args(type_of):
                 raise ConfigError(f"{name}={value!r} is not known; known: {', '.join(get_args(type_of))}")
         if form is not None and objective != "mixed":
             raise ConfigError(f"form={form!r} belongs to objective='mixed' alone, and objective is {objective!r}")
-        return cls(objective, form)
+        if sequence_length is not None and not (type(sequence_length) is int and sequence_length > 0):
+            raise ConfigError(f"sequence_length={sequence_length!r} is no number of tokens; the least is 1")
+        return cls(objective, form, sequence_length)
+
+
+UNRECORDED = Learnt()
+"""Of a model of which nothing is known but its weights."""
 
 
 class NativeConfig(NamedTuple):
@@ -61,7 +71,7 @@ class NativeConfig(NamedTuple):
     """Of the generator whose weights are there, too."""
     sharing: Sharing | None = None
     """How the discriminator's tables are stored: beside a generator only."""
-    learnt: Learnt = Learnt()
+    learnt: Learnt = UNRECORDED
 
 
 def native_config(
@@ -69,12 +79,11 @@ def native_config(
     *,
     generator: DebertaConfig | None = None,
     sharing: Sharing | None = None,
-    objective: WritingObjective | None = None,
-    form: Form | None = None,
+    learnt: Learnt = UNRECORDED,
 ) -> dict[str, object]:
     """Contents of a native `config.json`. Were it `deberta-v2`, transformers would load it and keep no weight."""
     assert (generator is None) == (sharing is None), "a pair of models, or one"
-    more: dict[str, object] = {"sharing": sharing, "objective": objective, "form": form}
+    more: dict[str, object] = {"sharing": sharing, **learnt._asdict()}
     more["generator"] = dataclasses.asdict(generator) if generator else None
     given = {key: value for key, value in more.items() if value is not None}
     return {"model_type": MODEL_TYPE, **dataclasses.asdict(config), **given}
@@ -98,9 +107,8 @@ def read_native_config(path: Path) -> NativeConfig:
 
 def parse(fields: dict[str, Any]) -> NativeConfig:
     """The fields, strictly. Raises ConfigError for a value that is not known, and for half a pair."""
-    generator, sharing, objective, form = (
-        fields.pop(name, None) for name in ("generator", "sharing", "objective", "form")
-    )
+    generator, sharing = fields.pop("generator", None), fields.pop("sharing", None)
+    learnt = Learnt.checked(*(fields.pop(name, None) for name in Learnt._fields))
     if sharing is not None and sharing not in get_args(Sharing):
         raise ConfigError(f"sharing={sharing!r} is not known; known: {', '.join(get_args(Sharing))}")
     if generator is not None and not isinstance(generator, Mapping):
@@ -111,7 +119,7 @@ def parse(fields: dict[str, Any]) -> NativeConfig:
             "and how the discriminator shares its tables"
         )
     partner = None if generator is None else DebertaConfig(**generator)
-    return NativeConfig(DebertaConfig(**fields), partner, sharing, Learnt.checked(objective, form))
+    return NativeConfig(DebertaConfig(**fields), partner, sharing, learnt)
 
 
 def explain(error: Exception) -> str:

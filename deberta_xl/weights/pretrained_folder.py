@@ -21,7 +21,7 @@ from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.dialect import Dialect
 from deberta_xl.weights.names import DETECTOR, is_beside_the_model
-from deberta_xl.weights.native_config import Learnt
+from deberta_xl.weights.native_config import UNRECORDED, Learnt
 from deberta_xl.weights.pair import split_part
 
 Kind = Literal["native", "huggingface", "microsoft"]
@@ -76,7 +76,7 @@ class Pretrained:
     origin: Origin | None = None
     fresh: tuple[str, ...] = ()
     """Parameters that were made up, since the model they come from has none."""
-    learnt: Learnt = field(default_factory=Learnt)
+    learnt: Learnt = UNRECORDED
 
     def read_tokenizer(self) -> Tokenizer | None:
         """Its tokenizer, where it has one of SentencePiece's. Raises TokenizerError as `Tokenizer.load`."""

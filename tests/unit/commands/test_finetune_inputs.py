@@ -208,6 +208,20 @@ def test_a_new_head_takes_the_activation_behind_cls_of_the_model_it_starts_from(
     assert inputs.head.head.pooler_act == "tanh"
 
 
+def test_examples_longer_than_the_rows_of_pretraining_are_counted(encoder, sentences, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "deberta_xl")
+    arguments = finetune_arguments(encoder, sentences, tmp_path / "run")
+    words = "48 examples or windows to train on are longer than the"
+    lengths = read_inputs(parse_arguments(arguments)).train_data.lengths
+    assert words not in caplog.text
+    shutil.copytree(encoder, tmp_path / "short")
+    config = json.loads((encoder / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"sequence_length": 30}))
+    read_inputs(parse_arguments(finetune_arguments(tmp_path / "short", sentences, tmp_path / "run")))
+    assert 0 < (lengths > 30).sum() < 48
+    assert f"{(lengths > 30).sum()} of {words} 30 tokens of a row" in caplog.text
+
+
 def test_what_the_metrics_are_of_and_held_out_texts_that_are_trained_on_are_said(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("deberta_xl"), "propagate", True)
     caplog.set_level(logging.INFO, "deberta_xl")

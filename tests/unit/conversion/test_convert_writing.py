@@ -1,4 +1,4 @@
-"""What a model has learnt to write goes through every layout with it, and what other worlds compute of it is said."""
+"""How a model was trained goes through every layout with it, and what other worlds compute of it is said."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.conversion.card_metadata import CardMetadata
 from deberta_xl.conversion.convert import Conversion, convert
+from deberta_xl.conversion.layouts import trained_length
 from deberta_xl.conversion.model_card import model_card
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
@@ -29,7 +30,7 @@ def write(folder: Path, learnt: Learnt) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["native", "huggingface", "microsoft"])
-@pytest.mark.parametrize("learnt", [Learnt(), Learnt("causal"), Learnt("mixed", "prefix")], ids=str)
+@pytest.mark.parametrize("learnt", [Learnt(), Learnt("causal"), Learnt("mixed", "prefix", 24)], ids=str)
 def test_it_is_known_there_and_back_again(learnt, kind, tmp_path, caplog):
     source = write(tmp_path / "source", learnt)
     convert(source, tmp_path / "there", Conversion(to=kind))
@@ -38,6 +39,12 @@ def test_it_is_known_there_and_back_again(learnt, kind, tmp_path, caplog):
     assert DebertaForMaskedLM.from_pretrained(tmp_path / "back").learnt == learnt
     says = "the model was trained with train.objective=causal, and"
     assert (says in caplog.text) == (learnt == Learnt("causal") and kind != "native")
+
+
+def test_the_length_of_its_rows_is_what_an_exported_tokenizer_lets_pass(tmp_path):
+    for name, length, passes in (("known", 24, 24), ("unknown", None, SMALL.max_position_embeddings)):
+        source = write(tmp_path / name, Learnt(sequence_length=length))
+        assert trained_length(open_native(source)) == passes
 
 
 def test_an_objective_that_is_none_is_refused(tmp_path):

@@ -209,6 +209,7 @@ def test_a_checkpoint_says_that_its_model_can_write(build, name, chosen):
     assert type(objective) is chosen
     config = json.loads(objective.checkpoint_files["config.json"])
     assert (config["objective"], config.get("form")) == (name, "causal" if name == "mixed" else None)
+    assert config["sequence_length"] == LENGTH
     assert objective.fingerprints["objective"] == name
     assert objective.fingerprints.get("autoregressive.form") == ("causal" if name == "mixed" else None)
 

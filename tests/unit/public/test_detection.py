@@ -19,7 +19,7 @@ from deberta_xl.public.detection import DebertaForDetection, DetectionError, Fou
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.native import write_weights
-from deberta_xl.weights.native_config import native_config
+from deberta_xl.weights.native_config import Learnt, native_config
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def folder(tokenizer, tmp_path_factory) -> Path:
     weights = {name: p.detach() + 0.3 * torch.randn(p.shape, generator=draw) for name, p in model.named_parameters()}
     place = tmp_path_factory.mktemp("detection")
     tokenizer.save(place / "tokenizer")
-    facts = native_config(config, generator=config, sharing="gdes")
+    facts = native_config(config, generator=config, sharing="gdes", learnt=Learnt(sequence_length=40))
     write_weights(place / "v3", weights, facts, place / "tokenizer")
     return place / "v3"
 
@@ -160,6 +160,14 @@ def test_who_has_no_such_head_says_what_it_can_do(folder, tool, capsys, tmp_path
     assert f"tools/fill_mask.py {folder / 'generator'}" in generator
     DebertaForMaskedLM.from_pretrained(folder / "generator").save_pretrained(tmp_path / "mlm")
     assert "train.objective=replaced_tokens" in complaint(tool, capsys, str(tmp_path / "mlm"), "the class")
+
+
+def test_a_text_longer_than_the_rows_of_the_training_is_looked_through_with_a_warning(folder, tokenizer, caplog):
+    model = DebertaForDetection.from_pretrained(folder)
+    for words in (38, 39):
+        assert not caplog.messages
+        assert len(detect(model, tokenizer, "the " * words)) == words
+    assert "the text has 41 tokens, and the model was trained on rows of 40" in caplog.text
 
 
 def test_what_cannot_be_looked_through_is_refused(folder, tokenizer, tool, capsys):

@@ -23,6 +23,7 @@ from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.foreign_config import to_huggingface_config
 from deberta_xl.weights.named_folder import find_tokenizer
 from deberta_xl.weights.names import to_microsoft
+from deberta_xl.weights.native_config import Learnt
 
 EXTRA_ROWS = 4
 """Rows of the word table beyond the tokenizer's: they have no meaning at all."""
@@ -198,6 +199,14 @@ def tool():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_text_longer_than_the_rows_of_the_training_is_filled_with_a_warning(model, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(model, "learnt", Learnt(sequence_length=6))
+    fill_mask(model, tokenizer, "[MASK]" * 4)
+    assert not caplog.messages
+    fill_mask(model, tokenizer, "[MASK]" * 5)
+    assert "the text has 7 tokens, and the model was trained on rows of 6" in caplog.text
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.public.generation import Writing, Written, generate
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.public.prompts import GenerationError, Speller, read_prompt
+from deberta_xl.public.room import Room
 from deberta_xl.public.sampling import Sampling
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.native_config import Learnt
@@ -121,6 +122,35 @@ def test_a_text_stops_where_it_ends_where_it_is_told_and_where_positions_do(mode
     assert (found.stopped, len(found.token_ids)) == ("position_table", POSITIONS - 1 - len(tokenizer.encode(prompt)))
 
 
+@pytest.fixture
+def short_sighted(model, monkeypatch) -> DebertaForMaskedLM:
+    """The model, as if it had been trained on rows shorter than its position table."""
+    monkeypatch.setattr(model, "learnt", Learnt("causal", sequence_length=12))
+    return model
+
+
+def test_a_text_stops_where_the_rows_of_the_training_did_unless_more_is_asked_for(short_sighted, tokenizer):
+    hot = {"max_new_tokens": 99, "sampling": Sampling(temperature=50.0, seed=2)}
+    room = {None: (12, "trained_length"), 5: (5, "max_length"), 30: (30, "max_length")}
+    for asked, (length, stopped) in room.items():
+        found = written(short_sighted, tokenizer, ["a a", "a a a"], max_length=asked, **hot)
+        assert [(len(text.token_ids), text.stopped) for text in found] == [(length - n, stopped) for n in (3, 4)]
+    assert written(short_sighted, tokenizer, ["a a"], max_length=30, **hot)[0].token_ids[:9] == (
+        written(short_sighted, tokenizer, ["a a"], **hot)[0].token_ids
+    )
+    assert written(short_sighted, tokenizer, ["a a"], max_length=30, max_new_tokens=2)[0].stopped == "max_new_tokens"
+
+
+def test_more_room_than_there_is_is_refused_and_so_is_a_prompt_without_any(short_sighted, tokenizer):
+    with pytest.raises(ConfigError, match="max_length=41 is more than the 40 positions of the model"):
+        written(short_sighted, tokenizer, ["a"], max_length=41)
+    words = "the 12 tokens of a row in the model's training; shorten it to 10 tokens; max_length allows more, which it"
+    with pytest.raises(GenerationError, match=words):
+        written(short_sighted, tokenizer, ["a " * 11])
+    with pytest.raises(GenerationError, match=r"the 20 tokens of max_length; shorten it to 18 tokens$"):
+        written(short_sighted, tokenizer, ["a " * 19], max_length=20)
+
+
 def test_a_prefix_model_sees_the_prompt_in_both_directions(model, tokenizer):
     fresh = DebertaForMaskedLM(model.config, seed=1).eval()
     with torch.no_grad():
@@ -158,7 +188,8 @@ def test_a_character_of_several_bytes_appears_whole():
 
 
 def test_spaces_at_the_end_of_a_prompt_give_way_to_the_next_words_own(tokenizer):
-    assert read_prompt("The value \n", 0, tokenizer, 40) == read_prompt("The value", 0, tokenizer, 40)
+    room = Room(40, "position_table")
+    assert read_prompt("The value \n", 0, tokenizer, room) == read_prompt("The value", 0, tokenizer, room)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +221,10 @@ def test_more_tokens_to_draw_from_than_there_are_is_refused(model, tokenizer):
         written(model, tokenizer, ["The"], sampling=Sampling(top_k=498))
 
 
-@pytest.mark.parametrize("option", ["max_new_tokens", "batch_size"])
-def test_no_room_is_refused(option):
-    with pytest.raises(ConfigError, match=f"{option}=0 is too small"):
-        Writing(**{option: 0})
+@pytest.mark.parametrize(("option", "value"), [("max_new_tokens", 0), ("batch_size", 0), ("max_length", 2)])
+def test_no_room_is_refused(option, value):
+    with pytest.raises(ConfigError, match=f"{option}={value} is too small"):
+        Writing(**{option: value})
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
@@ -276,7 +307,22 @@ def test_a_single_text_appears_on_a_terminal_as_it_is_written(call, folder, monk
 
 def test_the_tool_says_when_positions_are_used_up(call, folder):
     _, _, error = call(folder, "a " * 30, "The value", "--temperature", 50)
-    assert "reached the last of the model's 40 positions, and stopped there" in error
+    assert error == "2 of 2 texts filled the 40 positions of the model, and stopped there\n"
+
+
+def test_the_tool_says_where_the_training_ended_and_goes_on_behind_that_when_asked_to(
+    call, short_sighted, folder, tmp_path
+):
+    short_sighted.save_pretrained(tmp_path / "short", tokenizer=folder.parent / "tokenizer")
+    drawn = (tmp_path / "short", "a a", "--temperature", 50, "--json")
+    status, out, error = call(*drawn)
+    assert (status, json.loads(out)["stopped"], json.loads(out)["tokens"]) == (0, "trained_length", 9)
+    assert error == (
+        "1 of 1 text filled the 12 tokens of a row in the model's training, and stopped there; max_length allows more, "
+        "which it has never seen\n"
+    )
+    status, out, error = call(*drawn, "--max_length", 20)
+    assert (status, json.loads(out)["stopped"], json.loads(out)["tokens"], error) == (0, "max_length", 17, "")
 
 
 def test_the_tool_warns_of_a_model_never_trained_to_write_and_of_unknown_characters(call, model, folder, tmp_path):

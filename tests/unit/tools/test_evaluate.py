@@ -21,17 +21,19 @@ from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.pretraining import DataSection
 from deberta_xl.weights.native import write_weights
-from deberta_xl.weights.native_config import native_config
+from deberta_xl.weights.native_config import Learnt, native_config
 
 TOOLS = Path(__file__).parents[3] / "tools"
 LENGTH = 40
 
 
-def folder_of(model: MaskedLanguageModel, folder: Path, dataset: SmallDataset, **facts: str) -> Path:
+def folder_of(model: MaskedLanguageModel, folder: Path, dataset: SmallDataset, *learnt: str | int | None) -> Path:
     """The model as a weights folder."""
     tokenizer = folder.parent / "tokenizer"
     dataset.tokenizer.save(tokenizer)
-    write_weights(folder, dict(model.named_parameters()), native_config(model.config, **facts), tokenizer)
+    write_weights(
+        folder, dict(model.named_parameters()), native_config(model.config, learnt=Learnt(*learnt)), tokenizer
+    )
     return folder
 
 
@@ -90,7 +92,7 @@ def by_hand(model: MaskedLanguageModel, prefix: Path, tokenizer: Tokenizer) -> t
 
 @torch.no_grad()
 def test_perplexity_is_that_of_every_next_token_by_token_word_and_byte(small_dataset, known, model, tmp_path, capfd):
-    folder = folder_of(model, tmp_path / "writer", small_dataset, objective="causal")
+    folder = folder_of(model, tmp_path / "writer", small_dataset, "causal")
     prefix, texts = known
     evaluate(folder, prefix)
     out = capfd.readouterr()
@@ -124,15 +126,28 @@ def test_ranks_agree_and_a_model_that_only_fills_masks_is_measured_with_a_warnin
     assert one == pytest.approx(two, rel=1e-6)
 
 
+def test_rows_are_as_long_as_in_training_and_longer_ones_are_measured_with_a_warning(
+    small_dataset, model, tmp_path, capfd
+):
+    folder = folder_of(model, tmp_path / "short", small_dataset, "causal", None, 24)
+    options = ("--max_samples", "4")
+    says = "was trained on rows of 24 tokens: of the positions behind those"
+    for length, more in ((24, ()), (16, ("--sequence_length", "16")), (32, ("--sequence_length", "32"))):
+        evaluate(folder, small_dataset.valid, *options, *more)
+        out = capfd.readouterr()
+        assert f"rows of {length} tokens, " in out.out
+        assert (says in out.out + out.err) == (length == 32)
+
+
 def test_masks_of_a_model_that_only_writes_are_filled_with_a_warning(small_dataset, model, tmp_path, capfd):
-    folder = folder_of(model, tmp_path / "writer", small_dataset, objective="prefix")
+    folder = folder_of(model, tmp_path / "writer", small_dataset, "prefix")
     evaluate(folder, small_dataset.valid, "--metric", "masked_lm", "--max_samples", "4")
     out = capfd.readouterr()
     assert "was never trained to fill masks (train.objective=prefix)" in out.out + out.err
     start("fill_mask.py", folder, "a [MASK] text")
     out = capfd.readouterr()
     assert "was never trained to fill masks (train.objective=prefix)" in out.out + out.err
-    mixed = folder_of(model, tmp_path / "mixed", small_dataset, objective="mixed", form="causal")
+    mixed = folder_of(model, tmp_path / "mixed", small_dataset, "mixed", "causal")
     start("fill_mask.py", mixed, "a [MASK] text")
     for metric in ("masked_lm", "perplexity"):
         evaluate(mixed, small_dataset.valid, "--metric", metric, "--max_samples", "4")

@@ -1,4 +1,4 @@
-"""config.json of a pair of models, and of one that has learnt to write: there and back, strictly."""
+"""config.json of a pair of models, and what it says of a model's training: there and back, strictly."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ GENERATOR = replace(SMALL, num_layers=2)
     "stated",
     [
         {},
-        {"objective": "causal"},
-        {"objective": "mixed", "form": "prefix"},
-        {"generator": GENERATOR, "sharing": "gdes"},
+        {"learnt": Learnt("causal")},
+        {"learnt": Learnt("mixed", "prefix", 24)},
+        {"generator": GENERATOR, "sharing": "gdes", "learnt": Learnt(sequence_length=24)},
     ],
     ids=["alone", "causal", "mixed", "pair"],
 )
 def test_what_is_said_is_read_back(stated, tmp_path):
     path = tmp_path / "config.json"
-    stated = dict(stated)
     path.write_text(json.dumps(native_config(SMALL, **stated)))
-    learnt = Learnt(stated.pop("objective", None), stated.pop("form", None))
-    assert read_native_config(path) == NativeConfig(SMALL, **stated, learnt=learnt)
+    assert read_native_config(path) == NativeConfig(SMALL, **stated)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +46,7 @@ def test_a_model_writes_on_in_the_form_it_was_trained_in(learnt, form):
 
 
 def test_a_model_alone_says_nothing_more_than_its_architecture():
-    assert not {"generator", "sharing", "objective"} & native_config(SMALL).keys()
+    assert not {"generator", "sharing", *Learnt._fields} & native_config(SMALL).keys()
 
 
 @pytest.mark.parametrize(
@@ -57,6 +55,9 @@ def test_a_model_alone_says_nothing_more_than_its_architecture():
         ({"objective": "left_to_right"}, "objective='left_to_right' is not known; known: causal, prefix, mixed"),
         ({"objective": "prefix", "form": "causal"}, "form='causal' belongs to objective='mixed' alone"),
         ({"objective": "mixed", "form": "both"}, "form='both' is not known; known: causal, prefix"),
+        ({"sequence_length": "24"}, "sequence_length='24' is no number of tokens"),
+        ({"sequence_length": True}, "sequence_length=True is no number of tokens"),
+        ({"sequence_length": 0}, "sequence_length=0 is no number of tokens"),
         ({"sharing": "some"}, "sharing='some' is not known; known: gdes, es, none"),
         ({"sharing": ["es"]}, r"sharing=\['es'\] is not known"),
         ({"sharing": "es"}, "generator and sharing go together"),
