@@ -9,8 +9,7 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deberta_xl.data.loader import Batch, PretrainingData
+from deberta_xl.data.loader import Batch
 from deberta_xl.data.random_numbers import derive, uniform
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import LabelledPositions
@@ -27,7 +26,7 @@ from deberta_xl.objectives.masked_evaluation import MaskedEvaluation
 from deberta_xl.objectives.masked_examples import MaskedExamples, NextExamples
 from deberta_xl.objectives.masked_lm import MaskedLM
 from deberta_xl.objectives.objective import Mean, Ratio
-from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows, Rows, step_batches
+from deberta_xl.objectives.rows import KeyedBatch, MaskedRows, Rows
 from deberta_xl.run.figures import loss_curves
 from deberta_xl.weights.native_config import Form, Learnt
 
@@ -97,15 +96,9 @@ class Causal(MaskedLM):
         return super().learnt._replace(objective=self.writes_as)
 
     def evaluate(self, run: Evaluator) -> Evaluation:
-        """Loss, perplexity per token and accuracy."""
-        return self.told(run, self.valid, self.micro_batch)
-
-    def told(
-        self, run: Evaluator, data: PretrainingData | KeyedData, build: Callable[[Batch | KeyedBatch], MaskedRows]
-    ) -> Evaluation:
-        """Of what `build` makes of held-out rows; with examples."""
+        """Loss, perplexity per token and accuracy; with examples."""
         examples = NextExamples()
-        found = self.measured(run, data, build, watch=examples.watch)
+        found = self.measured(run, self.micro_batch, watch=examples.watch)
         texts = {"predictions": examples.table(found.guess_L, self.piece_of)} if run.is_first else {}
         return Evaluation(figures_of(found), line_of("validation loss", found), texts)
 
@@ -114,43 +107,25 @@ class Causal(MaskedLM):
         return loss_curves(lines, "loss (nats per token)")
 
 
-class Keyed(Causal):
-    """Something is drawn for each row."""
-
-    @abstractmethod
-    def rows(self, batch: KeyedBatch) -> MaskedRows:
-        """What is predicted of a batch."""
-
-    def batches(self, first_step: int, first_sample: int, *, rank: int, size: int) -> Iterator[list[MaskedRows]]:
-        """The rows from `first_sample` on, with their keys."""
-        return step_batches(KeyedData(self.data), self.config.train, first_sample, self.rows, rank=rank, size=size)
-
-
-def behind_prefix(batch: KeyedBatch) -> MaskedRows:
-    """Rows in which what follows the prefix of each document is predicted."""
-    return next_token_rows(*batch)
-
-
-class Prefix(Keyed):
+class Prefix(Causal):
     """Predict every next token behind a prefix, all of which is seen from everywhere."""
 
+    draws = True
     writes_as = "prefix"
 
-    def rows(self, batch: KeyedBatch) -> MaskedRows:
-        """A prefix of each document is given."""
-        return behind_prefix(batch)
-
-    def evaluate(self, run: Evaluator) -> Evaluation:
-        """Loss, perplexity per token and accuracy behind the prefixes."""
-        return self.told(run, KeyedData(self.valid), behind_prefix)
+    def micro_batch(self, batch: KeyedBatch) -> MaskedRows:
+        """A prefix of each document is given; what follows it is predicted."""
+        return next_token_rows(*batch)
 
 
-class Mixed(Keyed):
+class Mixed(Causal):
     """In each micro-batch either masked tokens are predicted, or next ones.
 
     Each kind's loss is a mean over that kind's labels in the global batch; they are weighed by the share that the kind
-    has of the step's micro-batches.
+    has of the step's micro-batches. An evaluation measures both kinds on all held-out rows.
     """
+
+    draws = True
 
     def __init__(self, *given: Any):
         super().__init__(*given)
@@ -174,18 +149,22 @@ class Mixed(Keyed):
         losses = {f"{kind}_loss": Mean(labels) for kind, labels in kinds}
         return {"loss": Mean("labels"), **losses, **{f"{kind}_accuracy": Ratio(labels) for kind, labels in kinds}}
 
-    def rows(self, batch: KeyedBatch) -> MaskedRows:
+    def micro_batch(self, batch: KeyedBatch) -> MaskedRows:
         """Of which kind a micro-batch is, the key of its first row decides."""
         draw = float(uniform(derive(batch.key_B[:1], KIND), np.zeros(1))[0])
         if draw < self.config.autoregressive.share:
             rows = self.next_rows(batch)
             return rows._replace(more_counts=(0, 0, len(rows.labelled.label_L), 1))
-        rows = MaskedRows.of(batch.rows)
+        rows = self.masked_rows(batch)
         return rows._replace(more_counts=(len(rows.labelled.label_L), 1, 0, 0))
+
+    def masked_rows(self, batch: KeyedBatch) -> MaskedRows:
+        """The kind whose masked tokens are predicted."""
+        return MaskedRows.of(batch.rows)
 
     def next_rows(self, batch: KeyedBatch) -> MaskedRows:
         """The autoregressive kind."""
-        return behind_prefix(batch) if self.form == "prefix" else next_token_rows(batch.rows)
+        return next_token_rows(*batch) if self.form == "prefix" else next_token_rows(batch.rows)
 
     def kind_of(self, batch: MaskedRows) -> str:
         """`masked`, or the other."""
@@ -222,10 +201,9 @@ class Mixed(Keyed):
 
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity per token and accuracy of either kind, on the same rows; and the losses' mean."""
-        data = KeyedData(self.valid)
         examples, next_examples = MaskedExamples(), NextExamples()
-        masked = self.measured(run, data, lambda batch: MaskedRows.of(batch.rows), watch=examples.watch)
-        after = self.measured(run, data, self.next_rows, watch=next_examples.watch)
+        masked = self.measured(run, self.masked_rows, watch=examples.watch)
+        after = self.measured(run, self.next_rows, watch=next_examples.watch)
         share = self.config.autoregressive.share
         values = {
             "loss": (1 - share) * masked.loss + share * after.loss,

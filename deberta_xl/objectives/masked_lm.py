@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deberta_xl.data.loader import Batch, PretrainingData
+from deberta_xl.data.loader import Batch
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
@@ -20,7 +20,7 @@ from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_m
 from deberta_xl.objectives.masked_examples import MaskedExamples
 from deberta_xl.objectives.objective import Guessing, Mean, Ratio, Staged
 from deberta_xl.objectives.pretraining import Pretraining
-from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows
+from deberta_xl.objectives.rows import KeyedBatch, MaskedRows
 from deberta_xl.planning.cost import step_flops
 from deberta_xl.run.figures import confusion_figure, loss_curves
 
@@ -87,13 +87,8 @@ class MaskedLM(Pretraining, Staged):
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity and accuracy; examples in their sentence, and which words are taken for which."""
         examples = MaskedExamples()
-        found = self.measured(
-            run,
-            self.valid,
-            self.micro_batch,
-            log_unigram=self.data.log_unigram if run.is_first else None,
-            watch=examples.watch,
-        )
+        unigram = self.data.log_unigram if run.is_first else None
+        found = self.measured(run, self.micro_batch, log_unigram=unigram, watch=examples.watch)
         values = {
             "loss": found.loss,
             "perplexity": found.perplexity,
@@ -109,16 +104,12 @@ class MaskedLM(Pretraining, Staged):
         return Evaluation(values, line, *self.shown(found, examples))
 
     def measured(
-        self,
-        run: Evaluator,
-        data: PretrainingData | KeyedData,
-        build: Callable[[Batch | KeyedBatch], MaskedRows],
-        **more: Any,
+        self, run: Evaluator, build: Callable[[Batch | KeyedBatch], MaskedRows], **more: Any
     ) -> MaskedEvaluation:
         """The weights on held-out rows, of which `build` makes what is predicted. Collective."""
         return evaluate_masked_lm(
             run,
-            data,
+            self.source(self.valid),
             build,
             vocab_size=self.architecture.vocab_size,
             max_samples=self.config.evaluation.max_samples,

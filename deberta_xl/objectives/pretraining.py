@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from deberta_xl.model.trunk import Trunk, shapes_of_model
 from deberta_xl.objectives.masked_evaluation import evaluation_batches
 from deberta_xl.objectives.micro_batch import MicroBatch
 from deberta_xl.objectives.objective import Objective
-from deberta_xl.objectives.rows import MaskedRows, step_batches
+from deberta_xl.objectives.rows import KeyedData, MaskedRows, step_batches
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.pretraining import RunConfig
 from deberta_xl.weights.initial_weights import encoder_fingerprints, load_initial_weights
@@ -36,6 +36,8 @@ class Pretraining(Objective):
     """
 
     counts: tuple[str, ...] = ("labels",)
+    draws: ClassVar[bool] = False
+    """Whether `micro_batch` draws something for each row: it is given a `KeyedBatch` then, whose keys name them."""
     nothing_to_learn = (
         "give longer rows (model.sequence_length, or longer text), more of them (train.global_batch_size), or a larger "
         "data.mask_probability; or is nearly all of the text [UNK]?"
@@ -68,8 +70,15 @@ class Pretraining(Objective):
         return self.config.train.seed
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
-        """Tensors on the host of masked rows and their labels; called in the background."""
+        """Tensors on the host of masked rows and their labels; called in the background.
+
+        A function of the batch alone, in training as in evaluation: held-out rows have keys that never change.
+        """
         return MaskedRows.of(batch)
+
+    def source(self, data: PretrainingData) -> PretrainingData | KeyedData:
+        """What `micro_batch` is given batches of."""
+        return KeyedData(data) if self.draws else data
 
     def load_initial(self, model: nn.Module) -> None:
         """The weights of `train.init`. Collective."""
@@ -112,7 +121,8 @@ class Pretraining(Objective):
 
     def batches(self, first_step: int, first_sample: int, *, rank: int, size: int) -> Iterator[list[MicroBatch]]:
         """The rows from `first_sample` on."""
-        return step_batches(self.data, self.config.train, first_sample, self.micro_batch, rank=rank, size=size)
+        data, train = self.source(self.data), self.config.train
+        return step_batches(data, train, first_sample, self.micro_batch, rank=rank, size=size)
 
     @property
     def has_held_out(self) -> bool:
@@ -124,9 +134,9 @@ class Pretraining(Objective):
         return step % self.config.evaluation.interval == 0
 
     def held_out(self, *, rank: int, size: int) -> Iterator[MicroBatch]:
-        """The rows of `data.valid`, always masked alike."""
-        evaluation, micro_batch_size = self.config.evaluation, self.config.train.micro_batch_size
-        return evaluation_batches(
-            self.valid, self.micro_batch, max_samples=evaluation.max_samples, micro_batch_size=micro_batch_size,
-            rank=rank, size=size,
-        )  # fmt: skip
+        """The rows of `data.valid`, always masked alike, under the same draws."""
+        sizes = {
+            "max_samples": self.config.evaluation.max_samples,
+            "micro_batch_size": self.config.train.micro_batch_size,
+        }
+        return evaluation_batches(self.source(self.valid), self.micro_batch, **sizes, rank=rank, size=size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +21,10 @@ from deberta_xl.model.parts import replaced_tokens_parts
 from deberta_xl.model.replaced_tokens import Proposal, ReplacedTokenModel, detection_counts, detection_loss
 from deberta_xl.objectives.detection import DetectionEvaluation
 from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
-from deberta_xl.objectives.masked_evaluation import evaluation_batches
 from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.objective import Guessing, Mean, Ratio, Reports, Tally, Update
 from deberta_xl.objectives.pretraining import Pretraining
-from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows, step_batches
+from deberta_xl.objectives.rows import KeyedBatch, MaskedRows
 from deberta_xl.planning.cost import step_flops
 from deberta_xl.run.figures import detection_curves
 from deberta_xl.settings.objectives import generator_architecture
@@ -82,6 +81,7 @@ class ReplacedTokens(Pretraining):
     """Predict masked tokens with a generator, and find with a discriminator those that it got wrong."""
 
     counts = ("labels", "tokens")
+    draws = True
 
     def __init__(self, *given: Any):
         super().__init__(*given)
@@ -99,22 +99,9 @@ class ReplacedTokens(Pretraining):
             load_initial_pair(model, source)
             rank_zero("weights from %s", source)
 
-    def batches(self, first_step: int, first_sample: int, *, rank: int, size: int) -> Iterator[list[MaskedTokens]]:
-        """The rows from `first_sample` on, with their keys."""
-        return step_batches(
-            KeyedData(self.data), self.config.train, first_sample, MaskedTokens.of, rank=rank, size=size
-        )
-
-    def held_out(self, *, rank: int, size: int) -> Iterator[MaskedTokens]:
-        """The rows of `data.valid`, always masked alike, under the same draws."""
-        return evaluation_batches(
-            KeyedData(self.valid),
-            MaskedTokens.of,
-            max_samples=self.config.evaluation.max_samples,
-            micro_batch_size=self.config.train.micro_batch_size,
-            rank=rank,
-            size=size,
-        )
+    def micro_batch(self, batch: KeyedBatch) -> MaskedTokens:
+        """Masked rows, and from which seeds tokens are drawn for them."""
+        return MaskedTokens.of(batch)
 
     @property
     def fingerprints(self) -> Mapping[str, Any]:

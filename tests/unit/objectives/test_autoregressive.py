@@ -17,6 +17,7 @@ from deberta_xl.objectives.choice import objective_type
 from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_examples import EXAMPLES, NextExamples
 from deberta_xl.objectives.masked_lm import MaskedLM
+from deberta_xl.objectives.objective import Objective
 from deberta_xl.objectives.rows import KeyedData, MaskedRows
 from deberta_xl.planning.workload import masked_lm_workload
 from deberta_xl.settings.presets import load_run_config
@@ -186,6 +187,24 @@ def test_an_evaluation_tells_loss_perplexity_and_accuracy_of_each_kind(build, na
     assert 5 <= len(rows) <= EXAMPLES
     assert all("MASK&#93;</strong> |" in row for row in rows)  # nothing stands behind what is to be guessed
     assert ("confusion" in found.pictures) == (name == "mixed")
+
+
+@pytest.mark.parametrize("name", ["causal", "prefix", "mixed"])
+def test_what_is_held_out_is_drawn_as_it_is_evaluated_and_never_otherwise(build, name):
+    objective = build(name)
+    rows, again = (next(objective.held_out(rank=0, size=1)) for _ in range(2))
+    batch = KeyedData(objective.valid).held_out_batch(0, MICRO)
+    is_next = name != "mixed" or objective.kind_of(rows) == "causal"
+    next_rows = next_token_rows(*batch) if name == "prefix" else next_token_rows(batch.rows)
+    expected = next_rows if is_next else MaskedRows.of(batch.rows)
+    for of in (rows, again):
+        assert torch.equal(of.labelled.label_L, expected.labelled.label_L)
+        assert (of.open_BS is None) == (not is_next)
+        assert not is_next or torch.equal(of.open_BS, expected.open_BS)
+    if name != "mixed":  # which measures both kinds on all rows
+        run = Evaluator(model=objective.build().eval(), device=torch.device("cpu"))
+        by_losses = Objective.evaluate(objective, run).values
+        assert by_losses["loss"] == pytest.approx(objective.evaluate(run).values["loss"], rel=1e-6)
 
 
 def test_an_example_shows_what_is_read_before_the_next_piece(build):
