@@ -22,7 +22,7 @@ from deberta_xl.planning.outlook import Outlook
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.settings.finetuning import FinetuneConfig
-from deberta_xl.settings.mask import mask_of
+from deberta_xl.settings.mask import Mask
 from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
 
 if TYPE_CHECKING:
@@ -48,14 +48,19 @@ def read_layout(arguments: argparse.Namespace, config: RunConfig | FinetuneConfi
 
 
 def check_model(
-    architecture: DebertaConfig, grid: Grid, config: RunConfig | FinetuneConfig, section: str = "model"
+    architecture: DebertaConfig,
+    grid: Grid,
+    config: RunConfig | FinetuneConfig,
+    mask: Mask = "bidirectional",
+    section: str = "model",
 ) -> None:
-    """Refuse a model that does not divide over the ranks, or that the kernel cannot compute; `section` has its sizes.
+    """Refuse a model that does not divide over the ranks, or that the kernel cannot compute under a mask; `section` has
+    its sizes.
 
     Raises ConfigError.
     """
     check_divisible(architecture, grid.tensor_parallel_size, section)
-    choose_kernel(config.model.kernel, Demand(architecture, mask_of(config)))
+    choose_kernel(config.model.kernel, Demand(architecture, mask))
 
 
 class Words(NamedTuple):
@@ -83,6 +88,8 @@ class Inputs(ABC):
     total_steps: int
     """Optimizer updates of the run."""
     schedule: ScheduleSection
+    mask: Mask = "bidirectional"
+    """What attention is asked for."""
     split: Split | None = None
     """How the model is spread over stages, where it can be."""
 

@@ -119,7 +119,7 @@ def slips(inputs: PretrainingInputs) -> Iterator[str]:
 def objective_slips(inputs: PretrainingInputs) -> Iterator[str]:
     """Settings that are at odds with what is learned."""
     config, architecture = inputs.config, inputs.architecture
-    if config.train.objective == "replaced_tokens":
+    if inputs.built_in == "replaced_tokens":
         generator = generator_architecture(architecture, config.generator)
         for name in ("num_layers", "hidden_size"):
             own, other = getattr(generator, name), getattr(architecture, name)
@@ -132,8 +132,9 @@ def objective_slips(inputs: PretrainingInputs) -> Iterator[str]:
         idle = [name for name in OF_MASKING if getattr(config.data, name) != getattr(DataSection, name)]
         if idle:
             yield f"train.objective={config.train.objective} masks nothing: data.{', data.'.join(idle)} has no effect"
-    if config.train.objective == "mixed" and config.train.global_batch_size == config.train.micro_batch_size:
+    if inputs.built_in == "mixed" and config.train.global_batch_size == config.train.micro_batch_size:
         yield (
-            f"train.objective=mixed draws what each micro-batch predicts, and a step is one micro-batch of "
-            f"{config.train.micro_batch_size} sequences: with a smaller train.micro_batch_size a step has both kinds"
+            f"train.objective={config.train.objective} draws what each micro-batch predicts, and a step is one "
+            f"micro-batch of {config.train.micro_batch_size} sequences: with a smaller train.micro_batch_size a step "
+            "has both kinds"
         )

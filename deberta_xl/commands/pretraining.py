@@ -21,12 +21,13 @@ from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.parts import num_parameters
-from deberta_xl.objectives.choice import BUILT_IN, check_objective, objective_type
+from deberta_xl.objectives.choice import BUILT_IN, built_in_of, check_objective, objective_type
 from deberta_xl.parallel.grid import Grid, check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import pretraining_workload
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.mask import mask_of
 from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.settings.presets import complete_config, load_run_config, model_folder
 from deberta_xl.settings.pretraining import ModelSection, RunConfig
@@ -50,6 +51,8 @@ class PretrainingInputs(Inputs):
     """Everything that a pretraining run is assembled from."""
 
     config: RunConfig
+    built_in: str | None
+    """The built-in objective that is trained, or from which the user's inherits."""
     split: Split
     data: PretrainingData
     valid: PretrainingData | None
@@ -62,7 +65,7 @@ class PretrainingInputs(Inputs):
     @property
     def outlook(self) -> Outlook:
         """Of full rows."""
-        work = pretraining_workload(self.architecture, self.config)
+        work = pretraining_workload(self.architecture, self.config, self.built_in)
         if self.config.train.objective not in BUILT_IN:
             work = work._replace(parts=self.objective().parts)
         num_saves = math.ceil(self.total_steps / self.config.checkpoint.interval)
@@ -81,7 +84,7 @@ class PretrainingInputs(Inputs):
 
     def pair(self) -> str:
         """`; generator 142,417,764, discriminator 184,424,449` parameters, where there are two models."""
-        if self.config.train.objective != "replaced_tokens":
+        if self.built_in != "replaced_tokens":
             return ""
         parts = self.outlook.work.parts
         sizes = (
@@ -104,25 +107,29 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     config = read_config(arguments.config, arguments.overrides)
     layout = read_layout(arguments, config)
     check_objective(config.train.objective, layout.grid.num_stages)
+    built_in = built_in_of(config.train.objective)
     if config.data.train is None:
         raise ConfigError("data.train is not set: give the prefix of a dataset made by tools/preprocess.py")
     store = TokenStore(config.data.train)
     tokenizer, tokenizer_folder = store.tokenizer(), store.paths.tokenizer
     architecture = config.model.architecture(tokenizer.vocab_size)
-    check_models(architecture, layout.grid, config)
+    check_models(architecture, layout.grid, config, built_in)
     check_stages(architecture, layout.grid.num_stages)
     if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
-        check_init(config, architecture, tokenizer, tokenizer_folder)
+        check_init(config, built_in, architecture, tokenizer, tokenizer_folder)
     options = (tokenizer, config.data, config.model.sequence_length, config.train.seed)
     data = PretrainingData(store, *options)
     data.check_training()
     valid = PretrainingData(TokenStore(config.data.valid), *options) if config.data.valid else None
-    if valid and config.train.objective not in ("causal", "prefix"):  # which mask nothing
+    if valid and built_in not in ("causal", "prefix"):  # which mask nothing
         valid.check_held_out(config.evaluation.max_samples)
+    work = pretraining_workload(architecture, config, built_in)
     return PretrainingInputs(
         config=config,
+        built_in=built_in,
         **layout._asdict(),
-        split=pretraining_workload(architecture, config).split(layout.grid.num_stages, config.train.micro_batch_size),
+        mask=work.mask,
+        split=work.split(layout.grid.num_stages, config.train.micro_batch_size),
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         architecture=architecture,
@@ -133,11 +140,11 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     )
 
 
-def check_models(architecture: DebertaConfig, grid: Grid, config: RunConfig) -> None:
+def check_models(architecture: DebertaConfig, grid: Grid, config: RunConfig, built_in: str | None) -> None:
     """`check_model` of the model, and of its generator where it has one. Raises ConfigError."""
-    check_model(architecture, grid, config)
-    if config.train.objective == "replaced_tokens":
-        check_model(generator_architecture(architecture, config.generator), grid, config, "generator")
+    check_model(architecture, grid, config, mask_of(built_in, config))
+    if built_in == "replaced_tokens":
+        check_model(generator_architecture(architecture, config.generator), grid, config, section="generator")
 
 
 def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
@@ -153,7 +160,9 @@ def read_config(name: str, overrides: Sequence[str]) -> RunConfig:
     return complete_config({"model": model}, str(folder), overrides, RunConfig)
 
 
-def check_init(config: RunConfig, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path) -> None:
+def check_init(
+    config: RunConfig, built_in: str | None, architecture: DebertaConfig, tokenizer: Tokenizer, tokenizer_folder: Path
+) -> None:
     """Refuse weights for a new run that are not for its model, or whose rows are not for its dataset's pieces."""
     from deberta_xl.weights.initial_weights import check_same_architecture, peek_tensors
     from deberta_xl.weights.named_folder import learnt_in, peek, tokenizer_folders
@@ -174,13 +183,13 @@ def check_init(config: RunConfig, architecture: DebertaConfig, tokenizer: Tokeni
             f"made with {own}, or let the weights follow their pieces to the ids of this one: python tools/convert.py "
             f"--to native --tokenizer {tokenizer_folder} {init} NEW_FOLDER, then train.init=NEW_FOLDER"
         )
-    if config.train.objective == "replaced_tokens":
+    if built_in == "replaced_tokens":
         partner = generator_architecture(architecture, config.generator)
         peek_initial_pair(init, architecture, partner, config.replaced_tokens.sharing)
         return
     check_same_architecture(architecture, there, folder)
     peek_tensors(init)
-    tell_of_other_sight(learnt_in(folder).objective or "masked_lm", config.train.objective, folder)
+    tell_of_other_sight(learnt_in(folder).objective or "masked_lm", built_in, config.train.objective, folder)
 
 
 SIGHT = {
@@ -191,10 +200,10 @@ SIGHT = {
 }
 
 
-def tell_of_other_sight(there: str, here: str, folder: Path) -> None:
+def tell_of_other_sight(there: str, here: str | None, name: str, folder: Path) -> None:
     """Say where weights come from training in which tokens saw more, or less, than they are going to."""
     if here in SIGHT and there not in (here, "mixed"):
         rank_zero(
             "train.init=%s comes from training in which %s: it begins train.objective=%s with the habits of that",
-            folder, SIGHT[there], here,
+            folder, SIGHT[there], name,
         )  # fmt: skip

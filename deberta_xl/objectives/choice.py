@@ -33,6 +33,7 @@ BUILT_IN = {
         "wait for one another twice a step",
     ),
 }
+NAME_AT = {built_in.place: name for name, built_in in BUILT_IN.items()}
 TOLD_BY_STAGES = ("build", "losses", "reports")
 """What a `Staged` objective tells a second time, for a stage."""
 FORM = "it is {names}, or PACKAGE.MODULE:CLASS, as in train.objective=my_package.my_module:MyObjective"
@@ -115,6 +116,18 @@ def objective_type(name: str) -> type[Pretraining]:
     if missing := sorted(chosen.__abstractmethods__):
         raise ConfigError(f"train.objective={name}: {class_name} has no {', '.join(missing)} yet; write it")
     return chosen
+
+
+def built_in_of(name: str) -> str | None:
+    """The built-in objective that is named, or from which a class of the user's inherits; None for one of its own.
+
+    What is not told again by such a class is as there: under which mask it trains, which sections it reads.
+    Raises ConfigError as `objective_type`.
+    """
+    if name in BUILT_IN:
+        return name
+    places = (f"{cls.__module__}:{cls.__qualname__}" for cls in objective_type(name).__mro__)
+    return next((NAME_AT[place] for place in places if place in NAME_AT), None)
 
 
 def import_module(name: str, module_name: str, form: str) -> Any:

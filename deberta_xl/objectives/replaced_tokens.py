@@ -17,7 +17,7 @@ from deberta_xl.data.random_numbers import derive
 from deberta_xl.kernels.sampling import DrawRule
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.part_costs import Load
-from deberta_xl.model.parts import replaced_tokens_parts
+from deberta_xl.model.parts import Part, replaced_tokens_parts
 from deberta_xl.model.replaced_tokens import Proposal, ReplacedTokenModel, detection_counts, detection_loss
 from deberta_xl.objectives.detection import DetectionEvaluation
 from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
@@ -91,6 +91,11 @@ class ReplacedTokens(Pretraining):
     def build(self) -> ReplacedTokenModel:
         """Generator and discriminator."""
         return ReplacedTokenModel(self.architecture, self.generator_architecture, self.section.sharing, self.seed)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Of both."""
+        return replaced_tokens_parts(self.architecture, self.generator_architecture, self.section.sharing)
 
     def load_initial(self, model: nn.Module) -> None:
         """The weights of `train.init`: both models', or those that one of them can begin with. Collective."""
@@ -187,8 +192,7 @@ class ReplacedTokens(Pretraining):
     def step_flops(self, counts: Mapping[str, float]) -> float:
         """By the models' definition."""
         rows, length = self.config.train.global_batch_size, self.config.model.sequence_length
-        parts = replaced_tokens_parts(self.architecture, self.generator_architecture, self.section.sharing)
-        return step_flops(parts, Load(rows, length, counts["labels"]))
+        return step_flops(self.parts, Load(rows, length, counts["labels"]))
 
     @property
     def guessing(self) -> Guessing:

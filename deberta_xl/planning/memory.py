@@ -13,7 +13,6 @@ from deberta_xl.planning.cost import MASTER_AND_MOMENTS
 from deberta_xl.planning.workload import Workload
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
 from deberta_xl.settings.finetuning import FinetuneConfig
-from deberta_xl.settings.mask import mask_of
 from deberta_xl.settings.pretraining import RunConfig
 
 GIB = 2**30
@@ -68,7 +67,7 @@ def stage_activations(
     load, size = (work.largest or work.example).times(run.train.micro_batch_size), grid.tensor_parallel_size
     slices = size if run.parallel.sequence_parallel else 1
     division = Division(
-        element_bytes, size, slices, choose_kernel(run.model.kernel, Demand(work.architecture, mask_of(run)))
+        element_bytes, size, slices, choose_kernel(run.model.kernel, Demand(work.architecture, work.mask))
     )
     recomputes = run.train.activation_checkpointing
     received = load.tokens * work.architecture.hidden_size * element_bytes

@@ -17,7 +17,7 @@ from deberta_xl.parallel.stages import Split, split_model
 from deberta_xl.planning.cost import FORWARD_AND_BACKWARD
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 from deberta_xl.settings.finetuning import FinetuneConfig
-from deberta_xl.settings.mask import mask_of
+from deberta_xl.settings.mask import Mask, mask_of
 from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.settings.pretraining import RunConfig
 
@@ -42,6 +42,8 @@ class Workload(NamedTuple):
     """Forward passes that are kept for the backward pass at once."""
     largest: Load | None = None
     """Of the sequence that takes most memory, where that is another than the mean one."""
+    mask: Mask = "bidirectional"
+    """What attention is asked for."""
     turns: tuple[str, ...] = ("",)
     """Beginnings of the names of parts that are computed, forward and backward, one after the other: of such, only one
     has activations at a time."""
@@ -60,11 +62,12 @@ class Workload(NamedTuple):
         return self.forwards * forward_flops(self.parts, self.example.times(num_examples))
 
 
-def pretraining_workload(architecture: DebertaConfig, run: RunConfig) -> Workload:
-    """What `train.objective` computes; of a user's own, what masked-LM pretraining would."""
-    if run.train.objective == "replaced_tokens":
+def pretraining_workload(architecture: DebertaConfig, run: RunConfig, objective: str | None) -> Workload:
+    """What a built-in objective computes; of None, a user's that is below none of them, what `masked_lm` would."""
+    if objective == "replaced_tokens":
         return replaced_tokens_workload(architecture, run)
-    return masked_lm_workload(architecture, run)
+    mask = mask_of(objective, run)
+    return masked_lm_workload(architecture, run, mask, run.autoregressive.share if objective == "mixed" else 1.0)
 
 
 def replaced_tokens_workload(architecture: DebertaConfig, run: RunConfig) -> Workload:
@@ -75,15 +78,18 @@ def replaced_tokens_workload(architecture: DebertaConfig, run: RunConfig) -> Wor
     return Workload(architecture, parts, Load(1, length, run.data.mask_probability * length), turns=turns)
 
 
-def masked_lm_workload(architecture: DebertaConfig, run: RunConfig) -> Workload:
-    """Pretraining of a masked-LM model: full rows, of which a share is predicted."""
+def masked_lm_workload(
+    architecture: DebertaConfig, run: RunConfig, mask: Mask = "bidirectional", share: float = 1.0
+) -> Workload:
+    """Pretraining of a masked-LM model: full rows, of which a share is predicted; under another mask than the
+    bidirectional one in a `share` of them."""
     length, masked = run.model.sequence_length, run.data.mask_probability
-    after = {"causal": 1.0, "prefix": MEAN_REST}.get(mask_of(run))
-    if after is None:
-        return Workload(architecture, masked_lm_parts(architecture), Load(1, length, masked * length))
-    share = run.autoregressive.share if run.train.objective == "mixed" else 1.0
+    parts = masked_lm_parts(architecture)
+    if mask == "bidirectional":
+        return Workload(architecture, parts, Load(1, length, masked * length))
+    after = {"causal": 1.0, "prefix": MEAN_REST}[mask]
     example = Load(1, length, (share * after + (1 - share) * masked) * length)
-    return Workload(architecture, masked_lm_parts(architecture), example, largest=Load(1, length, length))
+    return Workload(architecture, parts, example, largest=Load(1, length, length), mask=mask)
 
 
 def task_workload(architecture: DebertaConfig, head: HeadConfig, run: FinetuneConfig, num_options: int) -> Workload:

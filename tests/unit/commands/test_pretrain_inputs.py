@@ -21,6 +21,7 @@ from deberta_xl.conversion.edits import Edits
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.kernels.registry import KERNELS, Demand
 from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.objectives.autoregressive import Prefix
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
@@ -76,10 +77,15 @@ def test_an_unknown_kernel_is_refused_with_those_there_are_before_anything_is_bu
         read(small_dataset, tmp_path / "run", weights, "model.kernel=flash")
 
 
+class Writer(Prefix):
+    """An objective of a user's own."""
+
+
 @pytest.mark.parametrize(
     ("words", "mask"),
     [
         (["train.objective=causal"], "causal"),
+        ([f"train.objective={__name__}:Writer"], "prefix"),
         (["train.objective=prefix"], "prefix"),
         (["train.objective=mixed", "autoregressive.form=prefix"], "prefix"),
         (["train.objective=mixed"], "causal"),
@@ -90,7 +96,9 @@ def test_a_kernel_is_asked_for_the_mask_of_the_objective(small_dataset, weights,
         return None if demand.mask == "bidirectional" else f"it has no {demand.mask} mask"
 
     monkeypatch.setitem(KERNELS, "unordered", KERNELS["reference"]._replace(refusal=refuses_order))
-    read(small_dataset, tmp_path / "run", weights, "model.kernel=unordered")
+    assert read(small_dataset, tmp_path / "run", weights, "model.kernel=unordered").mask == "bidirectional"
+    inputs = read(small_dataset, tmp_path / "run", weights, *words)
+    assert inputs.mask == inputs.outlook.work.mask == mask
     with pytest.raises(UserError, match=f"model.kernel=unordered .* it has no {mask} mask; choose one of auto, refer"):
         read(small_dataset, tmp_path / "run", weights, "model.kernel=unordered", *words)
 
@@ -250,6 +258,7 @@ def written_by(objective: str | None, folder: Path, tokenizer: Tokenizer) -> Pat
         (None, "mixed", "saw all of its document: it begins train.objective=mixed with the habits of that"),
         ("causal", "masked_lm", "saw those before it: it begins train.objective=masked_lm"),
         ("prefix", "causal", "saw those before it and the document's prefix: it begins train.objective=causal"),
+        ("causal", f"{__name__}:Writer", f"saw those before it: it begins train.objective={__name__}:Writer"),
         ("causal", "causal", None),
         ("mixed", "causal", None),
         (None, "masked_lm", None),
@@ -270,4 +279,4 @@ def test_a_generator_that_does_not_divide_is_named_as_such():
     words = ["train.objective=replaced_tokens", "replaced_tokens.sharing=none", "generator.num_heads=1"]
     config = load_run_config("debug", words)
     with pytest.raises(UserError, match=r"tensor_parallel_size=2 does not divide generator\.num_heads=1"):
-        check_models(config.model.architecture(100), Grid(tensor_parallel_size=2), config)
+        check_models(config.model.architecture(100), Grid(tensor_parallel_size=2), config, "replaced_tokens")

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from deberta_xl.data.loader import PretrainingData
+from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.data.random_numbers import derive
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.objectives.autoregressive import Causal, Mixed, Prefix, draw_prefixes, next_token_rows, next_tokens
-from deberta_xl.objectives.choice import objective_type
+from deberta_xl.objectives.choice import built_in_of, objective_type
 from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_examples import EXAMPLES, NextExamples
 from deberta_xl.objectives.masked_lm import MaskedLM
 from deberta_xl.objectives.objective import Objective
 from deberta_xl.objectives.rows import KeyedData, MaskedRows
-from deberta_xl.planning.workload import masked_lm_workload
+from deberta_xl.planning.workload import pretraining_workload
 from deberta_xl.settings.presets import load_run_config
 from deberta_xl.training.step import even_shares, over_micro_batches
 
@@ -222,22 +222,45 @@ def test_an_example_shows_what_is_read_before_the_next_piece(build):
     assert [line.endswith("| yes |") for line in table] == [n * NextExamples.stride % 2 == 1 for n in range(len(table))]
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("causal", Causal), ("prefix", Prefix), ("mixed", Mixed)])
-def test_a_checkpoint_says_that_its_model_can_write(build, name, chosen):
+class Sparse(Causal):
+    """A user's own: of every other token."""
+
+    def micro_batch(self, batch: Batch) -> MaskedRows:
+        rows = super().micro_batch(batch)
+        labels = rows.labelled.label_L[::2]
+        return rows._replace(labelled=rows.labelled._replace(label_L=labels, slot_L=rows.labelled.slot_L[::2]))
+
+
+class Both(Mixed):
+    """A user's own, mixed."""
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "saved"),
+    [
+        ("causal", Causal, "causal"),
+        ("prefix", Prefix, "prefix"),
+        ("mixed", Mixed, "mixed"),
+        (f"{__name__}:Sparse", Sparse, "causal"),
+        (f"{__name__}:Both", Both, "mixed"),
+    ],
+)
+def test_a_checkpoint_says_that_its_model_can_write(build, name, chosen, saved):
     objective = build(name)
     assert type(objective) is chosen
     config = json.loads(objective.checkpoint_files["config.json"])
-    assert (config["objective"], config.get("form")) == (name, "causal" if name == "mixed" else None)
+    assert (config["objective"], config.get("form")) == (saved, "causal" if saved == "mixed" else None)
     assert config["sequence_length"] == LENGTH
+    assert built_in_of(name) == saved
     assert objective.fingerprints["objective"] == name
-    assert objective.fingerprints.get("autoregressive.form") == ("causal" if name == "mixed" else None)
+    assert objective.fingerprints.get("autoregressive.form") == ("causal" if saved == "mixed" else None)
 
 
 def test_the_work_told_at_the_start_counts_the_tokens_that_are_predicted(build):
     labels = {}
     for name in ("masked_lm", "causal", "prefix", "mixed"):
         objective = build(name, "data.mask_probability=0.2", "train.global_batch_size=64")
-        work = masked_lm_workload(objective.architecture, objective.config)
+        work = pretraining_workload(objective.architecture, objective.config, name)
         labels[name] = work.example.labelled / LENGTH
         assert (work.largest is None) == (name == "masked_lm")
         counts = [sum(b.counts[0] for b in next(objective.batches(1, 64 * n, rank=0, size=1))) for n in range(3)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.objectives.choice import BUILT_IN, check_objective, objective_type
+from deberta_xl.objectives.choice import BUILT_IN, built_in_of, check_objective, objective_type
 from deberta_xl.objectives.objective import Staged
 
 SOURCE = """
@@ -66,6 +66,12 @@ def test_a_class_in_the_working_directory_is_found_and_hides_nothing(folder):
 def test_masked_language_modelling_goes_through_stages():
     check_objective("masked_lm", num_stages=4)
     assert issubclass(objective_type("masked_lm"), Staged)
+
+
+def test_a_class_is_known_by_the_built_in_one_that_it_inherits_from():
+    assert [built_in_of(name) for name in BUILT_IN] == list(BUILT_IN)
+    assert built_in_of("derived:Divided") == "masked_lm"
+    assert built_in_of("mine:Whole") is None
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
