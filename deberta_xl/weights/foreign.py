@@ -10,7 +10,7 @@ from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.small_file import read_json
 from deberta_xl.checkpoint.lazy import LazyTensors
 from deberta_xl.checkpoint.manifest import CheckpointError
-from deberta_xl.checkpoint.tensor_files import find_weight_file, open_tensors
+from deberta_xl.checkpoint.tensor_files import WEIGHT_FILES, find_weight_file, open_tensors
 from deberta_xl.data.tokenizer_files import TOKENIZER_FILES
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.dialect import needs_generator, read_dialect
@@ -91,7 +91,15 @@ def open_foreign(source: Path, *, generator: Path | None = None, may_be_fresh: b
     stored = open_tensors(weights)
     partner = open_generator(folder, generator) if needs_generator(stored) else None
     tensors, dialect = read_dialect(stored, config, weights, partner)
-    tensors, fresh = complete(tensors, config, source, may_be_fresh=may_be_fresh)
+    try:
+        tensors, fresh = complete(tensors, config, source, may_be_fresh=may_be_fresh)
+    except CheckpointError as error:
+        if (folder / names[0]).is_file() or names is not GENERATOR_CONFIG_NAMES:
+            raise
+        raise CheckpointError(
+            f"{error}; there is no {folder / names[0]}, so the discriminator's configuration was taken for it: copy "
+            "the generator's own there"
+        ) from error
     kind = "huggingface" if fields.get("model_type") else "microsoft"
     origin = Origin(source=source.name, kind=kind, dialect=dialect, fields=other_fields(fields), fresh=fresh)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -126,12 +134,25 @@ def find_foreign(source: Path) -> tuple[Path, Path]:
 
 
 def find_generator(source: Path, given: Path | None) -> Path | None:
-    """What `open_foreign` takes for the generator of a discriminator: the one given, or beside it; None for neither."""
+    """What `open_foreign` takes for the generator of a discriminator: the one given, or beside it; None for neither.
+
+    Raises CheckpointError when what is beside it is half of one.
+    """
     if given is not None:
         return given
     beside = source / "generator"
-    is_there = (source / GENERATOR_NAME).is_file() or (beside.is_dir() and read_config_fields(beside) is not None)
-    return beside if is_there else None
+    if (source / GENERATOR_NAME).is_file():
+        return beside
+    if not beside.is_dir():
+        return None
+    if read_config_fields(beside) is not None:
+        return beside
+    if any((beside / name).is_file() for name in WEIGHT_FILES):
+        raise CheckpointError(
+            f"{beside} has weights, but no {' or '.join(CONFIG_NAMES)}: copy the generator's there, or remove {beside} "
+            "to go on without the generator"
+        )
+    return None
 
 
 def open_generator(folder: Path, given: Path | None) -> LazyTensors | None:

@@ -12,6 +12,7 @@ from small_pair import DETECTOR, DISCRIMINATOR, GENERATOR, fresh_pair, write_pai
 from torch import Tensor
 
 from deberta_xl.base.errors import ConfigError
+from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.native import write_weights
@@ -151,6 +152,21 @@ def test_models_of_other_sizes_are_refused_with_what_to_type(tmp_path):
     write_one(tmp_path / "one", is_discriminator=True)
     message = refusal(tmp_path / "one", generator=dataclasses.replace(GENERATOR, num_layers=5))
     assert message.endswith("a generator of 5 layers cannot be made of 4; set generator.num_layers=2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "gone", "words"),
+    [
+        ("huggingface", "generator/config.json", "generator has weights, but no config.json or model_config.json"),
+        ("huggingface", "generator/model.safetensors", "generator has none of model.safetensors"),
+        ("microsoft", "generator_config.json", "generator_config.json, so the discriminator's configuration was taken"),
+    ],
+)
+def test_half_a_generator_is_not_taken_for_none(kind, gone, words, tmp_path):
+    write_pair(tmp_path / "v3")
+    convert(tmp_path / "v3", tmp_path / kind, Conversion(to=kind))
+    (tmp_path / kind / gone).unlink()
+    assert words in refusal(tmp_path / kind)
 
 
 def test_two_models_of_other_vocabularies_are_no_pair(tmp_path):
