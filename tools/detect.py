@@ -7,6 +7,7 @@ stand in [[double brackets]]. Below the text are their probabilities, or the mos
 examples:
   python tools/detect.py runs/v3 "The capital of France is banana."
   python tools/detect.py runs/v3 "Die Hauptstadt von Frankreich ist Banane." --threshold 0.2 --json
+  python tools/detect.py runs/v3 < sentences.txt
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 
 from deberta_xl.base.command_line import build_parser, run_tool
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.public.detection import DebertaForDetection, Found, JudgedToken, detect, stretches
+from deberta_xl.public.detection import DebertaForDetection, DetectionError, Found, JudgedToken, detect, stretches
+from deberta_xl.tasks.text_files import open_text
 from deberta_xl.weights.named_folder import tokenizer_for
 
+STANDARD_INPUT = Path("/dev/stdin")
 PLAIN = ("[[", "]]")
 COLOURED = ("\x1b[1;4;31m", "\x1b[0m")
 """Bold, underlined and red."""
@@ -35,7 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a run, checkpoint or weights")
-    parser.add_argument("texts", metavar="TEXT", nargs="+", help="text to look through")
+    parser.add_argument("texts", metavar="TEXT", nargs="*", help="text to look through (default: each line of stdin)")
     parser.add_argument("--threshold", type=float, default=0.5, help="least probability to be found (default: 0.5)")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each text, with all of its tokens")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="tokenizer, if the checkpoint has none")
@@ -46,13 +49,28 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, judge and print."""
     if not 0 < arguments.threshold < 1:
         raise ConfigError(f"--threshold {arguments.threshold} is no probability; choose one between 0 and 1, like 0.5")
+    texts = arguments.texts or read_lines()
     model = DebertaForDetection.from_pretrained(arguments.checkpoint)
     tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)
     marks = COLOURED if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else PLAIN
-    for text in arguments.texts:
-        judged = detect(model, tokenizer, text)
+    for number, text in enumerate(texts, start=1):
+        try:
+            judged = detect(model, tokenizer, text)
+        except DetectionError as error:
+            raise DetectionError(f"text {number} of {len(texts)}: {error}" if len(texts) > 1 else str(error)) from None
         found = stretches(judged, arguments.threshold)
         print(as_json(text, judged, found) if arguments.json else shown(text, judged, found, marks))
+
+
+def read_lines() -> list[str]:
+    """The lines of standard input that are not blank. Raises ConfigError where there are none."""
+    if sys.stdin.isatty():
+        raise ConfigError('there is no text; write one behind the checkpoint, "The capital of France is banana."')
+    with open_text(STANDARD_INPUT) as file:
+        lines = [line.rstrip("\n") for line in file if line.strip()]
+    if not lines:
+        raise ConfigError("standard input has no text; write one on each line, or behind the checkpoint")
+    return lines
 
 
 def shown(text: str, judged: Sequence[JudgedToken], found: Sequence[Found], marks: tuple[str, str]) -> str:

@@ -180,3 +180,18 @@ def test_what_cannot_be_looked_through_is_refused(folder, tokenizer, tool, capsy
         detect(model, tokenizer, "\udc80")
     assert "--threshold 1.5 is no probability" in complaint(tool, capsys, str(folder), "a", "--threshold", "1.5")
     assert "is not a folder" in complaint(tool, capsys, "/nowhere", "a")
+
+
+def test_without_texts_each_line_of_standard_input_is_looked_through(folder, tool, capsys, monkeypatch, tmp_path):
+    lines = tmp_path / "lines.txt"
+    monkeypatch.setattr(tool, "STANDARD_INPUT", lines)
+    lines.write_text("die Banane\n\nเมืองหลวง 👩‍👧\n", encoding="utf-8")
+    assert run_tool(tool.run, tool.parse_arguments([str(folder), "--json"])) == 0
+    judged = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert judged == ["die Banane", "เมืองหลวง 👩‍👧"]
+    lines.write_text("the class\n" + "the " * 60)
+    assert "text 2 of 2: the text has" in complaint(tool, capsys, str(folder))
+    lines.write_text("\n \n")
+    assert "standard input has no text; write one on each line" in complaint(tool, capsys, str(folder))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert "there is no text; write one behind the checkpoint" in complaint(tool, capsys, str(folder))
