@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -135,13 +136,11 @@ class Where:
     @cached_property
     def spans(self) -> list[Span]:
         """The documents of the micro-batch, in their order; a GPU is waited for, once."""
-        bounds_BT = self.segments_BT != F.pad(self.segments_BT, (1, -1))
-        found = bounds_BT.nonzero()
-        values = torch.cat([found, self.segments_BT[bounds_BT].unsqueeze(1)], dim=1).tolist()
-        length = self.segments_BT.shape[1]
-        following = [(row, start) for row, start, _ in values[1:]] + [(len(self.segments_BT), 0)]
+        num_rows, length = self.segments_BT.shape
+        is_bound_BT = self.segments_BT != F.pad(self.segments_BT, (1, -1))
+        bounds = torch.cat([is_bound_BT.nonzero(), self.segments_BT[is_bound_BT].unsqueeze(1)], dim=1).tolist()
         spans = []
-        for (row, start, segment), (next_row, next_start) in zip(values, following, strict=True):
+        for (row, start, segment), (next_row, next_start, _) in pairwise([*bounds, (num_rows, 0, 0)]):
             end = next_start if next_row == row else length
             if segment:
                 spans.append(Span(row, start, end - start, segment))

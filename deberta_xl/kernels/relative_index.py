@@ -1,7 +1,7 @@
 """Relative positions as rows of the relative table: logarithmic buckets, and the index δ(i, j) of eq. (3).
 
 Shape suffixes of this file:
-    S queries (i)   T keys (j)
+    S queries (i)   T keys (j)   W offsets
 """
 
 from __future__ import annotations
@@ -56,14 +56,20 @@ def log_bucket_of_transformers(offset: Tensor, position_buckets: int, reach: int
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # an inference tensor kept here could not take part in a later training step
+def offset_rows(length: int, buckets: Buckets, device: torch.device) -> Tensor:
+    """The row of the relative table of every offset i − j from −(length − 1) to length − 1, int64 [W]."""
+    offset_W = torch.arange(1 - length, length, device=device)
+    bucket = {"original": log_bucket, "transformers": log_bucket_of_transformers}[buckets.rule]
+    row_W = bucket(offset_W, buckets.position_buckets, buckets.reach) if buckets.position_buckets else offset_W
+    return (row_W + buckets.span).clamp(0, 2 * buckets.span - 1)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def relative_index(length: int, buckets: Buckets, device: torch.device) -> Tensor:
     """δ(i, j) of eq. (3) for a sequence of `length`: the row of the relative table for query i and key j, int64 [S, T].
 
     Built once per length.
     """
-    i_S1 = torch.arange(length, device=device).unsqueeze(1)
-    j_1T = torch.arange(length, device=device).unsqueeze(0)
-    offset_ST = i_S1 - j_1T
-    bucket = {"original": log_bucket, "transformers": log_bucket_of_transformers}[buckets.rule]
-    row_ST = bucket(offset_ST, buckets.position_buckets, buckets.reach) if buckets.position_buckets else offset_ST
-    return (row_ST + buckets.span).clamp(0, 2 * buckets.span - 1)
+    position_S = torch.arange(length, device=device)
+    return offset_rows(length, buckets, device)[position_S.unsqueeze(1) - position_S + (length - 1)]

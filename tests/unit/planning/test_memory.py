@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deberta_xl.kernels.registry import KERNELS
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.part_costs import Division, Load, layer_bytes
@@ -50,12 +51,15 @@ def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
 @pytest.mark.parametrize(
     "options", [{}, *({"pos_att_type": terms} for terms in ("c2p", "p2c", "none")), {"head_dim": 32}], ids=str
 )
-def test_a_layers_activations_are_what_autograd_keeps(dtype, options):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_layers_activations_are_what_autograd_keeps(dtype, options, kernel):
     config = DebertaConfig(max_position_embeddings=96, position_buckets=32, **SIZES | options)
     model = MaskedLanguageModel(config).to(dtype).train()
+    model.use_kernel(kernel)
     expected = kept_bytes(model, rows=3, length=96)
     # Means and deviations of the norms and the like are left out.
-    assert layer_bytes(config, Load(3, 96), 96, Division(dtype.itemsize)) == pytest.approx(expected, rel=0.02)
+    division = Division(dtype.itemsize, kernel=kernel)
+    assert layer_bytes(config, Load(3, 96), 96, division) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_parameters_of_stages_and_slices_are_counted_as_they_are():
