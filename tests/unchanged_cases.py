@@ -86,6 +86,15 @@ FURTHER_LAYOUTS = {
 }
 """These are tried with dropout only."""
 
+TWO_MODELS = {
+    "plain": (1, "zero1", ()),
+    "zero3": (2, "zero3", STEADY),
+    "zero3-bf16-recomputed": (2, "zero3-bf16", (*RECOMPUTED, "evaluation.interval=2")),
+    "zero3-jointly": (2, "zero3", ("replaced_tokens.training=joint", "evaluation.interval=2")),
+    "tp2": (2, "zero1", TENSOR),
+}
+"""Replaced token detection, with dropout."""
+
 SIFT = ("sift.weight=2", "optimizer.layer_decay=0.9")
 TASKS = {"classification": "sst2", "regression": "stsb", "token": "conll", "span": "squad", "choice": "copa"}
 FINETUNING = {
@@ -149,6 +158,8 @@ def pretraining_cases() -> Iterator[Case]:
     for name, (ranks, engine, settings) in (LAYOUTS | FURTHER_LAYOUTS).items():
         tools = MLM_TOOLS if name == "plain" else ()
         yield Case(f"mlm-{name}", [pretrain(engine, *settings, ranks=ranks), EXPORT, *tools])
+    for name, (ranks, engine, settings) in TWO_MODELS.items():
+        yield Case(f"rtd-{name}", [pretrain(engine, "train.objective=replaced_tokens", *settings, ranks=ranks), EXPORT])
     first, whole = (pretrain("zero1", *STEADY, f"train.steps={steps}", ranks=2) for steps in (2, 4))
     yield Case("mlm-resumed", [first, whole, EXPORT], equals="mlm-zero1")
     first = pretrain("zero3", *STEADY, "train.steps=2", ranks=2)
