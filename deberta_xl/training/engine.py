@@ -8,13 +8,14 @@ some counters and a call.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import math
 import os
 import resource
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -22,6 +23,8 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
@@ -121,18 +124,67 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate * group["rate_share"]
 
 
-@contextlib.contextmanager
-def only_learning(engine: deepspeed.DeepSpeedEngine, learner: str | None) -> Iterator[None]:
-    """Updates made inside leave all parameters alone but the learner's; None learns all."""
-    optimizer = engine.optimizer.optimizer
-    optimizer.learner = learner
-    try:
-        yield
-    finally:
-        optimizer.learner = None
-    if learner is not None and isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
-        # ZeRO-3 writes each gradient over the one of the step before; where none comes, the old one would stay.
-        engine.optimizer.grad_partitions_flat_buffer.zero_()
+class Turns:
+    """Learners that take turns: an update in the turn of one leaves the parameters of all others alone.
+
+    ZeRO-3's coordinator records the modules of a forward and backward pass; in the passes that follow it gathers their
+    parameters ahead of use, until one goes another way and all of the record is dropped. Turns go different ways, so
+    each learner has a coordinator of its own.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, learners: Iterable[str]):
+        """Before the engine's first pass."""
+        self.engine, optimizer = engine, engine.optimizer
+        is_gathered = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
+        self.offload = optimizer.parameter_offload if is_gathered else None
+        """What gathers parameters, where that is needed."""
+        self.coordinators = {name: unrecorded(self.offload.param_coordinator) for name in learners if self.offload}
+
+    @contextlib.contextmanager
+    def of(self, learner: str | None) -> Iterator[None]:
+        """Updates made inside are of this learner's parameters alone; None is everyone's turn."""
+        if learner is None:
+            yield
+            return
+        optimizer = self.engine.optimizer
+        optimizer.optimizer.learner = learner
+        try:
+            with self.gathering_for(learner) if self.offload else contextlib.nullcontext():
+                yield
+        finally:
+            optimizer.optimizer.learner = None
+        if self.offload:
+            # ZeRO-3 writes each gradient over the one of the step before; where none comes, the old one would stay.
+            optimizer.grad_partitions_flat_buffer.zero_()
+
+    @contextlib.contextmanager
+    def gathering_for(self, learner: str) -> Iterator[None]:
+        """ZeRO-3's hooks ask the learner's coordinator inside, and afterwards everyone's again.
+
+        Each counts the parameters that it holds, from none at the start of a pass: an update leaves none behind, but an
+        evaluation may, which everyone's then lets go.
+        """
+        if any(is_held(parameter) for parameter in self.engine.module.parameters()):
+            self.offload.partition_all_parameters()
+        everyones = self.offload.param_coordinator
+        self.offload.param_coordinator = self.coordinators[learner]
+        try:
+            yield
+        finally:
+            self.offload.param_coordinator = everyones
+
+
+def is_held(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds all of a parameter, or is about to, that does not stay whole between updates anyway."""
+    return parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE and not parameter.ds_persist
+
+
+def unrecorded(coordinator: PartitionedParameterCoordinator) -> PartitionedParameterCoordinator:
+    """Another one like it, which has recorded nothing yet either: its settings, stream and parameters in flight."""
+    assert coordinator.is_invalid_trace(), "it has recorded a pass"
+    fresh = copy.copy(coordinator)
+    fresh._clear_trace_structures()  # the lists of the copy are the other's
+    return fresh
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from deberta_xl.settings.finetuning import FinetuneConfig
 from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
 from deberta_xl.training.agreement import Agreement, StopRequested
 from deberta_xl.training.empty_steps import EmptySteps
-from deberta_xl.training.engine import only_learning, scaler_in_words, set_learning_rate, update_is_finite
+from deberta_xl.training.engine import Turns, scaler_in_words, set_learning_rate, update_is_finite
 from deberta_xl.training.evaluating import Evaluations
 from deberta_xl.training.pipelined import run_pipeline_step
 from deberta_xl.training.recorder import Recorder
@@ -66,6 +66,7 @@ class Training:
     evaluations: Evaluations = field(init=False)
     empty_steps: EmptySteps = field(init=False)
     profiler: StepProfiler = field(init=False)
+    turns: Turns = field(init=False)
     is_finite: bool = field(init=False)
     """Whether all updates of the last step had finite gradients."""
 
@@ -110,6 +111,7 @@ class Training:
         )  # fmt: skip
         self.empty_steps = EmptySteps(self.total_steps, self.objective.nothing_to_learn)
         self.profiler = StepProfiler(train.profile_steps(), self.folder.profile, self.launch.rank)
+        self.turns = Turns(self.engine, self.objective.learners)
         self.stop.training_begins()
         self.engine.train()
         is_owed = self.evaluations.is_due(is_last=self.is_last) and not self.evaluations.was_made()
@@ -186,7 +188,7 @@ class Training:
             known = ", ".join(self.objective.learners)
             raise ConfigError(f"the objective updates the learner {learner!r}, and its learners are: {known}")
         signs_of_life = {"heartbeat": self.heartbeat, "timer": self.recorder.timer}
-        with only_learning(self.engine, learner):
+        with self.turns.of(learner):
             if self.groups.grid.num_stages > 1:
                 sums = run_pipeline_step(self.engine, self.objective, micro_batches, shares, keys, **signs_of_life)
             else:

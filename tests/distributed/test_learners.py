@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
+import layouts
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 from layouts import Case, Layout, Run
-from plain_run import ROWS, architecture
+from plain_run import ROWS, Curve, architecture
 from ranks import run_ranks
 from small_dataset import SmallDataset
 from torch import Tensor
@@ -21,6 +29,7 @@ from deberta_xl.checkpoint.fragments import (
 )
 from deberta_xl.checkpoint.rank_file import KINDS
 from deberta_xl.objectives.objective import Mean
+from deberta_xl.training.engine import Turns
 from deberta_xl.training.step import even_shares, micro_batch_keys
 
 CASES = {
@@ -77,7 +86,10 @@ def update_in_turns(dataset: SmallDataset, folder: Path, case: Case) -> None:
     for learner in ("generator", "discriminator", "discriminator", "generator"):
         other = "generator" if learner == "discriminator" else "discriminator"
         before = state(run)
-        training.update(losses[learner], batches, shares, keys, learner=learner, reports={"loss": Mean("labels")})
+        with dropped_records() as dropped:
+            training.update(losses[learner], batches, shares, keys, learner=learner, reports={"loss": Mean("labels")})
+        assert dropped == []
+        look_at_something(run)
         after = state(run)
         steps[learner] += 1
         assert is_alike(before[other], after[other]), f"{other} changed with {learner}"
@@ -87,6 +99,8 @@ def update_in_turns(dataset: SmallDataset, folder: Path, case: Case) -> None:
     # At a rate of 0 only moments move, so a gradient comes again as it was, whatever the buffers held in between.
     for first, second in norms.values():
         assert second == pytest.approx(first, rel=1e-6)
+    if case.stage == 3:
+        check_gathering(run, dropped)
     training.heartbeat.close()
 
 
@@ -95,3 +109,99 @@ def update_in_turns(dataset: SmallDataset, folder: Path, case: Case) -> None:
 )
 def test_learners_take_turns(small_dataset, tmp_path, name):
     run_ranks(update_in_turns, 2, small_dataset, tmp_path / "run", CASES[name], timeout=120)
+
+
+HELD = 20_000
+"""Parameters that a rank may hold at a time, a fifth of them all."""
+TURNS = {
+    "accumulated": Case(3, 2, dropout=0.1),
+    "recomputed": Case(3, recompute=True, dropout=0.1),
+    "bf16": Case(3, precision="bf16"),
+}
+
+
+class Gathered(NamedTuple):
+    """How a run under ZeRO-3 went on a rank."""
+
+    curve: Curve
+    weights: dict[str, Tensor]
+    num_dropped: int
+    """Records that were dropped, with inferences in between or without."""
+
+
+def sparing(case: Case, made: Callable[[Case], dict]) -> dict:
+    """The engine's settings as they are made, with little room for whole parameters."""
+    settings = made(case)
+    settings["zero_optimization"] |= {
+        "stage3_max_live_parameters": HELD, "stage3_max_reuse_distance": 5000, "stage3_prefetch_bucket_size": 3000,
+    }  # fmt: skip
+    return settings
+
+
+def look_at_something(run: Run) -> None:
+    """An inference that nobody awaits: of the discriminator alone."""
+    ids = torch.randint(4, 100, (2, 12), generator=torch.Generator().manual_seed(1))
+    run.engine.eval()
+    with torch.no_grad():
+        run.engine("judge", corrupted=ids, segments=torch.ones_like(ids))
+    run.engine.train()
+
+
+@contextlib.contextmanager
+def dropped_records() -> Iterator[list[Coordinator]]:
+    """The coordinators that drop their record, as they do it."""
+    invalidate, found = Coordinator._invalidate_trace, []
+
+    def noted(coordinator: Coordinator) -> None:
+        found.append(coordinator)
+        invalidate(coordinator)
+
+    with mock.patch.object(Coordinator, "_invalidate_trace", noted):
+        yield found
+
+
+def check_gathering(run: Run, dropped: list[Coordinator]) -> None:
+    """After two updates of each learner: both gather ahead, have never dropped a record, and hold nothing."""
+    own = run.training.turns.coordinators
+    assert {*own} == {"generator", "discriminator"}
+    for learner, coordinator in own.items():
+        assert coordinator.is_complete_trace(), learner
+        assert coordinator not in dropped, learner
+        assert coordinator._PartitionedParameterCoordinator__n_available_params == 0, learner
+    assert run.engine.optimizer.parameter_offload.param_coordinator not in own.values()
+    assert all(p.ds_status is ZeroParamStatus.NOT_AVAILABLE for p in run.engine.module.parameters())
+
+
+def train_in_turns(dataset: SmallDataset, folder: Path, case: Case, has_own: bool) -> Gathered:
+    """Four steps with evaluations; with `has_own`, a coordinator for each learner, and inferences in between."""
+    case = case._replace(objective="replaced_tokens")
+    words = [f"data.valid={dataset.valid}", "evaluation.interval=2", "evaluation.max_samples=4"]
+    shared = mock.patch.object(Turns, "gathering_for", return_value=contextlib.nullcontext())
+
+    def after_step() -> None:
+        if has_own and run.training.state.step > 1:
+            check_gathering(run, dropped)
+            look_at_something(run)
+
+    with (
+        mock.patch.object(layouts, "engine_settings", partial(sparing, made=layouts.engine_settings)),
+        dropped_records() as dropped,
+        contextlib.nullcontext() if has_own else shared,
+    ):
+        run = Run(dataset, folder, Layout(data=2), case, architecture(dataset.tokenizer.vocab_size), 4, words)
+        curve = run.train(after_step)
+    weights = {name: tensor for of in state(run).values() for name, tensor in of.items()}
+    return Gathered(curve, weights, len(dropped))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", TURNS)
+def test_a_coordinator_for_each_learner_changes_no_number(small_dataset, tmp_path, name):
+    own, shared = (
+        run_ranks(train_in_turns, 2, small_dataset, tmp_path / folder, TURNS[name], has_own, timeout=300)
+        for folder, has_own in (("own", True), ("shared", False))
+    )
+    for found, before in zip(own, shared, strict=True):
+        assert found.curve == before.curve
+        assert is_alike(before.weights, found.weights)
+        assert before.num_dropped >= 6, "what they are for"
