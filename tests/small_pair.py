@@ -13,7 +13,7 @@ from deberta_xl.model.replaced_tokens import ReplacedTokenModel
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.objectives import Sharing
 from deberta_xl.weights.native import write_weights
-from deberta_xl.weights.native_config import native_config
+from deberta_xl.weights.native_config import Learnt, native_config
 
 DISCRIMINATOR = DebertaConfig(
     vocab_size=48, hidden_size=16, num_layers=4, num_heads=2, intermediate_size=24, position_buckets=6,
@@ -21,6 +21,7 @@ DISCRIMINATOR = DebertaConfig(
 )  # fmt: skip
 GENERATOR = replace(DISCRIMINATOR, num_layers=2)
 WIDTH = DISCRIMINATOR.hidden_size
+LEARNT = Learnt(sequence_length=24)
 DETECTOR = {
     "norm.weight": (WIDTH,), "norm.bias": (WIDTH,), "dense.weight": (WIDTH, WIDTH), "dense.bias": (WIDTH,),
     "classifier.weight": (1, WIDTH), "classifier.bias": (1,),
@@ -60,5 +61,6 @@ def write_pair(
     """A native folder of a pair; its tensors."""
     tensors = pair_tensors(sharing, positions=positions)
     config, partner = (replace(c, position_biased_input=positions) for c in (DISCRIMINATOR, GENERATOR))
-    write_weights(folder, tensors, native_config(config, generator=partner, sharing=sharing), tokenizer)
+    facts = native_config(config, generator=partner, sharing=sharing, learnt=LEARNT)
+    write_weights(folder, tensors, facts, tokenizer)
     return tensors

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from small_checkpoint import write_state
-from small_pair import DISCRIMINATOR, GENERATOR, pair_tensors, write_pair
+from small_pair import DISCRIMINATOR, GENERATOR, LEARNT, pair_tensors, write_pair
 from torch import Tensor
 from vectors import vector_folders
 
@@ -87,7 +87,7 @@ def test_a_native_pair_comes_back_from_the_two_other_layouts_as_it_was(sharing, 
         convert(tmp_path / other, tmp_path / f"from {other}", Conversion(to="native", **EXACTLY))
         assert_same(load_file(tmp_path / f"from {other}" / "model.safetensors"), stored)
         before, after = (read_native_config(tmp_path / f / "config.json") for f in ("native", f"from {other}"))
-        assert after.sharing == before.sharing
+        assert (after.sharing, after.learnt) == (before.sharing, LEARNT)
         assert computed_by(after.architecture) == computed_by(before.architecture)
         assert computed_by(after.generator) == computed_by(before.generator)
 
