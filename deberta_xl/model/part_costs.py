@@ -153,22 +153,33 @@ def layer_activations(config: DebertaConfig, load: Load, division: Division) -> 
 
 
 def shared_decoder_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
-    """The last layer: as much as any other, and the enhanced mask decoder's passes over the labelled positions."""
-    ordinary = layer_activations(config, load, division)
-    passes = config.num_decoder_passes * decoder_pass_bytes(config, load, division)
-    return ordinary._replace(working=ordinary.working + passes)
+    """The last layer as the enhanced mask decoder applies it: its passes over the labelled positions, and no other.
+
+    For temporaries it has those of a layer in which every token attends: more than its own, as much as small models
+    were seen to take besides.
+    """
+    passes = config.num_decoder_passes
+    return Activations(
+        kept=passes * decoder_pass_bytes(config, load, division),
+        entry=decoder_entry_bytes(config, load, division, passes),
+        working=layer_activations(config, load, division).working,
+    )
 
 
 def decoder_layer_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
-    """A layer of the decoder's own: its pass, and what that begins with, keys and values, which stay where it is
-    recomputed."""
+    """A layer of the decoder's own: its pass."""
     queries = load.labelled / load.rows
-    memory = 2 * load.tokens * config.attention_size / division.tensor_parallel_size
     return Activations(
         kept=decoder_pass_bytes(config, load, division),
-        entry=(load.labelled * config.hidden_size + memory) * division.element_bytes,
+        entry=decoder_entry_bytes(config, load, division, passes=1),
         working=KERNELS[division.kernel].working_bytes(attention_sizes(config, load, queries, division)),
     )
+
+
+def decoder_entry_bytes(config: DebertaConfig, load: Load, division: Division, passes: int) -> float:
+    """What passes with the same keys and values begin with, and those, which stay where the passes are recomputed."""
+    memory = 2 * load.tokens * config.attention_size / division.tensor_parallel_size
+    return (passes * load.labelled * config.hidden_size + memory) * division.element_bytes
 
 
 def decoder_pass_bytes(config: DebertaConfig, load: Load, division: Division) -> float:

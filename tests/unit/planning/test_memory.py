@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from deberta_xl.kernels.registry import KERNELS
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.part_costs import Division, Load, layer_bytes
 from deberta_xl.model.parts import masked_lm_parts, num_parameters
 from deberta_xl.model.task_model import TaskModel
@@ -26,6 +29,26 @@ XXLARGE = DebertaConfig(
 )
 
 
+@contextlib.contextmanager
+def kept_tensors(*given: torch.Tensor) -> Iterator[dict[int, torch.Tensor]]:
+    """The distinct tensors that autograd keeps, but those `given`, by where they are."""
+    kept: dict[int, torch.Tensor] = {}
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def total_bytes(tensors: dict[int, torch.Tensor]) -> int:
+    """Of all of them."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+
 def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
     """Bytes of the distinct tensors that autograd keeps of the first layer, without weights."""
     segments = torch.ones(rows, length, dtype=torch.int64)
@@ -34,17 +57,9 @@ def kept_bytes(model: MaskedLanguageModel, rows: int, length: int) -> int:
         scene = scene._replace(relative_RD=scene.relative_RD.detach().requires_grad_())
     dtype = model.embeddings.word.weight.dtype
     hidden = torch.randn(rows, length, model.config.hidden_size, dtype=dtype, requires_grad=True)
-    kept: dict[int, torch.Tensor] = {}
-    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), scene.where.delta)}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in given:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_tensors(*model.parameters(), scene.where.delta) as kept:
         model.encoder.layers[0](hidden, scene)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return total_bytes(kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -60,6 +75,19 @@ def test_a_layers_activations_are_what_autograd_keeps(dtype, options, kernel):
     # Means and deviations of the norms and the like are left out.
     division = Division(dtype.itemsize, kernel=kernel)
     assert layer_bytes(config, Load(3, 96), 96, division) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_models_activations_are_what_autograd_keeps_of_layers_and_decoder():
+    config = DebertaConfig(max_position_embeddings=96, position_buckets=32, **SIZES)
+    model = MaskedLanguageModel(config).train()
+    ids = torch.arange(3 * 96).view(3, 96) % 900 + 5
+    labelled = LabelledPositions.of(torch.where(torch.arange(96) % 4 == 0, ids, 0))
+    with kept_tensors(*model.parameters()) as kept:
+        model(ids, torch.ones_like(ids), labels=labelled, label_count=1.0, dropout_key=DropoutKey(1))
+    load = Load(3, 96, len(labelled.label_L))
+    expected = sum(part.activations(load, Division(4)).kept for part in masked_lm_parts(config))
+    # The last layer is the decoder's alone. What embeddings and head keep is left out.
+    assert expected == pytest.approx(total_bytes(kept), rel=0.06)
 
 
 def test_the_parameters_of_stages_and_slices_are_counted_as_they_are():
