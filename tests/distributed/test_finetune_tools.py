@@ -25,6 +25,7 @@ from deberta_xl.tasks.records import TaskDataError
 from deberta_xl.tasks.task import load_task
 from deberta_xl.weights.head_facts import HeadFacts
 from deberta_xl.weights.initial_encoder import load_encoder
+from tools import evaluate_task, predict
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +130,15 @@ def test_a_saved_model_is_read_back_bit_for_bit(models, small_dataset, tmp_path)
 
 
 def test_the_tools_write_predictions_and_the_benchmarks_file(models, texts, tmp_path, capsys):
-    import runpy
-
-    tools = Path(__file__).parent.parent.parent / "tools"
-    evaluate, predict = (runpy.run_path(str(tools / f"{name}.py")) for name in ("evaluate_task", "predict"))
     data = write_sentences(tmp_path / "sentences")
-    evaluate["run"](evaluate["parse_arguments"]([str(models[0]), "--data", str(data), "--output", str(tmp_path / "o")]))
+    given = [str(models[0]), "--data", str(data)]
+    evaluate_task.run(evaluate_task.parse_arguments([*given, "--output", str(tmp_path / "o")]))
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (printed["task"], printed["split"], printed["examples"]) == ("sst2", "valid", 24)
     assert 0 <= printed["accuracy"] <= 1
     assert len((tmp_path / "o" / "SST-2.tsv").read_text().splitlines()) == 25
-    predict["run"](predict["parse_arguments"]([str(models[0]), "--input", str(texts), "--output", str(tmp_path / "p")]))
+    predict.run(predict.parse_arguments([str(models[0]), "--input", str(texts), "--output", str(tmp_path / "p")]))
     assert len((tmp_path / "p").read_text().splitlines()) == 11
-    other: argparse.Namespace = evaluate["parse_arguments"]([str(models[0]), "--data", str(data), "--task", "cb"])
+    other: argparse.Namespace = evaluate_task.parse_arguments([*given, "--task", "cb"])
     with pytest.raises(ConfigError, match="fine-tune for that task, or choose one with the same labels"):
-        evaluate["run"](other)
+        evaluate_task.run(other)

@@ -22,6 +22,7 @@ from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.public.prompts import GenerationError
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.native_config import Learnt
+from tools import generate as tool
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["The value of", "object", "a a a a a a", "is", "The name of the class", "for", "an integer"]
@@ -47,11 +48,8 @@ def folder(small_dataset, tmp_path_factory) -> Path:
 
 def call(*arguments: object) -> str:
     """What tools/generate.py prints on this rank."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import generate
-
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        generate.run(generate.parse_arguments(list(map(str, arguments))))
+        tool.run(tool.parse_arguments(list(map(str, arguments))))
     return printed.getvalue()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shlex
 import sys
@@ -21,11 +21,8 @@ SMALLER = {"32000": "400"}
 def parse(script: str, arguments: list[str]) -> None:
     """What the script's own parser makes of its arguments; it exits where it does not know one."""
     name = {"deberta_xl/pretrain.py": "pretraining", "deberta_xl/finetune.py": "finetuning"}.get(script)
-    path = ROOT / (f"deberta_xl/commands/{name}.py" if name else script)
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    place = f"deberta_xl.commands.{name}" if name else script.removesuffix(".py").replace("/", ".")
+    module = importlib.import_module(place)
     parsed = module.parse_arguments(arguments)
     if name:
         module.read_config(parsed.config, parsed.overrides)

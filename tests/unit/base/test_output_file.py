@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import runpy
 import stat
 import threading
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_a_tool_notices_its_output_before_its_work(tmp_path, monkeypatch, capsys
     work, command = TOOLS[tool]
     monkeypatch.chdir(tmp_path)
     Path("in.jsonl").write_text('{"text": "x"}\n')
-    functions = runpy.run_path(str(Path(__file__).parents[3] / "tools" / f"{tool}.py"))
+    functions = vars(importlib.import_module(f"tools.{tool}"))
     os.mkfifo("pipe")
     for output, message in REFUSED[tool].items():
         arguments = command.format(output).split()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import json
@@ -35,6 +34,7 @@ from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.names import to_microsoft
 from deberta_xl.weights.native_config import native_config
+from tools import convert as tool
 
 VOCAB_SIZE = 1008
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_layers": 3, "num_heads": 4, "intermediate_size": 128}
@@ -516,17 +516,7 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(lines, options):
 # The tool.
 
 
-def load_tool(name: str):
-    """A script of tools/ as a module."""
-    path = Path(__file__).parents[3] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_tool_converts_and_says_what_it_wrote(native, tmp_path, capsys):
-    tool = load_tool("convert")
     arguments = [
         "--from",
         "native",
@@ -543,7 +533,6 @@ def test_the_tool_converts_and_says_what_it_wrote(native, tmp_path, capsys):
 
 
 def test_the_tool_says_in_one_line_what_is_wrong(tmp_path, capsys):
-    tool = load_tool("convert")
     assert (
         run_tool(tool.run, tool.parse_arguments(["--to", "native", str(tmp_path / "none"), str(tmp_path / "out")])) == 2
     )

@@ -1,7 +1,6 @@
 """The command-line tools of the data path, started as a user starts them."""
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from deberta_xl.base import progress as progress_module
 from deberta_xl.corpus.python_corpus import DOCUMENT_LENGTH, cut, docstrings, python_corpus
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
+from tools import train_tokenizer
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -100,18 +100,9 @@ def test_bad_records_are_shown_when_training_a_tokenizer_fails_for_their_sake(tm
     assert "bad.jsonl:2: invalid JSON" in result.stderr
 
 
-def load_tool(name: str):
-    """A tool as a module."""
-    specification = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def test_lost_characters_are_listed_with_what_keeps_them(tmp_path, texts, capsys):
     (tmp_path / "a.txt").write_text("\n".join([*texts, "é 7 \u200b", "Щé " * 3, *"bcwyz" * 3]))
     (tmp_path / "symbols.txt").write_text("\ufeff<url>\n\n@@\n", encoding="utf-8")
-    train_tokenizer = load_tool("train_tokenizer")
     command = ["--input", str(tmp_path / "a.txt"), "--vocab_size", "9000", "--allow_smaller", "--overwrite"]
     command += ["--output", str(tmp_path / "t"), "--user_symbols", "<user>"]
     command += ["--user_symbols_file", str(tmp_path / "symbols.txt"), "--character_coverage", "0.999"]
@@ -129,7 +120,6 @@ def test_lost_characters_are_listed_with_what_keeps_them(tmp_path, texts, capsys
 def test_a_vocabulary_of_hardly_more_than_characters_is_warned_about(tmp_path, capsys):
     characters = [chr(0x4E00 + n) for n in range(150)]
     (tmp_path / "a.txt").write_text("\n".join(["".join(characters[n:] + characters[:n]) for n in range(150)]))
-    train_tokenizer = load_tool("train_tokenizer")
     command = ["--input", str(tmp_path / "a.txt"), "--vocab_size", "180", "--output", str(tmp_path / "t")]
     train_tokenizer.train(train_tokenizer.parse_arguments(command))
     assert "warning: 15" in (warned := capsys.readouterr().err)

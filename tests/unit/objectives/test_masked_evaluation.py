@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_evaluation import evaluate_masked_lm, evaluation_batches
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.pretraining import DataSection
+from tools.evaluate import check_finite
 
 CPU = torch.device("cpu")
 
@@ -97,10 +97,6 @@ def test_the_batch_size_does_not_matter(data):
 
 
 def test_a_loss_that_is_no_number_is_an_error_of_the_tool(data):
-    path = Path(__file__).parents[3] / "tools" / "evaluate.py"
-    specification = importlib.util.spec_from_file_location("tool_evaluate", path)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
     model = build_model(data.tokenizer.vocab_size)
     with torch.no_grad():
         model.head.bias[5] = math.nan
@@ -108,4 +104,4 @@ def test_a_loss_that_is_no_number_is_an_error_of_the_tool(data):
     result = evaluate_masked_lm(Evaluator(model=model, device=CPU), data, **options)
     assert math.isnan(result.perplexity)
     with pytest.raises(ConfigError, match="the loss of runs/first is nan: its training has diverged"):
-        tool.check_finite(Path("runs/first"), result)
+        check_finite(Path("runs/first"), result)

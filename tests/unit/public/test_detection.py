@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.native import write_weights
 from deberta_xl.weights.native_config import Learnt, native_config
+from tools import detect as tool
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +42,6 @@ def folder(tokenizer, tmp_path_factory) -> Path:
     facts = native_config(config, generator=config, sharing="gdes", learnt=Learnt(sequence_length=40))
     write_weights(place / "v3", weights, facts, place / "tokenizer")
     return place / "v3"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    """tools/detect.py."""
-    path = Path(__file__).parents[3] / "tools" / "detect.py"
-    spec = importlib.util.spec_from_file_location("tool_detect", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("vector", vector_folders("rtd"), ids=lambda folder: folder.name)
@@ -107,7 +97,7 @@ def test_neighbouring_tokens_are_found_together(folder):
 @pytest.mark.parametrize(
     "text", ["die Banane", "عاصمة فرنسا موزة", "首都是香蕉", "เมืองหลวง", "राजधानी केला", "e\u0301 👩‍👧"]
 )
-def test_any_script_is_shown_with_plain_marks_and_unharmed(text, tool):
+def test_any_script_is_shown_with_plain_marks_and_unharmed(text):
     judged = [JudgedToken("x", number, number + 1, 0.25) for number in range(len(text))]
     judged[-2] = judged[-2]._replace(probability=0.75)
     lines = tool.shown(text, judged, stretches(judged, 0.5), tool.PLAIN).splitlines()
@@ -117,7 +107,7 @@ def test_any_script_is_shown_with_plain_marks_and_unharmed(text, tool):
     assert nothing[1].startswith(f"  75.00%  {text[-2]}  (nothing found;")
 
 
-def test_the_tool_marks_plainly_without_a_terminal_and_colours_on_one(folder, tool, capsys, monkeypatch):
+def test_the_tool_marks_plainly_without_a_terminal_and_colours_on_one(folder, capsys, monkeypatch):
     arguments = tool.parse_arguments([str(folder), "the class of a function", "--threshold", "0.01"])
     assert run_tool(tool.run, arguments) == 0
     plain = capsys.readouterr().out
@@ -133,7 +123,7 @@ def test_the_tool_marks_plainly_without_a_terminal_and_colours_on_one(folder, to
     assert capsys.readouterr().out == plain
 
 
-def test_a_line_of_json_has_every_token(folder, tool, capsys):
+def test_a_line_of_json_has_every_token(folder, capsys):
     text = "the class of é"
     arguments = tool.parse_arguments([str(folder), text, "--threshold", "0.01", "--json"])
     assert run_tool(tool.run, arguments) == 0
@@ -145,7 +135,7 @@ def test_a_line_of_json_has_every_token(folder, tool, capsys):
     assert [token["piece"] for token in fields["tokens"]][:2] == ["▁the", "▁class"]
 
 
-def complaint(tool, capsys, *arguments: str) -> str:
+def complaint(capsys, *arguments: str) -> str:
     """The tool's one line of error."""
     assert run_tool(tool.run, tool.parse_arguments(list(arguments))) == 2
     error = capsys.readouterr().err
@@ -154,12 +144,12 @@ def complaint(tool, capsys, *arguments: str) -> str:
     return error
 
 
-def test_who_has_no_such_head_says_what_it_can_do(folder, tool, capsys, tmp_path):
-    generator = complaint(tool, capsys, str(folder / "generator"), "the class")
+def test_who_has_no_such_head_says_what_it_can_do(folder, capsys, tmp_path):
+    generator = complaint(capsys, str(folder / "generator"), "the class")
     assert "has no head that finds replaced tokens" in generator
     assert f"tools/fill_mask.py {folder / 'generator'}" in generator
     DebertaForMaskedLM.from_pretrained(folder / "generator").save_pretrained(tmp_path / "mlm")
-    assert "train.objective=replaced_tokens" in complaint(tool, capsys, str(tmp_path / "mlm"), "the class")
+    assert "train.objective=replaced_tokens" in complaint(capsys, str(tmp_path / "mlm"), "the class")
 
 
 def test_a_text_longer_than_the_rows_of_the_training_is_looked_through_with_a_warning(folder, tokenizer, caplog):
@@ -170,7 +160,7 @@ def test_a_text_longer_than_the_rows_of_the_training_is_looked_through_with_a_wa
     assert "the text has 41 tokens, and the model was trained on rows of 40" in caplog.text
 
 
-def test_what_cannot_be_looked_through_is_refused(folder, tokenizer, tool, capsys):
+def test_what_cannot_be_looked_through_is_refused(folder, tokenizer, capsys):
     model = DebertaForDetection.from_pretrained(folder)
     with pytest.raises(DetectionError, match="the text is empty"):
         detect(model, tokenizer, "  ")
@@ -178,11 +168,11 @@ def test_what_cannot_be_looked_through_is_refused(folder, tokenizer, tool, capsy
         detect(model, tokenizer, "the " * 60)
     with pytest.raises(DetectionError, match="not UTF-8"):
         detect(model, tokenizer, "\udc80")
-    assert "--threshold 1.5 is no probability" in complaint(tool, capsys, str(folder), "a", "--threshold", "1.5")
-    assert "is not a folder" in complaint(tool, capsys, "/nowhere", "a")
+    assert "--threshold 1.5 is no probability" in complaint(capsys, str(folder), "a", "--threshold", "1.5")
+    assert "is not a folder" in complaint(capsys, "/nowhere", "a")
 
 
-def test_without_texts_each_line_of_standard_input_is_looked_through(folder, tool, capsys, monkeypatch, tmp_path):
+def test_without_texts_each_line_of_standard_input_is_looked_through(folder, capsys, monkeypatch, tmp_path):
     lines = tmp_path / "lines.txt"
     monkeypatch.setattr(tool, "STANDARD_INPUT", lines)
     lines.write_text("die Banane\n\nเมืองหลวง 👩‍👧\n", encoding="utf-8")
@@ -190,8 +180,8 @@ def test_without_texts_each_line_of_standard_input_is_looked_through(folder, too
     judged = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     assert judged == ["die Banane", "เมืองหลวง 👩‍👧"]
     lines.write_text("the class\n" + "the " * 60)
-    assert "text 2 of 2: the text has" in complaint(tool, capsys, str(folder))
+    assert "text 2 of 2: the text has" in complaint(capsys, str(folder))
     lines.write_text("\n \n")
-    assert "standard input has no text; write one on each line" in complaint(tool, capsys, str(folder))
+    assert "standard input has no text; write one on each line" in complaint(capsys, str(folder))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert "there is no text; write one behind the checkpoint" in complaint(tool, capsys, str(folder))
+    assert "there is no text; write one behind the checkpoint" in complaint(capsys, str(folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from pathlib import Path
@@ -24,6 +23,7 @@ from deberta_xl.weights.foreign_config import to_huggingface_config
 from deberta_xl.weights.named_folder import find_tokenizer
 from deberta_xl.weights.names import to_microsoft
 from deberta_xl.weights.native_config import Learnt
+from tools import fill_mask as tool
 
 EXTRA_ROWS = 4
 """Rows of the word table beyond the tokenizer's: they have no meaning at all."""
@@ -191,16 +191,6 @@ def test_outputs_that_are_no_numbers_are_no_guesses(model, tokenizer):
 # The tool, on every layout.
 
 
-@pytest.fixture
-def tool():
-    """tools/fill_mask.py as a module."""
-    path = Path(__file__).parents[3] / "tools" / "fill_mask.py"
-    spec = importlib.util.spec_from_file_location("tool_fill_mask", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_text_longer_than_the_rows_of_the_training_is_filled_with_a_warning(model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(model, "learnt", Learnt(sequence_length=6))
     fill_mask(model, tokenizer, "[MASK]" * 4)
@@ -227,7 +217,7 @@ def write_original_layout(folder: Path, model: DebertaForMaskedLM, tokenizer: To
     (folder / "spm.model").write_bytes(tokenizer.spm_model)
 
 
-def test_every_layout_of_a_checkpoint_gives_the_same_table(tool, native, model, tokenizer, tmp_path, capsys):
+def test_every_layout_of_a_checkpoint_gives_the_same_table(native, model, tokenizer, tmp_path, capsys):
     convert(native, tmp_path / "exported", Conversion(to="huggingface"))
     write_original_layout(tmp_path / "original", model, tokenizer)
     tables = []
@@ -242,7 +232,7 @@ def test_every_layout_of_a_checkpoint_gives_the_same_table(tool, native, model, 
     assert all(part in lines[2] for part in (guess.piece, guess.text, f"{guess.probability:.2%}"))
 
 
-def test_a_checkpoint_without_tokenizer_asks_for_one(tool, model, native, tmp_path, capsys):
+def test_a_checkpoint_without_tokenizer_asks_for_one(model, native, tmp_path, capsys):
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(CheckpointError, match="--tokenizer"):
         find_tokenizer(tmp_path / "bare")
@@ -252,7 +242,7 @@ def test_a_checkpoint_without_tokenizer_asks_for_one(tool, model, native, tmp_pa
     assert run_tool(tool.run, tool.parse_arguments([*arguments, "--tokenizer", str(tmp_path / "tokenizer")])) == 0
 
 
-def test_another_tokenizer_than_the_checkpoints_own_is_refused(tool, native, tmp_path, capsys):
+def test_another_tokenizer_than_the_checkpoints_own_is_refused(native, tmp_path, capsys):
     model = io.BytesIO()
     texts = (" ".join(topics[name].split())[:500] for name in sorted(topics))
     names = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
@@ -268,7 +258,7 @@ def test_another_tokenizer_than_the_checkpoints_own_is_refused(tool, native, tmp
     assert run_tool(tool.run, arguments) == 0
 
 
-def test_the_tool_says_in_one_line_what_is_wrong(tool, native, tmp_path, capsys):
+def test_the_tool_says_in_one_line_what_is_wrong(native, tmp_path, capsys):
     for arguments in ([str(native), "no mask here"], [str(tmp_path / "nowhere"), "a [MASK]"]):
         assert run_tool(tool.run, tool.parse_arguments(arguments)) == 2
         error = capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import sys
@@ -23,6 +22,7 @@ from deberta_xl.public.room import Room
 from deberta_xl.public.sampling import Sampling
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.native_config import Learnt
+from tools import generate as tool
 
 TEXT = "The value of an assignment is the object itself."
 POSITIONS = 40
@@ -246,16 +246,6 @@ def test_outputs_that_are_no_numbers_are_no_text(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def tool():
-    """tools/generate.py as a module."""
-    path = Path(__file__).parents[3] / "tools" / "generate.py"
-    spec = importlib.util.spec_from_file_location("tool_generate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def folder(model, tokenizer, tmp_path_factory) -> Path:
     """The model as a weights folder."""
     folder = tmp_path_factory.mktemp("model")
@@ -265,7 +255,7 @@ def folder(model, tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def call(tool, capsys):
+def call(capsys):
     """The tool as a command: exit status, standard output and error."""
 
     def call(*arguments: object) -> tuple[int, str, str]:

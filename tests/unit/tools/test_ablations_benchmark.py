@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
+from benchmarks import ablations
 from deberta_xl.base.errors import UserError
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
-
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT))
-specification = importlib.util.spec_from_file_location("ablations", ROOT / "benchmarks" / "ablations.py")
-ablations = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(ablations)
 
 
 @pytest.fixture

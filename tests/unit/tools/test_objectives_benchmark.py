@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
+from benchmarks import objectives
 from deberta_xl.base.errors import UserError
-
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT))
-specification = importlib.util.spec_from_file_location("objectives", ROOT / "benchmarks" / "objectives.py")
-objectives = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(objectives)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,8 @@ from pathlib import Path
 import pytest
 
 from deberta_xl.base.errors import UserError
-
-QUICKSTART = Path(__file__).parents[3] / "tools" / "quickstart.py"
-specification = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
-quickstart = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(quickstart)
-claim = quickstart.claim
+from tools import quickstart
+from tools.quickstart import claim
 
 
 @pytest.fixture
@@ -60,7 +55,7 @@ def test_few_steps_have_a_short_warm_up():
 def test_a_folder_without_a_note_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "work" / "tokenizer").mkdir(parents=True)
     Path(text).write_text("\n\n".join(f"Document {n} of many that are long enough." for n in range(600)))
-    command = [sys.executable, str(QUICKSTART), "--folder", str(tmp_path / "work")]
+    command = [sys.executable, quickstart.__file__, "--folder", str(tmp_path / "work")]
     result = subprocess.run([*command, "--corpus", text], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "does not say what it was made from" in result.stderr
