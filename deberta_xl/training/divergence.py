@@ -53,6 +53,6 @@ class SkippedSteps:
         new, self.told = state.skipped_steps - self.told, state.skipped_steps
         if new:
             logger.warning(
-                "step %d: the gradient was not finite in %d of the last %d steps (%d in all)",
-                state.step, new, num_steps, state.skipped_steps,
+                "step %d: the gradient%s was not finite in %d of the last %d steps (%d in all)",
+                state.step, state.whose(state.step - num_steps), new, num_steps, state.skipped_steps,
             )  # fmt: skip

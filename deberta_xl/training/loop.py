@@ -69,6 +69,8 @@ class Training:
     turns: Turns = field(init=False)
     is_finite: bool = field(init=False)
     """Whether all updates of the last step had finite gradients."""
+    left_out: list[str] = field(init=False)
+    """Learners whose own update in that step had none."""
 
     def train(self) -> State:
         """Train to the last step or until asked to stop; how it ended. Collective."""
@@ -86,7 +88,7 @@ class Training:
             self.empty_steps.check(step, counts[self.objective.reports["loss"].count])
             self.profiler.before_step(step)
             sums = self.step(step, micro_batches, counts)
-            self.state.advance(self.config.train.global_batch_size, is_finite=self.is_finite)
+            self.state.advance(self.config.train.global_batch_size, is_finite=self.is_finite, left_out=self.left_out)
             self.recorder.record(sums, counts, self.learning_rate(step))
             self.profiler.after_step(step)
             self.safeguard.after_step()
@@ -169,7 +171,7 @@ class Training:
         set_learning_rate(self.engine, self.learning_rate(step))
         shares = even_shares(counts, len(micro_batches), grid.data_parallel_size)
         keys = micro_batch_keys(self.config.train.seed, step, len(micro_batches), grid)
-        self.is_finite = True
+        self.is_finite, self.left_out = True, []
         with scaler_in_words():
             return self.objective.step(self.update, micro_batches, shares, keys)
 
@@ -194,7 +196,9 @@ class Training:
             else:
                 reports = self.objective.reports if reports is None else reports
                 sums = run_step(self.engine, losses, micro_batches, shares, keys, reports=reports, **signs_of_life)
-        self.is_finite &= update_is_finite(self.engine)
+        if not update_is_finite(self.engine):
+            self.is_finite = False
+            self.left_out += [learner] if learner else []
         self.recorder.updated(learner)
         return sums
 

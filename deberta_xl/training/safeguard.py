@@ -37,7 +37,7 @@ class Safeguard:
         if not self.state.is_finite and len(self.state.lately_skipped) >= PATIENCE:
             first, last = self.state.lately_skipped[0], self.state.step
             raise Diverged(
-                f"loss or gradient were not finite in {len(self.state.lately_skipped)} of the last "
+                f"loss or gradient{self.state.whose()} were not finite in {len(self.state.lately_skipped)} of the last "
                 f"{min(WINDOW, last)} steps, from step {first} on: the run has diverged"
             )
 
@@ -72,8 +72,8 @@ class Safeguard:
             state.lately_skipped.remove(state.step)
         if not state.is_finite:
             raise Diverged(
-                f"loss or gradient were not finite in the run's last step, {self.state.step} (and in "
-                f"{len(self.state.lately_skipped)} of the last {min(WINDOW, self.state.step)}): it has diverged"
+                f"loss or gradient{state.whose()} were not finite in the run's last step, {state.step} (and in "
+                f"{len(state.lately_skipped)} of the last {min(WINDOW, state.step)}): it has diverged"
             )
 
     def way_out(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ class TrainState:
     """Steps whose gradient was not finite: DeepSpeed leaves such an update out."""
     lately_skipped: list[int] = field(default_factory=list)
     """Those of them that are among the last WINDOW steps."""
+    lately_left_out: dict[str, list[int]] = field(default_factory=dict)
+    """Learner -> those of these steps in which its own update was left out, where learners are updated apart."""
 
     best_step: int = 0
     """Step of the best weights, where they are kept; 0 before the first evaluation."""
@@ -39,13 +41,25 @@ class TrainState:
         """Whether the last step had a finite gradient."""
         return self.step not in self.lately_skipped
 
-    def advance(self, num_samples: int, *, is_finite: bool = True) -> None:
-        """One more step over `num_samples` rows."""
+    def advance(self, num_samples: int, *, is_finite: bool = True, left_out: Collection[str] = ()) -> None:
+        """One more step over `num_samples` rows, in which the updates of these learners were `left_out`."""
         self.step += 1
         self.consumed_samples += num_samples
         self.skipped_steps += not is_finite
         skipped = self.lately_skipped if is_finite else [*self.lately_skipped, self.step]
         self.lately_skipped = [step for step in skipped if step > self.step - WINDOW]
+        steps_of = self.lately_left_out | {name: [*self.lately_left_out.get(name, ()), self.step] for name in left_out}
+        late = {name: [step for step in steps if step > self.step - WINDOW] for name, steps in steps_of.items()}
+        self.lately_left_out = {name: steps for name, steps in late.items() if steps}
+
+    def whose(self, since: int = 0) -> str:
+        """` of the discriminator (5 times) and the generator (once)`: whose updates were left out after this step.
+
+        Nothing where all parameters learn together.
+        """
+        counts = {name: sum(step > since for step in steps) for name, steps in sorted(self.lately_left_out.items())}
+        found = {name: "once" if count == 1 else f"{count} times" for name, count in counts.items() if count}
+        return f" of {' and '.join(f'the {name} ({times})' for name, times in found.items())}" if found else ""
 
     def take(self, value: float | None, is_better: Callable[[float | None, float | None], bool]) -> bool:
         """Take in an evaluation of this step; whether these are the best weights so far.

@@ -70,7 +70,7 @@ def update_in_turns(dataset: SmallDataset, folder: Path, case: Case) -> None:
     run = Run(dataset, folder, Layout(data=2), case, architecture(dataset.tokenizer.vocab_size), 8, words)
     training, objective = run.training, run.training.objective
     training.begin()
-    training.is_finite = True
+    training.is_finite, training.left_out = True, []
     batches = next(objective.batches(1, 0, rank=run.grid.data_parallel_rank, size=2))
     shares = even_shares({"labels": 20, "tokens": 40 * ROWS}, len(batches), 2)
     keys = micro_batch_keys(1, 1, len(batches), run.grid)
@@ -101,6 +101,16 @@ def update_in_turns(dataset: SmallDataset, folder: Path, case: Case) -> None:
         assert second == pytest.approx(first, rel=1e-6)
     if case.stage == 3:
         check_gathering(run, dropped)
+    for spoiled in ("generator", "discriminator"):
+        parameter = next(p for name, p in run.engine.module.named_parameters() if name.startswith(spoiled))
+        before, hook = state(run), parameter.register_hook(lambda gradient: gradient * float("nan"))
+        training.update(losses[spoiled], batches, shares, keys, learner=spoiled, reports={"loss": Mean("labels")})
+        hook.remove()
+        after = state(run)
+        assert is_alike(before["generator"], after["generator"])
+        assert is_alike(before["discriminator"], after["discriminator"])
+        assert adam_steps(run.engine) == steps
+    assert (training.is_finite, training.left_out) == (False, ["generator", "discriminator"])
     training.heartbeat.close()
 
 

@@ -15,7 +15,7 @@ from deberta_xl.base.errors import Diverged, HopelessRunError
 from deberta_xl.commands import training_command
 from deberta_xl.run.run_folder import RunFolder
 from deberta_xl.tasks.metrics import is_better
-from deberta_xl.training.divergence import Explosion
+from deberta_xl.training.divergence import Explosion, SkippedSteps
 from deberta_xl.training.safeguard import PATIENCE, Safeguard
 from deberta_xl.training.state import WINDOW, TrainState
 
@@ -70,6 +70,23 @@ def test_skipped_steps_are_part_of_the_state_and_counted_on_by_the_next_start(tm
     assert saved["skipped_steps"] == PATIENCE - 1
     state = TrainState(**saved)
     assert walk(state, Safeguard(state, None, tmp_path, 3), [False]) == state.step
+
+
+def test_whose_updates_were_left_out_is_told_and_forgotten_after_the_last_hundred_steps(tmp_path, caplog):
+    state, told = TrainState(), SkippedSteps(TrainState())
+    state.advance(8, is_finite=False, left_out=["generator"])
+    state.advance(8, is_finite=False, left_out=["generator", "discriminator"])
+    told.tell(state, 2)
+    assert "the gradient of the discriminator (once) and the generator (2 times) was not finite in 2" in caplog.text
+    state = TrainState(**json.loads(json.dumps(vars(state))))
+    safeguard = Safeguard(state, None, tmp_path, 3)
+    for _ in range(PATIENCE - 2):
+        state.advance(8, is_finite=False, left_out=["discriminator"])
+    with pytest.raises(Diverged, match=r"of the discriminator \(29 times\) and the generator \(2 times\) were not"):
+        safeguard.after_step()
+    assert state.whose(since=state.step - 1) == " of the discriminator (once)"
+    walk(state, safeguard, [True] * WINDOW)
+    assert (state.whose(), state.lately_left_out) == ("", {})
 
 
 def test_a_state_of_before_skipped_steps_were_counted_is_read():
