@@ -67,15 +67,12 @@ def run_ranks(
 
     Raises RankError, with the failing rank's traceback, when a rank raises, dies or takes more than `timeout` seconds.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     port = free_port()
     processes, connections = [], {}
     try:
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_rank_main, args=(sender, backend, timeout, function, args), daemon=True)
+            receiver, sender = multiprocessing.Pipe(duplex=False)
+            process = new_process(_rank_main, sender, backend, timeout, function, args)
             with mock.patch.dict(os.environ, rank_environment(rank, world_size, port, backend)):
                 process.start()
             sender.close()  # the child holds the only other end, so its death is the end of the stream
@@ -87,6 +84,14 @@ def run_ranks(
             process.kill()
             process.join()
     return _results(reports, world_size, timeout)
+
+
+def new_process(target: Callable[..., None], *args: object) -> multiprocessing.Process:
+    """A process that is not started yet: forked from this one, or a fresh one where there are GPUs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    return context.Process(target=target, args=args, daemon=True)
 
 
 def free_port() -> int:

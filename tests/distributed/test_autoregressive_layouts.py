@@ -16,8 +16,9 @@ from layouts import Case, Layout, run_cases
 from plain_run import LENGTH, ROWS, SEED, Curve, LossOf, architecture, assert_equal_curves, train_plainly
 from ranks import run_ranks
 from small_dataset import SmallDataset
+from started import PRETRAIN, start
 from test_layout_matrix import LAYOUTS, LOW_PRECISION, compare
-from test_own_objective import STOPPED_AFTER, TINY, command, figures, weights
+from test_own_objective import STOPPED_AFTER, TINY, figures, weights
 from torch import Tensor
 
 from deberta_xl.data.loader import PretrainingData
@@ -152,7 +153,8 @@ def words(dataset: SmallDataset, layout: str, run: str, objective: str) -> list[
 
 def pretrain(folder: Path, given: list[str], layout: str, stop_after: int | None = None) -> None:
     """One start of it."""
-    run_ranks(command, COMMAND_LAYOUTS[layout][0], folder, given, stop_after, backend=None, timeout=200)
+    ended = start(PRETRAIN, given, COMMAND_LAYOUTS[layout][0], folder=folder, stop_after=stop_after)
+    assert ended.returncode == 0, ended.stdout
 
 
 COMMAND_LAYOUTS = {

@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from ranks import rank_environment, run_ranks
+from ranks import rank_environment
 from small_dataset import SmallDataset
+from started import PRETRAIN, ROOT, start
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
-from deberta_xl.training.state import TrainState
 from deberta_xl.weights.native import find_weights_folder, read_weights
 
-ROOT = Path(__file__).parent.parent.parent
-SCRIPT = ROOT / "deberta_xl" / "pretrain.py"
 TINY = [
     "model.hidden_size=32", "model.num_layers=2", "model.intermediate_size=64", "model.position_buckets=8",
     "model.sequence_length=48", "model.max_position_embeddings=48", "train.steps=6", "train.global_batch_size=8",
@@ -54,22 +49,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def command(folder: Path, given: list[str], stop_after: int | None = None) -> None:
-    """The life of a rank: what `python deberta_xl/pretrain.py ...` does in `folder`. A signal comes after a step."""
-    os.chdir(folder)
-    sys.argv = [str(SCRIPT), *given]
-    sys.path.insert(0, str(SCRIPT.parent))
-    advance = TrainState.advance
-
-    def advance_and_stop(state: TrainState, count: int, **facts: bool) -> None:
-        advance(state, count, **facts)
-        if state.step == stop_after:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    with mock.patch.object(TrainState, "advance", advance_and_stop):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
 def words(dataset: SmallDataset, layout: str, run: str, *own: str) -> list[str]:
     """What the user types for the run `run` in a layout."""
     _, engine, options = LAYOUTS[layout]
@@ -83,7 +62,8 @@ def pretrain(
 ) -> Path:
     """A start of the run `run`; its folder."""
     given = words(dataset, layout, run, *own)
-    run_ranks(command, LAYOUTS[layout][0], folder, given, stop_after, backend=None, timeout=200)
+    ended = start(PRETRAIN, given, LAYOUTS[layout][0], folder=folder, stop_after=stop_after)
+    assert ended.returncode == 0, ended.stdout
     return folder / run
 
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import runpy
-import signal
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from plain_pair import plain_losses
-from ranks import run_ranks
 from small_dataset import SmallDataset
+from started import PRETRAIN, ROOT, start
 
-from deberta_xl.training.state import TrainState
 from deberta_xl.weights.native import find_weights_folder, open_weights
 
-ROOT = Path(__file__).parent.parent.parent
-SCRIPT = ROOT / "deberta_xl" / "pretrain.py"
 TINY = [
     "train.objective=replaced_tokens", "model.hidden_size=32", "model.num_layers=3", "model.intermediate_size=64",
     "model.position_buckets=8", "model.sequence_length=48", "model.max_position_embeddings=48", "train.steps=6",
@@ -51,21 +43,6 @@ WAYS = {
 STOPPED_AFTER = 4
 
 
-def command(given: list[str], stop_after: int | None = None) -> None:
-    """The life of a rank: what `python deberta_xl/pretrain.py ...` does. A signal comes after a step."""
-    sys.argv = [str(SCRIPT), *given]
-    sys.path.insert(0, str(SCRIPT.parent))
-    advance = TrainState.advance
-
-    def advance_and_stop(state: TrainState, count: int, **facts: bool) -> None:
-        advance(state, count, **facts)
-        if state.step == stop_after:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    with mock.patch.object(TrainState, "advance", advance_and_stop):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory) -> Path:
     """The repository's DeepSpeed configurations, and ZeRO-2 in float32."""
@@ -91,7 +68,8 @@ class Runner:
         folder = self.folder / run.replace(" ", "-")
         data = [f"data.train={self.dataset.train}", f"data.valid={self.dataset.valid}", f"run.folder={folder}"]
         settings = ["--config", "debug", "--deepspeed_config", str(self.engines / f"{engine}.json")]
-        run_ranks(command, ranks, [*settings, *TINY, *options, *data, *own], stop_after, backend=None, timeout=200)
+        ended = start(PRETRAIN, [*settings, *TINY, *options, *data, *own], ranks, stop_after=stop_after)
+        assert ended.returncode == 0, ended.stdout
         return folder
 
     def whole(self, way: str, layout: str) -> Path:
