@@ -1,4 +1,8 @@
-"""The pretraining command as a user starts it: by every launcher, interrupted, resumed, and with things going wrong."""
+"""The pretraining command as a user starts it: by every launcher, interrupted, resumed, and with things going wrong.
+
+What a launcher, a fresh interpreter or a signal from outside does is proved by real processes; the rest takes forked
+ones (`started.py`), which cost a fifth.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,15 @@ import pytest
 import torch
 from ranks import run_ranks
 from small_dataset import SmallDataset
+from started import PRETRAIN, ROOT, start
 
 from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.commands.pretraining import parse_arguments, read_inputs
 from deberta_xl.commands.training_command import REFUSED, assemble
 from deberta_xl.weights.native import find_weights_folder, read_weights
 
-ROOT = Path(__file__).parent.parent.parent
-SCRIPT = str(ROOT / "deberta_xl" / "pretrain.py")
+SCRIPT = str(PRETRAIN)
+EVALUATE = ROOT / "tools" / "evaluate.py"
 BIN = Path(sys.executable).parent
 TINY = [
     "model.hidden_size=32", "model.num_layers=2", "model.intermediate_size=64", "model.position_buckets=8",
@@ -74,6 +79,21 @@ def run(command: Sequence[str], **extra: str) -> subprocess.CompletedProcess[str
     )
 
 
+def pretrain(
+    dataset: SmallDataset,
+    folder: Path,
+    *overrides: str,
+    engine: str = "cpu_debug",
+    num_ranks: int = 1,
+    stop_after: int | None = None,
+) -> str:
+    """A tiny run in `folder` on forked ranks, which must end well; what it said."""
+    given = arguments(dataset, folder, *overrides, engine=engine)
+    result = start(PRETRAIN, given, num_ranks, stop_after=stop_after)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
 def metrics(folder: Path, name: str) -> dict[int, float]:
     """Step -> value of a metric."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -108,8 +128,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 def uninterrupted(small_dataset, tmp_path_factory) -> Path:
     """A run of two ranks with dropout, from the first to the last step at once."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    result = run([*deepspeed(2), *arguments(small_dataset, folder)])
-    assert result.returncode == 0, result.stdout
+    pretrain(small_dataset, folder, num_ranks=2)
     return folder
 
 
@@ -139,22 +158,20 @@ def test_tensorboard_reads_what_a_run_wrote(uninterrupted):
 
 
 def test_evaluation_gives_the_same_numbers_on_any_number_of_ranks(small_dataset, uninterrupted):
-    tool = str(ROOT / "tools" / "evaluate.py")
-    options = [tool, str(uninterrupted), str(small_dataset.valid), "--max_samples", "10", "--micro_batch_size", "4"]
-    outputs = [run([sys.executable, *options]), run([*torchrun(2)[:-1], *options])]
+    options = [str(uninterrupted), str(small_dataset.valid), "--max_samples", "10", "--micro_batch_size", "4"]
     results = []
-    for output in outputs:
+    for num_ranks in (1, 2):
+        output = start(EVALUATE, options, num_ranks)
         assert output.returncode == 0, output.stdout
-        results.append(json.loads(output.stdout.splitlines()[-1]))
+        (line,) = [line for line in output.stdout.splitlines() if line.startswith("{")]
+        results.append(json.loads(line))
     assert results[0] == pytest.approx(results[1], rel=1e-6)
     assert results[0]["num_labels"] > 50
 
 
 def test_the_same_command_once_more_finds_the_run_done(small_dataset, uninterrupted):
     before = final_weights(uninterrupted)
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "train.micro_batch_size=4")])
-    assert result.returncode == 0, result.stdout
-    assert "done at step 8" in result.stdout
+    assert "done at step 8" in pretrain(small_dataset, uninterrupted, "train.micro_batch_size=4")
     assert all(torch.equal(before[name], weight) for name, weight in final_weights(uninterrupted).items())
 
 
@@ -165,9 +182,7 @@ def test_a_killed_run_resumes_to_identical_weights(small_dataset, uninterrupted,
     for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         child.kill()
     process.wait()
-    result = run(command)
-    assert result.returncode == 0, result.stdout
-    assert "resumed from" in result.stdout
+    assert "resumed from" in pretrain(small_dataset, tmp_path, num_ranks=2)
     assert_same_weights(tmp_path, uninterrupted)
     assert metrics(tmp_path, "loss") == metrics(uninterrupted, "loss")
 
@@ -258,12 +273,9 @@ def test_ranks_started_as_srun_does_train_alike(small_dataset, uninterrupted, tm
 
 def test_another_stage_and_number_of_ranks_continues_the_curve(small_dataset, uninterrupted, tmp_path):
     whole, even = tmp_path / "whole", "schedule.decay=constant"
-    result = run([*deepspeed(2), *arguments(small_dataset, tmp_path, even, "train.steps=4")])
-    assert result.returncode == 0, result.stdout
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, even, engine="zero3_fp32")])
-    assert result.returncode == 0, result.stdout
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, whole, even)])
-    assert result.returncode == 0, result.stdout
+    pretrain(small_dataset, tmp_path, even, "train.steps=4", num_ranks=2)
+    pretrain(small_dataset, tmp_path, even, engine="zero3_fp32")
+    pretrain(small_dataset, whole, even)
     assert sorted(metrics(whole, "loss")) == list(range(1, 9))
     for name in ("loss", "grad_norm", "accuracy"):  # with dropout: its masks do not depend on who has the rows
         assert metrics(tmp_path, name) == pytest.approx(metrics(whole, name), rel=1e-4), name
@@ -271,18 +283,14 @@ def test_another_stage_and_number_of_ranks_continues_the_curve(small_dataset, un
 
 @pytest.mark.full
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(small_dataset, uninterrupted, tmp_path):
-    command = [sys.executable, SCRIPT, *arguments(small_dataset, tmp_path)]
-    assert run([*command, "train.steps=6"]).returncode == 0
+    pretrain(small_dataset, tmp_path, "train.steps=6")
     newest = tmp_path / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    result = run([*command, "train.steps=6"])
-    assert result.returncode == 0, result.stdout
-    assert "step-00000006" in result.stdout
-    assert "passed over" in result.stdout
-    assert "resumed from" in result.stdout
-    assert "step-00000003" in result.stdout
+    said = pretrain(small_dataset, tmp_path, "train.steps=6")
+    for words in ("step-00000006", "passed over", "resumed from", "step-00000003"):
+        assert words in said
 
 
 @pytest.mark.parametrize("engine", [pytest.param("cpu_debug", marks=pytest.mark.full), "zero3_bf16"])
@@ -290,8 +298,7 @@ def test_a_second_phase_starts_from_the_first_ones_float32_weights(small_dataset
     first = final_weights(uninterrupted)
     second_phase = ["model.sequence_length=32", "train.global_batch_size=4", "train.steps=1", "schedule.warmup_steps=0"]
     quiet = ["optimizer.learning_rate=0.0", f"train.init={uninterrupted}"]
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, *second_phase, *quiet, engine=engine)])
-    assert result.returncode == 0, result.stdout
+    pretrain(small_dataset, tmp_path, *second_phase, *quiet, engine=engine)
     assert all(torch.equal(first[name], weight) for name, weight in final_weights(tmp_path).items())
 
 
@@ -317,7 +324,7 @@ def test_a_rank_that_fails_ends_the_job_and_names_rank_step_and_phase(small_data
 
 def test_a_run_folder_of_another_model_is_refused_and_left_as_it_was(small_dataset, uninterrupted):
     before = (uninterrupted / "config.toml").read_text()
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "model.hidden_size=64")])
+    result = start(PRETRAIN, arguments(small_dataset, uninterrupted, "model.hidden_size=64"))
     assert result.returncode == REFUSED
     assert "another architecture: hidden_size was 32, now 64" in result.stdout
     assert "Traceback" not in result.stdout
@@ -328,7 +335,7 @@ def test_a_run_folder_of_another_model_is_refused_and_left_as_it_was(small_datas
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(small_dataset, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path / "run")])
+    result = start(PRETRAIN, arguments(small_dataset, tmp_path / "run"))
     assert result.returncode == REFUSED
     assert "was trained up to step-00000008" in result.stdout
     assert "Traceback" not in result.stdout
@@ -336,7 +343,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(small_dataset, unint
 
 
 def test_fewer_steps_than_the_run_has_made_are_refused(small_dataset, uninterrupted):
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, uninterrupted, "train.steps=5")])
+    result = start(PRETRAIN, arguments(small_dataset, uninterrupted, "train.steps=5"))
     assert result.returncode == REFUSED
     assert "train.steps=5, but the run folder's newest checkpoint is of step 8" in result.stdout
     assert (uninterrupted / "STATE").read_text() == "done\n"
@@ -345,22 +352,18 @@ def test_fewer_steps_than_the_run_has_made_are_refused(small_dataset, uninterrup
 def test_a_dataset_may_be_named_by_one_of_its_files_and_evaluation_refuses_what_cannot_be_meant(
     small_dataset, uninterrupted
 ):
-    tool = str(ROOT / "tools" / "evaluate.py")
     for option in (["--micro_batch_size", "0"], ["--max_samples", "-1"]):
-        result = run([sys.executable, tool, str(uninterrupted), f"{small_dataset.valid}.bin", *option])
+        result = start(EVALUATE, [str(uninterrupted), f"{small_dataset.valid}.bin", *option])
         assert result.returncode == 2
         assert f"{option[0].removeprefix('--')}={option[1]} is too small" in result.stdout
         assert "Traceback" not in result.stdout
-    named = arguments(small_dataset, uninterrupted, f"data.train={small_dataset.train}.bin")
-    result = run([sys.executable, SCRIPT, *named])
-    assert result.returncode == 0, result.stdout
+    pretrain(small_dataset, uninterrupted, f"data.train={small_dataset.train}.bin")
 
 
 def test_a_vocabulary_larger_than_the_tokenizers_trains_and_shows_its_guesses(small_dataset, tmp_path):
     # Fresh weights guess any of 4000 ids alike, most of them without a piece.
     overrides = ["model.vocab_size=4000", "train.steps=1", "schedule.warmup_steps=0", "optimizer.learning_rate=0.0"]
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path, *overrides)])
-    assert result.returncode == 0, result.stdout
+    pretrain(small_dataset, tmp_path, *overrides)
     assert metrics(tmp_path, "valid_loss").keys() == {1}
 
 
@@ -423,7 +426,7 @@ def test_a_layout_that_cannot_be_is_refused_on_every_rank_before_the_first_colle
 def test_half_precision_is_refused_where_the_device_has_none(small_dataset, tmp_path):
     if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported():  # some CPUs have it, too
         pytest.skip("this device has fp16")
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, tmp_path / "run", engine="fp16")])
+    result = start(PRETRAIN, arguments(small_dataset, tmp_path / "run", engine="fp16"))
     assert result.returncode == REFUSED
     assert "fp16 is not supported on this device" in result.stdout
     assert "Traceback" not in result.stdout
@@ -432,30 +435,18 @@ def test_half_precision_is_refused_where_the_device_has_none(small_dataset, tmp_
 def test_a_run_in_stages_and_slices_stops_on_a_signal_resumes_and_continues_whole(small_dataset, tmp_path):
     plain, divided = tmp_path / "plain", tmp_path / "divided"
     steady = ["model.dropout=0", "schedule.decay=constant"]
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, plain, *steady)])
-    assert result.returncode == 0, result.stdout
+    pretrain(small_dataset, plain, *steady)
     layout = [
         "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true", "parallel.pipeline_parallel_size=2",
     ]  # fmt: skip
-    in_layout = arguments(small_dataset, divided, *steady, *layout)
-    process = subprocess.Popen(
-        [*deepspeed(4), *in_layout], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    wait_for_step(divided, 2, process)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if SCRIPT in p.cmdline()]
-    max(ranks, key=lambda p: int(p.environ().get("RANK", -1))).send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, output
+    output = pretrain(small_dataset, divided, *steady, *layout, num_ranks=4, stop_after=2)
     assert "4 = 2 pipeline stages x 1 data-parallel x 2 tensor-parallel, sequence divided" in output
     assert ", prediction" in output
     assert "each rank of stage 1: " in output
     assert "attention: reference kernel" in output
     assert (divided / "STATE").read_text() == "stopped\n"
-    result = run([*deepspeed(4), *in_layout, "train.steps=6"])
-    assert result.returncode == 0, result.stdout
-    assert "resumed from" in result.stdout
-    result = run([sys.executable, SCRIPT, *arguments(small_dataset, divided, *steady, engine="zero3_fp32")])
-    assert result.returncode == 0, result.stdout
+    assert "resumed from" in pretrain(small_dataset, divided, *steady, *layout, "train.steps=6", num_ranks=4)
+    pretrain(small_dataset, divided, *steady, engine="zero3_fp32")
     for name in ("loss", "grad_norm", "valid_loss"):
         # float32 sums in another order, over 8 steps of Adam. Step 6 was the second run's last: it evaluated there.
         curve = {step: value for step, value in metrics(divided, name).items() if step in metrics(plain, name)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from small_dataset import SmallDataset
-from test_pretrain_command import SCRIPT, arguments, final_weights, metrics, run, train_in_process
+from test_pretrain_command import arguments, final_weights, metrics, pretrain, train_in_process
 
 from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.public.pretrained import DebertaForMaskedLM
@@ -49,9 +49,7 @@ def folders(small_dataset: SmallDataset, tmp_path_factory) -> Path:
     convert(folder / "native", folder / "huggingface", Conversion(to="huggingface"))
     convert(folder / "huggingface", folder / "microsoft", Conversion(to="microsoft"))
     assert "in_proj" in str(sorted(torch.load(folder / "microsoft" / "pytorch_model.bin", weights_only=True)))
-    command = ["python", SCRIPT, *arguments(small_dataset, folder / "plain", *SETTINGS)]
-    result = run([*command, f"train.init={folder / 'native'}"])
-    assert result.returncode == 0, result.stdout
+    pretrain(small_dataset, folder / "plain", *SETTINGS, f"train.init={folder / 'native'}")
     return folder
 
 
