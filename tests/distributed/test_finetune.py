@@ -137,16 +137,25 @@ def test_two_ranks_give_the_run_of_one_with_dropout_and_sift(encoder, sentences,
     assert metrics(tmp_path / "two", "valid_accuracy") == metrics(uninterrupted, "valid_accuracy")
 
 
+STEADY = ("model.dropout=0", "model.head_dropout=0", "sift.weight=2")
+
+
+@pytest.fixture(scope="module")
+def plain(encoder, sentences, tmp_path_factory) -> Path:
+    """A run of one rank without dropout."""
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    finetune(finetune_arguments(encoder, sentences, folder, *STEADY))
+    return folder
+
+
 @pytest.mark.parametrize("sequence_parallel", ["false", "true"])
-def test_tensor_parallelism_gives_the_plain_run(encoder, sentences, tmp_path, sequence_parallel):
-    steady = ("model.dropout=0", "model.head_dropout=0", "sift.weight=2")
-    plain, divided = tmp_path / "plain", tmp_path / "divided"
-    finetune(finetune_arguments(encoder, sentences, plain, *steady))
+def test_tensor_parallelism_gives_the_plain_run(encoder, sentences, plain, tmp_path, sequence_parallel):
     two = ("parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sequence_parallel}")
-    finetune(finetune_arguments(encoder, sentences, divided, *steady, *two), 2)
+    finetune(finetune_arguments(encoder, sentences, tmp_path / "divided", *STEADY, *two), 2)
     for name in ("task_loss", "adversarial_loss", "grad_norm"):
         # SiFT's noise does not depend on how the model is divided; a divergence near 0 keeps fewer digits.
-        assert metrics(divided, name) == pytest.approx(metrics(plain, name), rel=1e-3, abs=1e-6), name
+        divided = metrics(tmp_path / "divided", name)
+        assert divided == pytest.approx(metrics(plain, name), rel=1e-3, abs=1e-6), name
 
 
 def test_waiting_too_long_for_a_better_metric_ends_the_run(encoder, sentences, tmp_path):

@@ -15,7 +15,7 @@ from small_dataset import SmallDataset
 from deberta_xl.corpus.token_store_writer import TokenStoreWriter
 from deberta_xl.data.token_store import TokenStore
 
-STEPS = 20
+STEPS = 12
 TWO_LAYERS = {"num_layers": 2}
 TWO_RANKS = Layout(data=2)
 
