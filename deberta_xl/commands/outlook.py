@@ -25,6 +25,8 @@ MANY_EPOCHS = 100
 """Repeated text is worth less from about 4 passes on and nothing beyond some 40 (arXiv 2305.16264)."""
 OF_MASKING = ("masking", "mask_probability", "max_ngram", "replace_with_mask", "replace_with_random")
 """Settings of `data` that only masked tokens read."""
+V3_MASKING = {"max_ngram": 1, "replace_with_mask": 1.0, "replace_with_random": 0.0}
+"""How `data` masks for the generator of DeBERTaV3; the defaults are the masked-LM's."""
 SPARE_ROWS = 1000
 """Rows of the word table beyond the tokenizer's pieces that pass as padding to a round number."""
 
@@ -128,6 +130,14 @@ def objective_slips(inputs: PretrainingInputs) -> Iterator[str]:
                     f"generator.{name}={own} is more than model.{name}={other}, of the discriminator: the generator is "
                     f"meant to be the smaller model; leave generator.{name} out for one that fits"
                 )
+        other = {name: value for name, value in V3_MASKING.items() if getattr(config.data, name) != value}
+        if other:
+            yield (
+                f"train.objective={config.train.objective} with "
+                f"{', '.join(f'data.{name}={getattr(config.data, name)}' for name in other)} masks for its generator "
+                "as masked_lm does, which is not how DeBERTaV3 was pretrained; for that set "
+                f"{' '.join(f'data.{name}={value}' for name, value in other.items())}"
+            )
     if config.train.objective in ("causal", "prefix"):
         idle = [name for name in OF_MASKING if getattr(config.data, name) != getattr(DataSection, name)]
         if idle:

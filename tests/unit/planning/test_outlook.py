@@ -79,6 +79,10 @@ def test_what_nobody_means_is_pointed_out_and_an_ordinary_run_is_not(small_datas
     (whole,) = slips(look(small_dataset, tmp_path, *mixed, "train.micro_batch_size=8"))
     assert "a step is one micro-batch of 8 sequences: with a smaller train.micro_batch_size" in whole
     pair = ("train.steps=30", "train.objective=replaced_tokens", "model.num_layers=3")
+    (masking,) = slips(look(small_dataset, tmp_path, *pair, "data.replace_with_random=0"))
+    assert "with data.max_ngram=3, data.replace_with_mask=0.8 masks for its generator as masked_lm does" in masking
+    assert masking.endswith("for that set data.max_ngram=1 data.replace_with_mask=1.0")
+    pair += ("data.max_ngram=1", "data.replace_with_mask=1.0", "data.replace_with_random=0.0")
     assert list(slips(look(small_dataset, tmp_path, *pair))) == []
     (deep,) = slips(look(small_dataset, tmp_path, *pair, "generator.num_layers=4"))
     assert deep.startswith("generator.num_layers=4 is more than model.num_layers=3, of the discriminator")
