@@ -214,4 +214,4 @@ def test_a_coordinator_for_each_learner_changes_no_number(small_dataset, tmp_pat
     for found, before in zip(own, shared, strict=True):
         assert found.curve == before.curve
         assert is_alike(before.weights, found.weights)
-        assert before.num_dropped >= 6, "what they are for"
+        assert before.num_dropped >= 4, "one a step, at least: what they are for"
