@@ -15,7 +15,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 from layouts import Case, Layout, Run
-from plain_run import ROWS, Curve, architecture
+from plain_run import ROWS, Curve, architecture, assert_equal_curves
 from ranks import run_ranks
 from small_dataset import SmallDataset
 from torch import Tensor
@@ -30,6 +30,7 @@ from deberta_xl.checkpoint.fragments import (
 from deberta_xl.checkpoint.rank_file import KINDS
 from deberta_xl.objectives.objective import Mean
 from deberta_xl.training.engine import Turns
+from deberta_xl.training.loop import Training
 from deberta_xl.training.step import even_shares, micro_batch_keys
 
 CASES = {
@@ -215,3 +216,61 @@ def test_a_coordinator_for_each_learner_changes_no_number(small_dataset, tmp_pat
         assert found.curve == before.curve
         assert is_alike(before.weights, found.weights)
         assert before.num_dropped >= 4, "one a step, at least: what they are for"
+
+
+class Half(NamedTuple):
+    """How a run ended on a rank whose discriminator missed the update of step 2."""
+
+    curve: Curve
+    state: dict[str, Tensor]
+    adam_steps: dict[str, int]
+    left_out: dict[str, list[int]]
+
+
+def miss_an_update(training: Training, *given: object, true_update: Callable, **named: object) -> object:
+    """An update; the discriminator's of step 2 has a gradient that is not a number, on the last rank."""
+    is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    with contextlib.ExitStack() as stack:
+        if is_last and training.state.step == 1 and named["learner"] == "discriminator":
+            parameter = next(training.engine.module.discriminator.parameters())
+            stack.callback(parameter.register_hook(lambda gradient: gradient * float("nan")).remove)
+        return true_update(training, *given, **named)
+
+
+def train_half(dataset: SmallDataset, layout: Layout, case: Case, starts: list[tuple[Path, int]]) -> list[Half]:
+    """Starts of runs to these steps, one after the other."""
+    case = case._replace(objective="replaced_tokens")
+    config = architecture(dataset.tokenizer.vocab_size, num_layers=2)
+    true_update, ends = Training.update, []
+
+    def update(*given: object, **named: object) -> object:
+        return miss_an_update(*given, true_update=true_update, **named)
+
+    with mock.patch.object(Training, "update", update):
+        for folder, steps in starts:
+            words = ["schedule.warmup_steps=2", "optimizer.epsilon=1e-3"]
+            run = Run(dataset, folder, layout, case, config, steps, words)
+            curve = run.train()
+            tensors = {name: tensor for of in state(run).values() for name, tensor in of.items()}
+            ends.append(Half(curve, tensors, adam_steps(run.engine), run.training.state.lately_left_out))
+    return ends
+
+
+@pytest.mark.full
+def test_a_run_whose_learners_have_made_different_numbers_of_updates_resumes_bit_for_bit(small_dataset, tmp_path):
+    starts = [(tmp_path / "whole", 5), (tmp_path / "stopped", 3), (tmp_path / "stopped", 5)]
+    case = Case(2, 2, precision="fp16")
+    for whole, stopped, resumed in run_ranks(train_half, 2, small_dataset, Layout(data=2), case, starts, timeout=300):
+        assert whole.adam_steps == resumed.adam_steps == {"generator": 5, "discriminator": 4}
+        assert whole.left_out == stopped.left_out == resumed.left_out == {"discriminator": [2]}
+        assert resumed.curve == whole.curve.after(3)
+        assert is_alike(whole.state, resumed.state)
+
+
+@pytest.mark.full
+def test_a_run_whose_learners_have_made_different_numbers_of_updates_resumes_in_another_layout(small_dataset, tmp_path):
+    starts = [(tmp_path / "whole", 5), (tmp_path / "stopped", 3)]
+    (whole, _), _ = run_ranks(train_half, 2, small_dataset, Layout(data=2), Case(3, 2), starts, timeout=300)
+    ((resumed,),) = run_ranks(train_half, 1, small_dataset, Layout(), Case(1, 4), [(tmp_path / "stopped", 5)])
+    assert resumed.adam_steps == whole.adam_steps == {"generator": 5, "discriminator": 4}
+    assert_equal_curves(resumed.curve, whole.curve.after(3), "a run that goes on elsewhere")
