@@ -27,6 +27,9 @@ SETTINGS = [
     f"train.steps={STEPS}", "train.log_interval=1", "schedule.warmup_steps=4", "checkpoint.interval=6",
     "evaluation.interval=12", "evaluation.max_samples=8",
 ]  # fmt: skip
+#: One rank on each node, where their number is not what is asked.
+ONE_EACH = ["--ntasks-per-node=1"]
+DATA_PARALLEL = "parallel.tensor_parallel_size=1"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -56,9 +59,13 @@ class Cluster(NamedTuple):
     ) -> Job:
         """Queue a training job."""
         log = run_folder.with_suffix(".out")
-        data = [f"data.train={self.dataset.train}", f"data.valid={self.dataset.valid}", f"run.folder={run_folder}"]
-        command = [*OPTIONS, f"--output={log}", *(options or []), script, *SETTINGS, *data, *arguments]
+        command = [*OPTIONS, f"--output={log}", *(options or []), script, *self.words(run_folder), *arguments]
         return Job(self.lab, self.queue("sbatch", *command, **variables)[-1], run_folder, log)
+
+    def words(self, run_folder: Path) -> list[str]:
+        """What the script is given."""
+        data = [f"data.train={self.dataset.train}", f"data.valid={self.dataset.valid}", f"run.folder={run_folder}"]
+        return [*SETTINGS, *data]
 
     def queue(self, *command: str, **variables: str) -> list[str]:
         """Run a command that queues jobs; their numbers."""
@@ -136,7 +143,12 @@ class Job(NamedTuple):
 
 def assert_same_weights(job: Job, reference: Job) -> None:
     """Every weight is equal, bit for bit."""
-    weights, expected = job.weights(), reference.weights()
+    assert_weights(job, reference.weights())
+
+
+def assert_weights(job: Job, expected: dict[str, torch.Tensor]) -> None:
+    """Every weight is as expected, bit for bit."""
+    weights = job.weights()
     assert weights.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(weights[name], expected[name])]
     assert not different

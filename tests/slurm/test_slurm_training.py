@@ -8,9 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from jobs import STEPS, Cluster, Job, assert_same_weights
+from jobs import DATA_PARALLEL, ONE_EACH, STEPS, Cluster, Job, assert_same_weights, assert_weights
+from started import PRETRAIN, start
 
-#: Six jobs of four ranks each, on two cores that others may use, too.
+from deberta_xl.weights.native import find_weights_folder, read_weights
+
+#: Jobs of two and of four ranks, on two cores that others may use, too.
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -33,10 +36,11 @@ def test_a_finished_run_ends_at_once_and_says_how_to_go_on(cluster: Cluster, uni
     assert "they meet at" not in job.output.split(f"job {job.number}.0")[-1]
 
 
-def test_usr1_saves_requeues_and_the_result_is_that_of_an_uninterrupted_run(
-    cluster: Cluster, uninterrupted: Job, tmp_path: Path
-):
-    job = cluster.submit(tmp_path / "run", "checkpoint.interval=1000")  # nothing but the signal saves
+def test_usr1_saves_requeues_and_the_result_is_that_of_an_uninterrupted_run(cluster: Cluster, tmp_path: Path):
+    whole = start(PRETRAIN, [*cluster.words(tmp_path / "whole"), DATA_PARALLEL], 2, folder=cluster.checkout)
+    assert whole.returncode == 0, whole.stdout
+    # Nothing but the signal saves.
+    job = cluster.submit(tmp_path / "run", DATA_PARALLEL, "checkpoint.interval=1000", options=ONE_EACH)
     job.wait_for_step(8)
     job.signal_batch("USR1")
     job.wait_for_text("requeued")
@@ -47,7 +51,7 @@ def test_usr1_saves_requeues_and_the_result_is_that_of_an_uninterrupted_run(
     assert job.restarts == 1
     assert f"checkpoints/{stopped_at}: step {int(stopped_at[5:])}" in job.output  # resumed from there, not from before
     assert "received USR1: asking the ranks" in job.output, "the log of the first start was overwritten"
-    assert_same_weights(job, uninterrupted)
+    assert_weights(job, read_weights(find_weights_folder(tmp_path / "whole")))
 
 
 @pytest.mark.full
@@ -64,7 +68,7 @@ def test_a_killed_rank_ends_the_step_and_the_job_goes_on_from_its_last_checkpoin
 
 
 def test_what_only_the_ranks_can_find_out_is_refused_once(cluster: Cluster, tmp_path: Path):
-    job = cluster.submit(tmp_path / "run", DS_ACCELERATOR="quantum")
+    job = cluster.submit(tmp_path / "run", DATA_PARALLEL, options=ONE_EACH, DS_ACCELERATOR="quantum")
     assert job.wait_for_end() == "FAILED", job.output
     assert "DS_ACCELERATOR=quantum, but there is cpu" in job.output
     assert "error: another start would end there, too" in job.output
@@ -73,7 +77,7 @@ def test_what_only_the_ranks_can_find_out_is_refused_once(cluster: Cluster, tmp_
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path):
-    job = cluster.submit(tmp_path / "run")
+    job = cluster.submit(tmp_path / "run", DATA_PARALLEL, options=ONE_EACH)
     job.wait_for_step(2)
     cluster.lab.run("scancel", job.number)
     assert job.wait_for_end() == "CANCELLED", job.output
