@@ -84,6 +84,8 @@ def merged_discriminator(tensors: LazyTensors, sharing: Sharing, folder: Path) -
     for table in TABLES:
         name, shared, delta = f"{table}.weight", generator.get(f"{table}.weight"), own.pop(delta_name(table), None)
         is_word = table == "embeddings.word"
+        if shared is None and delta is None and not is_word:
+            continue  # models that decode without absolute positions have no table of them
         if shared is None or (is_word and sharing == "gdes" and delta is None):
             lacking = f"generator.{name}" if shared is None else f"discriminator.{delta_name(table)}"
             raise CheckpointError(f"{folder} has no tensor for {lacking}, which sharing={sharing} needs")

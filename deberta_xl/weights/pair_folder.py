@@ -103,7 +103,9 @@ def without_unread_table(discriminator: Pretrained, generator: Pretrained, shari
     if sharing == "none" or discriminator.config.position_biased_input:
         return discriminator
     name, rider = "embeddings.position.weight", rider_name("embeddings.position")
-    tensors = {n: t for n, t in discriminator.tensors.items() if n != rider} | {name: generator.tensors[name]}
+    tensors = {n: t for n, t in discriminator.tensors.items() if n not in (name, rider)}
+    if name in generator.tensors:
+        tensors[name] = generator.tensors[name]
     fresh = tuple(n for n in discriminator.fresh if n != name or n in generator.fresh)
     return replace(discriminator, tensors=tensors, fresh=fresh)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,11 +22,13 @@ from deberta_xl.checkpoint.rank_file import KINDS
 from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.conversion.edits import Edits
 from deberta_xl.corpus.tokenizer_training import train_tokenizer
+from deberta_xl.model.replaced_tokens import ReplacedTokenModel
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import HeadConfig
 from deberta_xl.weights.initial_encoder import find_init, load_encoder
 from deberta_xl.weights.initial_weights import computed_by
+from deberta_xl.weights.native import write_weights
 from deberta_xl.weights.native_config import native_config, read_native_config
 
 SHARED = {f"deberta.embeddings.{kind}_embeddings.weight" for kind in ("word", "position")}
@@ -245,3 +248,17 @@ def test_a_generator_with_another_tokenizer_is_refused(tokenizer, tmp_path):
     message = complaint(tmp_path / "exported")
     assert "is another than the discriminator's: " in message
     assert "they do not belong together" in message
+
+
+@pytest.mark.parametrize("sharing", ["gdes", "es", "none"])
+def test_a_pair_that_decodes_without_absolute_positions_goes_there_and_back(sharing, tmp_path):
+    config, partner = (dataclasses.replace(of, decoder_passes=0) for of in (DISCRIMINATOR, GENERATOR))
+    model = ReplacedTokenModel(config, partner, sharing, seed=1)
+    stored = {name: p.detach() + 0.1 for name, p in model.named_parameters()}
+    assert not any("embeddings.position" in name for name in stored)
+    write_weights(tmp_path / "native", stored, native_config(config, generator=partner, sharing=sharing), None)
+    convert(tmp_path / "native", tmp_path / "there", Conversion(to="huggingface", **EXACTLY))
+    convert(tmp_path / "there", tmp_path / "back", Conversion(to="native", **EXACTLY))
+    assert_same(load_file(tmp_path / "back" / "model.safetensors"), stored)
+    with pytest.raises(CheckpointError, match="decoder_passes=0"):
+        convert(tmp_path / "native", tmp_path / "refused", Conversion(to="microsoft"))
