@@ -222,7 +222,6 @@ def _engine_facts(engine: DeepSpeedEngine, *, tensor_parallel_size: int) -> dict
         "loss_scaler": loss_scaler_state(engine),
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
-        "micro_steps": engine.micro_steps,
         "skipped_steps": engine.skipped_steps,
         "layout": {
             "world_size": rank_and_size()[1],
