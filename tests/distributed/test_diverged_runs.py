@@ -42,6 +42,8 @@ class Run(NamedTuple):
     arguments: list[str]
     is_bad: Callable[[int], bool] = lambda step: False
     """Steps whose gradient the last rank makes not a number."""
+    learner: str = ""
+    """Whose gradient it is, where there is more than one learner."""
 
 
 class Ending(NamedTuple):
@@ -64,13 +66,14 @@ def start(run: Run) -> Ending:
 
     true_update = Training.update
 
-    def spoiled(training: Training, *given: object) -> object:
+    def spoiled(training: Training, *given: object, **named: object) -> object:
         is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         with contextlib.ExitStack() as stack:
             if is_last and run.is_bad(training.state.step + 1):
-                hook = next(training.engine.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
-                stack.callback(hook.remove)
-            return true_update(training, *given)
+                parameters = training.engine.module.named_parameters()
+                first = next(parameter for name, parameter in parameters if name.startswith(run.learner))
+                stack.callback(first.register_hook(lambda gradient: gradient * float("nan")).remove)
+            return true_update(training, *given, **named)
 
     with (
         mock.patch.object(training_command, "leave", leave),
@@ -163,6 +166,28 @@ def test_every_engine_counts_holds_back_and_ends_in_the_same_way(small_dataset, 
     assert (skipped(tmp_path / "end"), checkpoints(tmp_path / "end")) == ([0, 0, 8], [6, 8, 10, 12])
     assert (skipped(tmp_path / "ever"), checkpoints(tmp_path / "ever")) == ([0, 6, 16, 26], [2, 4])
     assert checkpoints(tmp_path / "second") == [53, 55, 57, 59]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ["zero1_bf16", "zero3_fp32"])
+def test_the_learner_that_diverges_is_named_and_the_others_updates_spoil_no_checkpoint(small_dataset, tmp_path, engine):
+    jointly = ["replaced_tokens.sharing=es", "replaced_tokens.training=joint"]
+
+    def run(name: str, num_steps: int, *own: str, **bad: object) -> Run:
+        words = (*OFTEN, "train.objective=replaced_tokens", f"train.steps={num_steps}", *own)
+        return Run(arguments(small_dataset, tmp_path / name, *words, engine=engine), **bad)
+
+    cases = [
+        run("generator", 7, is_bad=lambda step: step > 4, learner="generator"),
+        run("discriminator", 7, is_bad=lambda step: step > 4, learner="discriminator"),
+        run("both", 7, *jointly, is_bad=lambda step: step > 4, learner="generator"),
+    ]
+    found = run_ranks(start_all, 2, cases, backend=None, timeout=300)
+    assert [[ending.status for ending in endings] for endings in found] == [[REFUSED] * 3] * 2
+    whose = {"generator": " of the generator (3 times)", "discriminator": " of the discriminator (3 times)", "both": ""}
+    for (name, words), ending in zip(whose.items(), found[0], strict=True):
+        assert f"loss or gradient{words} were not finite in the run's last step, 7" in ending.log
+        assert checkpoints(tmp_path / name) == [2, 4]
 
 
 @pytest.mark.full
