@@ -88,27 +88,24 @@ def reference_working_bytes(sizes: AttentionSizes) -> float:
 
 
 def strided_kept_bytes(sizes: AttentionSizes) -> float:
-    """Everything is float32; of rows that hold one document each, which is the most. Chosen queries go the reference's
-    way."""
-    if sizes.queries < sizes.keys:
-        return reference_kept_bytes(sizes)
+    """Everything is float32; of rows that hold one document each, which is the most."""
     inner, num_tables = sizes.heads * sizes.head_size, sizes.has_content_to_position + sizes.has_position_to_content
-    tokens = 3 * sizes.rows * sizes.keys * inner * FLOAT32
+    tokens = sizes.rows * (sizes.queries + 2 * sizes.keys) * inner * FLOAT32
     bands = num_tables * (2 * sizes.keys - 1) * inner * FLOAT32
     # The softmax, and dropout's mask.
-    return tokens + bands + sizes.rows * sizes.heads * sizes.keys**2 * (FLOAT32 + 1)
+    return tokens + bands + sizes.rows * sizes.heads * sizes.queries * sizes.keys * (FLOAT32 + 1)
 
 
 def strided_working_bytes(sizes: AttentionSizes) -> float:
     """The backward pass has three float32 matrices of one row's pairs, four gradients of all tokens, those of both
-    bands, and the products of a tile of 64."""
-    if sizes.queries < sizes.keys:
-        return reference_working_bytes(sizes)
+    bands, and the products of a tile of 64; of chosen queries also their products with every offset, or a fourth
+    matrix."""
     num_tables = sizes.has_content_to_position + sizes.has_position_to_content
     bands = 2 * num_tables * (2 * sizes.keys - 1) * sizes.head_size
     tile = min(64, sizes.keys) * (sizes.keys + 63)
-    per_head = 3 * sizes.keys**2 + 4 * sizes.rows * sizes.keys * sizes.head_size + bands + tile
-    return FLOAT32 * sizes.heads * per_head
+    matrices = 3 if sizes.queries == sizes.keys else 5
+    tokens = 2 * sizes.rows * (sizes.queries + sizes.keys) * sizes.head_size
+    return FLOAT32 * sizes.heads * (matrices * sizes.queries * sizes.keys + tokens + bands + tile)
 
 
 #: By name; those that `auto` prefers come first.

@@ -67,25 +67,35 @@ def segment_rows(draw) -> Tensor:
     st.sampled_from([NO_DROPOUT, DropoutRule(0.3, 2**62 + 17, 5)]),
     st.sampled_from(["bidirectional", "causal", "prefix"]),
     st.tuples(st.integers(1, 3), st.integers(1, 5)),
+    st.integers(0, 6),
 )
-def test_any_documents_have_the_contexts_and_gradients_of_the_reference(segments, buckets, terms, rule, mask, sizes):
+def test_any_documents_have_the_contexts_and_gradients_of_the_reference(
+    segments, buckets, terms, rule, mask, sizes, chosen
+):
     where = Where(segments, buckets)
     if mask != "bidirectional":
         is_open = torch.arange(segments.shape[1]) % 5 == 1 if mask == "prefix" else torch.zeros(segments.shape[1])
         where = replace(where, open_BT=is_open.bool().expand_as(segments))
+    if chosen:  # of pads, too, and some of them twice
+        generator = torch.Generator().manual_seed(3)
+        where = where.of_queries(torch.randint(segments.shape[1], (2, 2 * chosen), generator=generator))
     assert_same(where, heads=sizes[0], size=sizes[1], rule=rule, terms=terms)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130, 200])
 def test_a_length_need_not_be_a_multiple_of_the_tile(length):
-    assert_same(Where(torch.ones(1, length).long(), Buckets(16, 64)), rule=DropoutRule(0.2, 99))
+    where = Where(torch.ones(1, length).long(), Buckets(16, 64))
+    assert_same(where, rule=DropoutRule(0.2, 99))
+    assert_same(where.of_queries(torch.tensor([[0, length // 2, length - 1, 0]])), rule=DropoutRule(0.2, 99))
 
 
 @pytest.mark.parametrize("rule", [NO_DROPOUT, DropoutRule(0.3, 11)], ids=["", "dropout"])
 def test_a_mask_of_pairs_is_obeyed_and_a_query_that_sees_nothing_gets_zeros(rule):
     mask = torch.rand(2, 70, 70, generator=torch.Generator().manual_seed(0)) < 0.4
     mask[1, 5] = False
-    assert_same(Where(torch.ones(2, 70).long(), Buckets(8, 32), mask), rule=rule)
+    where = Where(torch.ones(2, 70).long(), Buckets(8, 32), mask)
+    assert_same(where, rule=rule)
+    assert_same(where.of_queries(torch.tensor([[0, 69, 3], [5, 5, 66]])), rule=rule)
 
 
 @pytest.mark.parametrize("rule", [NO_DROPOUT, DropoutRule(0.3, 11)], ids=["", "dropout"])

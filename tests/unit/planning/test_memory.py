@@ -77,15 +77,17 @@ def test_a_layers_activations_are_what_autograd_keeps(dtype, options, kernel):
     assert layer_bytes(config, Load(3, 96), 96, division) == pytest.approx(expected, rel=0.02)
 
 
-def test_a_models_activations_are_what_autograd_keeps_of_layers_and_decoder():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_models_activations_are_what_autograd_keeps_of_layers_and_decoder(kernel):
     config = DebertaConfig(max_position_embeddings=96, position_buckets=32, **SIZES)
     model = MaskedLanguageModel(config).train()
+    model.use_kernel(kernel)
     ids = torch.arange(3 * 96).view(3, 96) % 900 + 5
     labelled = LabelledPositions.of(torch.where(torch.arange(96) % 4 == 0, ids, 0))
     with kept_tensors(*model.parameters()) as kept:
         model(ids, torch.ones_like(ids), labels=labelled, label_count=1.0, dropout_key=DropoutKey(1))
     load = Load(3, 96, len(labelled.label_L))
-    expected = sum(part.activations(load, Division(4)).kept for part in masked_lm_parts(config))
+    expected = sum(part.activations(load, Division(4, kernel=kernel)).kept for part in masked_lm_parts(config))
     # The last layer is the decoder's alone. What embeddings and head keep is left out.
     assert expected == pytest.approx(total_bytes(kept), rel=0.06)
 
