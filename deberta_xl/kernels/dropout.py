@@ -106,14 +106,20 @@ def keep_pairs(places: Places, num_heads: int, num_keys: int, rule: DropoutRule)
 
     Column 0 of T is the row's; what a query's document does not have is drawn, too, and means nothing.
     """
-    first_BNS, stride_BNS = pair_rows(places, num_heads, rule)
+    return keep_pair_rows(*pair_rows(places, num_heads, rule), places.start, num_keys, rule)
+
+
+def keep_pair_rows(
+    first_BNS: Tensor, stride_BNS: Tensor, start_BS: Tensor | None, num_keys: int, rule: DropoutRule
+) -> Tensor:
+    """`keep_pairs` of what `pair_rows` gives, for any of the queries; `start_BS` as in their `Places`."""
     is_odd_R1 = None
-    if places.start is not None:
+    if start_BS is not None:
         # A word begins at the row's column 0 where the document starts at an even column, else one column before it.
-        start_B1S = places.start.to(torch.int32).unsqueeze(1)
+        start_B1S = start_BS.to(torch.int32).unsqueeze(1)
         first_BNS = first_BNS - ((start_B1S + 1) >> 1) * stride_BNS
         is_odd_B1S = (start_B1S & 1).bool()
-        if places.start.device.type != "cpu" or is_odd_B1S.any():  # to look would be to wait, elsewhere
+        if start_BS.device.type != "cpu" or is_odd_B1S.any():  # to look would be to wait, elsewhere
             is_odd_R1 = is_odd_B1S.expand_as(first_BNS).reshape(-1, 1)
     kept_RT = keep_rows(first_BNS.reshape(-1, 1), stride_BNS.reshape(-1, 1), num_keys, rule, is_odd_R1)
     return kept_RT.view(*first_BNS.shape, num_keys)

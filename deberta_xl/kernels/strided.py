@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from deberta_xl.kernels.bands import Bands, add_position_gradients, laid_out, scores
 from deberta_xl.kernels.contract import Memory, RelativeRows, Where
-from deberta_xl.kernels.dropout import DropoutRule, Places, keep_pairs
+from deberta_xl.kernels.dropout import DropoutRule, Places, keep_pair_rows, pair_rows
 from deberta_xl.kernels.relative_index import offset_rows
 
 
@@ -38,11 +38,12 @@ class Block(NamedTuple):
 
     row: int
     tokens: slice
-    places: Places
     blocked_ST: Tensor | None = None
     """Which pairs do not see each other (bool); None where all do."""
     chosen: Chosen | None = None
     """None where all tokens are queries, in order."""
+    start_1S: Tensor | None = None
+    """For dropout, where documents start that are not of one piece; None where the block is one."""
 
     @property
     def length(self) -> int:
@@ -52,7 +53,7 @@ class Block(NamedTuple):
     @property
     def num_queries(self) -> int:
         """Of the block."""
-        return self.places.position.shape[1]
+        return self.length if self.chosen is None else len(self.chosen.slot_S)
 
     @property
     def position_S(self) -> Tensor | None:
@@ -89,13 +90,15 @@ def attention(query_BNSH: Tensor, memory: Memory, relative: RelativeRows, where:
         None if relative.query_NRH is None else laid_out(relative.query_NRH.to(score_dtype) * scale, rows_W),
     )
     is_kept = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return Strided.apply(*inputs, blocks, dropout.with_seed() if dropout.rate else dropout, is_kept).to(dtype)
+    if dropout.rate:
+        dropout = dropout.with_seed()
+    return Strided.apply(*inputs, blocks, where.places, dropout, is_kept).to(dtype)
 
 
 def blocks_of(where: Where) -> Iterator[Block]:
     """The documents of a micro-batch that have queries; its rows, where a mask of pairs is given or a document is not
     of one piece."""
-    spans, places, position_BM = where.spans, where.places, where.position_BM
+    spans, position_BM = where.spans, where.position_BM
     device = where.segments_BT.device
     if where.mask_BST is not None or len({(span.row, span.segment) for span in spans}) < len(spans):
         length = where.segments_BT.shape[1]
@@ -103,10 +106,10 @@ def blocks_of(where: Where) -> Iterator[Block]:
             chosen = None
             if position_BM is not None:
                 chosen = Chosen(torch.arange(len(blocked_ST), device=device), position_BM[row])
-            yield Block(row, slice(0, length), Places(*(x[row : row + 1] for x in places)), blocked_ST, chosen)
+            yield Block(row, slice(0, length), blocked_ST, chosen, where.places.start[row : row + 1])
         return
     for row, start, length, _ in spans:
-        tokens = picked = slice(start, start + length)
+        tokens = slice(start, start + length)
         key_T = position_S = torch.arange(length, device=device)
         chosen = None
         if position_BM is not None:
@@ -116,11 +119,10 @@ def blocks_of(where: Where) -> Iterator[Block]:
                 continue
             position_S = place_M[picked]
             chosen = Chosen(picked, position_S)
-        of_document = Places(places.document[row : row + 1, picked], places.position[row : row + 1, picked])
         blocked_ST = None
         if where.open_BT is not None:
             blocked_ST = (key_T > position_S.unsqueeze(1)) & ~where.open_BT[row, tokens]
-        yield Block(row, tokens, of_document, blocked_ST, chosen)
+        yield Block(row, tokens, blocked_ST, chosen)
 
 
 class Strided(torch.autograd.Function):
@@ -135,19 +137,22 @@ class Strided(torch.autograd.Function):
         key_band_NWH: Tensor | None,
         query_band_NWH: Tensor | None,
         blocks: list[Block],
+        places: Places,
         dropout: DropoutRule,
         is_kept: bool,
     ) -> Tensor:
         """The context of all blocks, zeros elsewhere. What the backward pass needs is kept if it `is_kept`."""
         bands = Bands(key_band_NWH, query_band_NWH)
         context_BNSH = room_like(query_BNSH, sum(block.num_queries for block in blocks))
+        pair_rows_BNS = pair_rows(places, query_BNSH.shape[1], dropout) if dropout.rate else ()
         kept = []
         for block in blocks:
             query, key, value = block.queries(query_BNSH), block.keys(key_BNTH), block.keys(value_BNTH)
             weights_NST = normalized(scores(query, key, bands, block.position_S), block.blocked_ST)
             stays_NST = None
             if dropout.rate:
-                stays_NST = keep_pairs(block.places, len(query), block.length, dropout)[0]
+                rows_1NS = [block.queries(x_BNS.unsqueeze(-1)).squeeze(-1).unsqueeze(0) for x_BNS in pair_rows_BNS]
+                stays_NST = keep_pair_rows(*rows_1NS, block.start_1S, block.length, dropout)[0]
             context = block.queries(context_BNSH)
             torch.bmm(dropped(weights_NST, stays_NST), value, out=context)
             block.put_back(context_BNSH, context)
@@ -182,7 +187,7 @@ class Strided(torch.autograd.Function):
             torch.bmm(d_NST.transpose(1, 2), heads[0], out=d_heads[1])
             add_position_gradients(d_NST, heads, d_heads, bands, d_bands, block.position_S)
             block.put_back(d_query_BNSH, d_heads[0])
-        return d_query_BNSH, d_key_BNTH, d_value_BNTH, *d_bands, None, None, None
+        return d_query_BNSH, d_key_BNTH, d_value_BNTH, *d_bands, None, None, None, None
 
 
 def room_like(x_BNSH: Tensor, num_covered: int) -> Tensor:
