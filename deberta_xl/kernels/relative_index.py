@@ -57,11 +57,15 @@ def log_bucket_of_transformers(offset: Tensor, position_buckets: int, reach: int
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # an inference tensor kept here could not take part in a later training step
 def offset_rows(length: int, buckets: Buckets, device: torch.device) -> Tensor:
-    """The row of the relative table of every offset i − j from −(length − 1) to length − 1, int64 [W]."""
-    offset_W = torch.arange(1 - length, length, device=device)
+    """The row of the relative table of every offset i − j from −(length − 1) to length − 1, int64 [W].
+
+    Made on the CPU wherever it is needed: a GPU's logarithms end in other bits, which moves distances at the buckets'
+    borders into the next one.
+    """
+    offset_W = torch.arange(1 - length, length, device="cpu")
     bucket = {"original": log_bucket, "transformers": log_bucket_of_transformers}[buckets.rule]
     row_W = bucket(offset_W, buckets.position_buckets, buckets.reach) if buckets.position_buckets else offset_W
-    return (row_W + buckets.span).clamp(0, 2 * buckets.span - 1)
+    return (row_W + buckets.span).clamp(0, 2 * buckets.span - 1).to(device)
 
 
 @lru_cache(maxsize=16)
