@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-test quickstart test test-full test-all lint clean
+.PHONY: help setup setup-test quickstart test test-full test-all gpu lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,13 +27,21 @@ quickstart: $(VENV)/.installed ## the whole pipeline on real English text, in mi
 	@$(VENV)/bin/python tools/quickstart.py $(if $(CORPUS),--corpus $(CORPUS))
 
 test: $(VENV)/.installed-test ## every test but the full matrices; PYTEST_OPTIONS="-k config" chooses
-	$(PYTEST) -m "not full" $(PYTEST_OPTIONS)
+	$(PYTEST) -m "not full and not gpu" $(PYTEST_OPTIONS)
 
 test-full: $(VENV)/.installed-test ## the full matrices alone, which `make test` leaves out
-	$(PYTEST) -m full $(PYTEST_OPTIONS)
+	$(PYTEST) -m "full and not gpu" $(PYTEST_OPTIONS)
 
-test-all: $(VENV)/.installed-test ## every test: both of them in one run
-	$(PYTEST) $(PYTEST_OPTIONS)
+test-all: $(VENV)/.installed-test ## every test that needs no GPU: both of them in one run
+	$(PYTEST) -m "not gpu" $(PYTEST_OPTIONS)
+
+gpu: $(VENV)/.installed-test ## the tests that need an NVIDIA GPU, then the benchmarks there; figures go to runs/gpu
+	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+	  "error: make gpu needs an NVIDIA GPU, and torch " + torch.__version__ + " finds none (does nvidia-smi?)")'
+	$(VENV)/bin/python -m pytest -n 4 -m gpu -rP $(PYTEST_OPTIONS)
+	@mkdir -p runs/gpu
+	$(VENV)/bin/python benchmarks/attention.py --json runs/gpu/attention.json
+	$(VENV)/bin/python benchmarks/step.py --json runs/gpu/step.json
 
 lint: $(VENV)/.installed-test ## style and format of the source
 	$(VENV)/bin/python -m ruff check

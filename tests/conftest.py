@@ -21,11 +21,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 FIRST = ("tests/slurm/", "tests/distributed/", "tests/test_readme.py")
 """What takes longest begins, so that no process of pytest is left alone with it at the end."""
 
+ON_GPU = "tests/gpu/"
+
 
 class ByFixtures(LoadScopeScheduling):
-    """Keeps in one process what shares costly fixtures: the tests of a file, and all that use the SLURM lab."""
+    """Keeps in one process what shares costly fixtures: the tests of a file, and all that use the SLURM lab. Those for
+    a GPU share nothing, and wait for programs that start."""
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(ON_GPU):
+            return nodeid
         return FIRST[0] if nodeid.startswith(FIRST[0]) else nodeid.partition("::")[0]
 
 

@@ -62,9 +62,11 @@ def write_questions(folder: Path) -> Path:
     return folder
 
 
-def finetune_arguments(encoder: Path, data: Path, run: Path, *overrides: str, task: str = "sst2") -> list[str]:
+def finetune_arguments(
+    encoder: Path, data: Path, run: Path, *overrides: str, task: str = "sst2", engine: str = "cpu_debug"
+) -> list[str]:
     """Arguments of a tiny run of fine-tuning: 8 steps."""
-    engine = Path(__file__).parent.parent / "deepspeed_configs" / "cpu_debug.json"
+    settings = Path(__file__).parent.parent / "deepspeed_configs" / f"{engine}.json"
     tiny: Sequence[str] = (
         f"model.sequence_length={LENGTH}", "model.document_stride=8", "train.global_batch_size=8",
         "train.micro_batch_size=2", "train.steps=8", "train.log_interval=1", "evaluation.interval=4",
@@ -72,5 +74,5 @@ def finetune_arguments(encoder: Path, data: Path, run: Path, *overrides: str, ta
     )  # fmt: skip
     files = ["--task", task, "--data", str(data), "--init", str(encoder)]
     return [
-        "--config", "finetune", "--deepspeed_config", str(engine), *files, f"run.folder={run}", *tiny, *overrides,
+        "--config", "finetune", "--deepspeed_config", str(settings), *files, f"run.folder={run}", *tiny, *overrides,
     ]  # fmt: skip
