@@ -94,7 +94,7 @@ class FinetuningInputs(Inputs):
         evaluation_interval = config.evaluation.interval or len(data) / config.train.global_batch_size
         regular = math.ceil(self.total_steps / config.checkpoint.interval)
         num_saves = min(regular + math.ceil(self.total_steps / evaluation_interval), self.total_steps)
-        return Outlook(work, config, self.engine, self.grid, split, self.total_steps, num_saves)
+        return Outlook(work, config, self.engine, self.grid, split, self.total_steps, num_saves, self.platform)
 
     def words(self) -> Words:
         """`head: classification`; `32 examples`; `3.00 epochs of 67,349 examples; held out: valid 872`."""
@@ -131,7 +131,7 @@ def read_inputs(arguments: argparse.Namespace) -> FinetuningInputs:
     examples = read_examples(task, config)
     init = describe_init(config)
     architecture, tokenizer_folder = init.architecture, init.tokenizer_folder
-    check_model(architecture, layout.grid, config)
+    check_model(architecture, layout, config)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(f"{tokenizer_folder} has {tokenizer.vocab_size} ids, the model {architecture.vocab_size}")

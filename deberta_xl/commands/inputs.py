@@ -17,12 +17,13 @@ from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.parallel.grid import Grid, check_divisible
 from deberta_xl.parallel.stages import Split
-from deberta_xl.planning.hardware import device_gibibytes
+from deberta_xl.planning.hardware import device_gibibytes, planned_platform
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig, load_deepspeed_config
 from deberta_xl.settings.finetuning import FinetuneConfig
 from deberta_xl.settings.mask import Mask
+from deberta_xl.settings.platform import Platform
 from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def read_layout(arguments: argparse.Namespace, config: RunConfig | FinetuneConfi
 
 def check_model(
     architecture: DebertaConfig,
-    grid: Grid,
+    layout: Layout,
     config: RunConfig | FinetuneConfig,
     mask: Mask = "bidirectional",
     section: str = "model",
@@ -59,8 +60,8 @@ def check_model(
 
     Raises ConfigError.
     """
-    check_divisible(architecture, grid.tensor_parallel_size, section)
-    choose_kernel(config.model.kernel, Demand(architecture, mask))
+    check_divisible(architecture, layout.grid.tensor_parallel_size, section)
+    choose_kernel(config.model.kernel, Demand(architecture, mask, planned_platform(layout.engine)))
 
 
 class Words(NamedTuple):
@@ -96,6 +97,11 @@ class Inputs(ABC):
     @abstractmethod
     def objective(self) -> Objective:
         """What is learned. Imports torch."""
+
+    @property
+    def platform(self) -> Platform:
+        """What the ranks compute on."""
+        return planned_platform(self.engine)
 
     @property
     @abstractmethod

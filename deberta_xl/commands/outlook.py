@@ -34,9 +34,10 @@ SPARE_ROWS = 1000
 def print_memory(outlook: Outlook) -> None:
     """What a rank needs, on rank 0; of a pipeline one line for each stage."""
     stages = outlook.memory()
+    where = f"{outlook.kernel} attention on {outlook.platform.describe()}"
     for stage, needed in enumerate(stages):
         of_stage = f" of stage {stage}" if len(stages) > 1 else ""
-        rank_zero("each rank%s: %s estimated", of_stage, needed.describe())
+        rank_zero("each rank%s: %s estimated, with %s", of_stage, needed.describe(), where)
     if parts := uncounted(outlook.work.parts):
         rank_zero("memory and work leave out what is not known of: %s", ", ".join(parts))
 

@@ -15,14 +15,14 @@ from deberta_xl.base.errors import ConfigError, counted
 from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.manifest import step_folders
 from deberta_xl.commands.arguments import parse, training_parser
-from deberta_xl.commands.inputs import Inputs, Words, check_model, read_layout
+from deberta_xl.commands.inputs import Inputs, Layout, Words, check_model, read_layout
 from deberta_xl.commands.outlook import slips
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.parts import num_parameters
 from deberta_xl.objectives.choice import BUILT_IN, built_in_of, check_objective, objective_type
-from deberta_xl.parallel.grid import Grid, check_stages
+from deberta_xl.parallel.grid import check_stages
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.outlook import Outlook
 from deberta_xl.planning.workload import pretraining_workload
@@ -68,8 +68,9 @@ class PretrainingInputs(Inputs):
         work = pretraining_workload(self.architecture, self.config, self.built_in)
         if self.config.train.objective not in BUILT_IN:
             work = work._replace(parts=self.objective().parts)
-        num_saves = math.ceil(self.total_steps / self.config.checkpoint.interval)
-        return Outlook(work, self.config, self.engine, self.grid, self.split, self.total_steps, num_saves)
+        steps = self.total_steps
+        num_saves = math.ceil(steps / self.config.checkpoint.interval)
+        return Outlook(work, self.config, self.engine, self.grid, self.split, steps, num_saves, self.platform)
 
     def words(self) -> Words:
         """`256 sequences x 512 tokens = 131,072 tokens`; `2,560 sequences = 0.50 epochs of 5,120 rows (2 M tokens)`."""
@@ -113,7 +114,7 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     store = TokenStore(config.data.train)
     tokenizer, tokenizer_folder = store.tokenizer(), store.paths.tokenizer
     architecture = config.model.architecture(tokenizer.vocab_size)
-    check_models(architecture, layout.grid, config, built_in)
+    check_models(architecture, layout, config, built_in)
     check_stages(architecture, layout.grid.num_stages)
     if config.train.init and not step_folders(Path(config.run.folder) / "checkpoints"):
         check_init(config, built_in, architecture, tokenizer, tokenizer_folder)
@@ -140,11 +141,11 @@ def read_inputs(arguments: argparse.Namespace) -> PretrainingInputs:
     )
 
 
-def check_models(architecture: DebertaConfig, grid: Grid, config: RunConfig, built_in: str | None) -> None:
+def check_models(architecture: DebertaConfig, layout: Layout, config: RunConfig, built_in: str | None) -> None:
     """`check_model` of the model, and of its generator where it has one. Raises ConfigError."""
-    check_model(architecture, grid, config, mask_of(built_in, config))
+    check_model(architecture, layout, config, mask_of(built_in, config))
     if built_in == "replaced_tokens":
-        check_model(generator_architecture(architecture, config.generator), grid, config, section="generator")
+        check_model(generator_architecture(architecture, config.generator), layout, config, section="generator")
 
 
 def read_config(name: str, overrides: Sequence[str]) -> RunConfig:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 64
+from deberta_xl.kernels.registry import STRIDED_TILE
 
 
 class Bands(NamedTuple):
@@ -47,7 +47,7 @@ def scores(query_NSH: Tensor, key_NTH: Tensor, bands: Bands, position_S: Tensor 
     """Eq. (4) for one block, [N, S, T]; of queries at `position_S` among the keys, of all in order without."""
     length = key_NTH.shape[1]
     scores_NST = query_NSH.new_empty(*query_NSH.shape[:2], length)
-    room = query_NSH.new_empty(len(query_NSH) * min(TILE, length) * (length + TILE))
+    room = query_NSH.new_empty(len(query_NSH) * min(STRIDED_TILE, length) * (length + STRIDED_TILE))
     if bands.key_NWH is None:
         torch.bmm(query_NSH, key_NTH.transpose(1, 2), out=scores_NST)
     else:
@@ -100,8 +100,8 @@ def columns(position_S: Tensor, length: int) -> Tensor:
 
 def tiles(length: int) -> Iterator[slice]:
     """Queries or keys that are taken together."""
-    for start in range(0, length, TILE):
-        yield slice(start, min(start + TILE, length))
+    for start in range(0, length, STRIDED_TILE):
+        yield slice(start, min(start + STRIDED_TILE, length))
 
 
 def window(band_NWH: Tensor, tile: slice, length: int) -> Tensor:

@@ -1,6 +1,7 @@
-"""The kernels: what each supports, and what it costs. Read without torch.
+"""The kernels: which runs where, why one is refused, and what it costs. Read without torch.
 
-A new kernel is a file of this folder with a function `attention` (the contract's `Attend`), and an entry in `KERNELS`.
+`KERNELS` is the table: `auto` takes the first that does not refuse what is asked (device, numbers, sizes, mask). A new
+kernel is a file of this folder with a function `attention` (the contract's `Attend`), and an entry there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.mask import Mask
+from deberta_xl.settings.platform import Platform
 
 if TYPE_CHECKING:
     from deberta_xl.kernels.contract import Attend
@@ -19,15 +21,19 @@ if TYPE_CHECKING:
 FLOAT32 = 4
 AUTO = "auto"
 """Instead of a name: the first kernel of `KERNELS` that supports what is asked."""
+STRIDED_TILE = 64
+"""Tokens whose products with the offsets `strided` makes at once."""
 
 
 class Demand(NamedTuple):
     """What is asked of a kernel. Whatever some kernel cannot do is told here, for it to refuse with its reason."""
 
     config: DebertaConfig
+    """Its sizes, terms and dropout. Rows may have any length; a mask of pairs (`Where.mask_BST`) may come with any."""
     mask: Mask = "bidirectional"
     """What it must compute besides `bidirectional`, which every kernel can: in the contract's `Where` an `open_BT` of
     None; `causal` is one that is False everywhere, `prefix` one that is True in each document's prefix."""
+    platform: Platform = Platform()
 
 
 class AttentionSizes(NamedTuple):
@@ -98,22 +104,21 @@ def strided_kept_bytes(sizes: AttentionSizes) -> float:
 
 def strided_working_bytes(sizes: AttentionSizes) -> float:
     """The backward pass has three float32 matrices of one row's pairs, four gradients of all tokens, those of both
-    bands, and the products of a tile of 64; of chosen queries also their products with every offset, or a fourth
-    matrix."""
+    bands, and the products of a tile; of chosen queries also their products with every offset, or a fourth matrix."""
     num_tables = sizes.has_content_to_position + sizes.has_position_to_content
     bands = 2 * num_tables * (2 * sizes.keys - 1) * sizes.head_size
-    tile = min(64, sizes.keys) * (sizes.keys + 63)
+    tile = min(STRIDED_TILE, sizes.keys) * (sizes.keys + STRIDED_TILE - 1)
     matrices = 3 if sizes.queries == sizes.keys else 5
     tokens = 2 * sizes.rows * (sizes.queries + sizes.keys) * sizes.head_size
     return FLOAT32 * sizes.heads * (matrices * sizes.queries * sizes.keys + tokens + bands + tile)
 
 
-#: By name; those that `auto` prefers come first.
+#: By name; those that `auto` prefers come first. The reference is what the others are compared with.
 KERNELS = {
+    "strided": Kernel("deberta_xl.kernels.strided", supports_everything, strided_kept_bytes, strided_working_bytes),
     "reference": Kernel(
         "deberta_xl.kernels.reference", supports_everything, reference_kept_bytes, reference_working_bytes
     ),
-    "strided": Kernel("deberta_xl.kernels.strided", supports_everything, strided_kept_bytes, strided_working_bytes),
 }
 
 
@@ -128,7 +133,7 @@ def choose_kernel(name: str, demand: Demand) -> str:
     if name in able:
         return name
     if name == AUTO:
-        return able[0]  # the reference supports everything
+        return able[0]  # there is one: the reference supports everything
     reason = KERNELS[name].refusal(demand)
     raise ConfigError(
         f"model.kernel={name} does not support this model: {reason}; choose one of {', '.join([AUTO, *able])}"

@@ -6,13 +6,17 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 from torch import Tensor, nn
 
-from deberta_xl.kernels import reference
 from deberta_xl.kernels.contract import Attend, Memory, RelativeRows
+from deberta_xl.kernels.registry import AUTO, Demand, choose_kernel, load_kernel
 from deberta_xl.model.dropout import Dropout, DropoutKey, fold_key
 from deberta_xl.model.scene import Scene
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.platform import Platform
 
 
 class DisentangledAttention(nn.Module):
@@ -20,6 +24,7 @@ class DisentangledAttention(nn.Module):
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
+        self.config = config
         self.head_size = config.head_size
         self.first_head = 0
         """Number of the first head held here among all heads; where they are divided over ranks, the plan sets it."""
@@ -42,8 +47,25 @@ class DisentangledAttention(nn.Module):
         self.relative_dropout = Dropout(config.hidden_dropout)
         self.probability_dropout = Dropout(config.attention_dropout)
         """Applied inside the kernel."""
-        self.attend: Attend = reference.attention
+        self.attend: Attend = load_kernel(choose_kernel(AUTO, Demand(config)))
         """How attention is computed (`Trunk.use_kernel`)."""
+        self.is_chosen = False
+        """Whether somebody has chosen a kernel; else it is `auto`'s, wherever the weights go."""
+
+    def _apply(self, move: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Torch's way of `to`, `double`, `cuda` and the like."""
+        super()._apply(move, recurse)
+        if not self.is_chosen:
+            self.attend = load_kernel(choose_kernel(AUTO, Demand(self.config, platform=self.platform)))
+        return self
+
+    @property
+    def platform(self) -> Platform:
+        """Where the weights are, and what numbers."""
+        weight = next(self.parameters(), None)
+        if weight is None:  # as in a pipeline, of the layers of other stages
+            return Platform()
+        return Platform("cuda" if weight.is_cuda else "cpu", weight.element_size())
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[…, T, N·H] -> […, N, T, H]; N is however many heads the projection holds."""

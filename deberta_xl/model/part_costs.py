@@ -1,8 +1,8 @@
 """What the parts of a model cost in a forward pass: operations, and bytes on a rank. Arithmetic, without torch.
 
-Counted are the matrix products that the model needs by its definition (2 operations per multiply-add), and the bytes
-that autograd keeps for the backward pass, but for means, deviations and other small change. `parts.py` says which part
-has which of these costs.
+Counted are the matrix products that the model needs by its definition (2 operations per multiply-add), whatever kernel
+computes them, and the bytes that autograd keeps for the backward pass, but for means, deviations and other small
+change. `parts.py` says which part has which of these costs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Division(NamedTuple):
 
     element_bytes: int
     """Of weights and states."""
+    kernel: str
+    """What computes the attention."""
     tensor_parallel_size: int = 1
     """Ranks over which heads, inner widths and the vocabulary are divided."""
     slices: int = 1
     """Ranks over which the sequence is divided between them."""
-    kernel: str = "reference"
-    """What computes the attention."""
 
 
 class Activations(NamedTuple):

@@ -22,6 +22,7 @@ from deberta_xl.model.parts import Part, Shape, trunk_parts, with_heads
 from deberta_xl.model.scene import Scene, read_mask
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.mask import Mask
+from deberta_xl.settings.platform import Platform
 
 Perturb = Callable[[Tensor], Tensor]
 """Changes the summed embeddings [B, S, D] before they are normalised."""
@@ -104,15 +105,20 @@ class Trunk(nn.Module):
         """Recompute each layer in the backward pass instead of keeping its activations."""
         self.encoder.apply_layer = recompute
 
-    def use_kernel(self, name: str, mask: Mask = "bidirectional") -> str:
+    def use_kernel(self, name: str, mask: Mask = "bidirectional", platform: Platform | None = None) -> str:
         """Compute attention with a kernel: one of `kernels/registry.py`, or `auto`. Returns its name.
 
-        Raises ConfigError when the name is unknown, or the kernel does not support the model under such a mask.
+        It stays when weights move; without a call of this, attention is `auto`'s wherever they are. `platform` is what
+        will be computed on; what the weights are on when absent.
+
+        Raises ConfigError when the name is unknown, or the kernel does not support the model under such a mask there.
         """
-        chosen = choose_kernel(name, Demand(self.config, mask))
+        layers = self.encoder_layers.values()
+        platform = platform or next((layer.attention.platform for layer in layers), None) or Platform()
+        chosen = choose_kernel(name, Demand(self.config, mask, platform))
         attend = load_kernel(chosen)
-        for layer in self.encoder_layers.values():
-            layer.attention.attend = attend
+        for layer in layers:
+            layer.attention.attend, layer.attention.is_chosen = attend, True
         return chosen
 
     def scene(

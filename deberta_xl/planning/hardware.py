@@ -1,12 +1,15 @@
-"""Known devices, and what a user says of one: peak operations per second, memory."""
+"""Known devices, and what a user says of one: which kind, peak operations per second, memory."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
+from pathlib import Path
 
 from deberta_xl.base.errors import ConfigError
+from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
+from deberta_xl.settings.platform import Device, Platform
 
 #: Dense bf16 peak, FLOP/s, by the whole name that the driver gives, without the maker (vendors' data sheets, without
 #: sparsity; the V100's is fp16). A slice of a device (MIG) has a longer name, and is not known.
@@ -19,6 +22,25 @@ PEAK_FLOPS = {
     r"V100-SXM\d-\d+GB": 125e12,
     r"V100-PCIE-\d+GB": 112e12,
 }
+
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""What the drivers of GPUs show themselves by: NVIDIA's, AMD's, that of Windows."""
+
+
+def planned_platform(engine: DeepSpeedConfig) -> Platform:
+    """What a run's ranks will compute on, wherever that is, as far as it can be told without torch."""
+    return Platform(planned_device(engine.precision), engine.weight_bytes)
+
+
+def planned_device(precision: str) -> Device:
+    """DS_ACCELERATOR says it, and is set when training starts; else a GPU that is here does. Where there is none, the
+    run is planned for one elsewhere if GPU_MEMORY_GIB is given, or numbers of 16 bits, in which a CPU gains nothing."""
+    if chosen := os.environ.get("DS_ACCELERATOR"):
+        return "cpu" if chosen == "cpu" else "cuda"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if not is_hidden and any(Path(driver).exists() for driver in DRIVERS):
+        return "cuda"
+    return "cuda" if os.environ.get("GPU_MEMORY_GIB") or precision != "fp32" else "cpu"
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.model.part_costs import Division
 from deberta_xl.model.parts import num_parameters
 from deberta_xl.parallel.grid import Grid
@@ -40,37 +39,34 @@ class RankMemory(NamedTuple):
 
 
 def estimate_memory(
-    work: Workload, run: RunConfig | FinetuneConfig, engine: DeepSpeedConfig, grid: Grid, split: Split
+    work: Workload, run: RunConfig | FinetuneConfig, engine: DeepSpeedConfig, grid: Grid, split: Split, kernel: str
 ) -> RankMemory:
-    """What a rank of `grid`'s stage needs."""
+    """What a rank of `grid`'s stage needs, if that kernel computes attention."""
     zero, replicas = engine.settings.zero_optimization, grid.data_parallel_size
-    weight_bytes = 4 if engine.precision == "fp32" else 2
+    weight_bytes, ranks = engine.weight_bytes, grid.tensor_parallel_size
+    division = Division(weight_bytes, kernel, ranks, ranks if run.parallel.sequence_parallel else 1)
     sum_bytes = 4 if engine.settings.data_types.grad_accum_dtype == "fp32" else weight_bytes
     offloads_optimizer = zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu"
     offloads_weights = zero.offload_param is not None and zero.offload_param.device == "cpu"
     units = split.units(grid.stage)
     parts = [part for part in work.parts if any(unit in units for unit in part.units)]
-    numel = num_parameters(parts, grid.tensor_parallel_size)
+    numel = num_parameters(parts, ranks)
     return RankMemory(
         numel,
         weights=0 if offloads_weights else weight_bytes * numel / (replicas if zero.stage == 3 else 1),
         gradients=sum_bytes * numel / (replicas if zero.stage > 1 else 1),
         optimizer=0 if offloads_optimizer else MASTER_AND_MOMENTS * numel / replicas,
-        activations=stage_activations(work, run, grid, split, weight_bytes),
+        activations=stage_activations(work, run, grid, split, division),
     )
 
 
 def stage_activations(
-    work: Workload, run: RunConfig | FinetuneConfig, grid: Grid, split: Split, element_bytes: int
+    work: Workload, run: RunConfig | FinetuneConfig, grid: Grid, split: Split, division: Division
 ) -> float:
     """What a stage keeps for the backward pass at its fullest, and the temporaries of the unit that has most."""
-    load, size = (work.largest or work.example).times(run.train.micro_batch_size), grid.tensor_parallel_size
-    slices = size if run.parallel.sequence_parallel else 1
-    division = Division(
-        element_bytes, size, slices, choose_kernel(run.model.kernel, Demand(work.architecture, work.mask))
-    )
+    load = (work.largest or work.example).times(run.train.micro_batch_size)
     recomputes = run.train.activation_checkpointing
-    received = load.tokens * work.architecture.hidden_size * element_bytes
+    received = load.tokens * work.architecture.hidden_size * division.element_bytes
     # 1F1B: stage s has begun this many micro-batches before its first backward pass.
     in_flight = min(grid.num_stages - grid.stage, run.train.gradient_accumulation_steps(grid.data_parallel_size))
     fullest = 0.0

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+from deberta_xl.kernels.registry import Demand, choose_kernel
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.stages import Split
 from deberta_xl.planning.cost import MASTER_AND_MOMENTS
@@ -13,6 +14,7 @@ from deberta_xl.planning.memory import GIB, RankMemory, estimate_memory
 from deberta_xl.planning.workload import Workload
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
 from deberta_xl.settings.finetuning import FinetuneConfig
+from deberta_xl.settings.platform import Platform
 from deberta_xl.settings.pretraining import RunConfig
 
 FITTING = 0.9
@@ -31,6 +33,8 @@ class Outlook(NamedTuple):
     steps: int
     num_saves: int
     """Checkpoints that the run makes, at most."""
+    platform: Platform
+    """What the ranks compute on."""
 
     @property
     def flops(self) -> float:
@@ -49,10 +53,17 @@ class Outlook(NamedTuple):
         best = isinstance(self.config, FinetuneConfig)  # fine-tuning keeps that besides
         return min(keep + best + 1, self.num_saves) if keep else self.num_saves
 
+    @property
+    def kernel(self) -> str:
+        """What computes the attention."""
+        return choose_kernel(self.config.model.kernel, Demand(self.work.architecture, self.work.mask, self.platform))
+
     def memory(self) -> list[RankMemory]:
         """What a rank of each stage needs."""
         stages = (self.grid._replace(stage=stage) for stage in range(self.grid.num_stages))
-        return [estimate_memory(self.work, self.config, self.engine, stage, self.split) for stage in stages]
+        return [
+            estimate_memory(self.work, self.config, self.engine, stage, self.split, self.kernel) for stage in stages
+        ]
 
     def largest_micro_batch(self, gibibytes: float, *, recomputes: bool) -> int | None:
         """The largest that divides the batch and is estimated to fit every stage; None when not even 1 does."""

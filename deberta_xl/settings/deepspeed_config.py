@@ -70,6 +70,11 @@ class DeepSpeedConfig:
         """What weights and activations are computed in. Whether the device has it is checked when training starts."""
         return self.settings.precision
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of a number in that precision."""
+        return 4 if self.precision == "fp32" else 2
+
     def agree(self, data_parallel_size: int, run: RunConfig | FinetuneConfig) -> None:
         """Check every fact that the JSON states too against the run configuration.
 

@@ -63,7 +63,7 @@ class FinetuneModelSection:
     head_dropout: float | None = None
     """Before the last projection; hidden_dropout when unset."""
     kernel: str = "auto"
-    """How attention is computed: the name of a kernel, or `auto` for the first that supports the model."""
+    """How attention is computed: the name of a kernel, or `auto` for the first that supports model and device."""
 
     def __post_init__(self) -> None:
         at_least(8, sequence_length=self.sequence_length)

@@ -33,7 +33,7 @@ class ModelSection(DebertaConfig):
     sequence_length: int = 512
     """Tokens in a row of a batch, [CLS] and [SEP] included."""
     kernel: str = "auto"
-    """How attention is computed: the name of a kernel, or `auto` for the first that supports the model."""
+    """How attention is computed: the name of a kernel, or `auto` for the first that supports model and device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,6 +29,7 @@ from deberta_xl.run.run_folder import RunFolder
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
 from deberta_xl.settings.finetuning import FinetuneConfig
 from deberta_xl.settings.mask import Mask
+from deberta_xl.settings.platform import Platform
 from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
 from deberta_xl.training.engine import build_engine, check_precision, start_engine_runtime
 from deberta_xl.training.state import TrainState
@@ -47,6 +48,10 @@ class RunInputs(Protocol):
     schedule: ScheduleSection
     mask: Mask
     split: Split | None
+
+    @property
+    def platform(self) -> Platform:
+        """What the ranks compute on."""
 
 
 class Start(NamedTuple):
@@ -113,7 +118,7 @@ def start_engine(
     config, grid = inputs.config, inputs.grid
     trunks = [module for module in model.modules() if isinstance(module, Trunk)]
     check_divisible_model(model, trunks, grid)
-    if kernels := {trunk.use_kernel(config.model.kernel, inputs.mask) for trunk in trunks}:
+    if kernels := {trunk.use_kernel(config.model.kernel, inputs.mask, inputs.platform) for trunk in trunks}:
         rank_zero("attention: %s kernel", " and ".join(sorted(kernels)))
     if config.train.activation_checkpointing:
         for trunk in trunks:

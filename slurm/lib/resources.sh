@@ -10,7 +10,8 @@ can_check_job() { # can_check_job SCRIPT: whether it launches training, and star
 }
 
 check_job() { # check_job SCRIPT ARGUMENT...
-  local harmless program place path=$PATH status=0
+  local harmless program place device='' path=$PATH status=0
+  (($(number "$(asked_gpus)" 0) == 0)) || device=cuda # what the job is planned for; this machine may have none
   harmless=$(mktemp -d)
   for program in grep sed head tail cut tr wc sort uniq cat basename dirname date; do
     place=$(type -P "$program") && ln -s "$place" "$harmless/$program"
@@ -19,7 +20,7 @@ check_job() { # check_job SCRIPT ARGUMENT...
   command_not_found_handle() { echo "not done here: $*" >&2; }
   export -f command_not_found_handle
   DEBERTA_XL_CHECK=yes DEBERTA_XL_PATH=$path PATH=$harmless SLURM_JOB_NUM_NODES=$nodes \
-    SLURM_NTASKS=$((nodes * per_node)) "$BASH" "$@" || status=$?
+    DS_ACCELERATOR=${DS_ACCELERATOR:-$device} SLURM_NTASKS=$((nodes * per_node)) "$BASH" "$@" || status=$?
   rm -r "$harmless"
   return "$status"
 }

@@ -443,7 +443,7 @@ def test_a_run_in_stages_and_slices_stops_on_a_signal_resumes_and_continues_whol
     assert "4 = 2 pipeline stages x 1 data-parallel x 2 tensor-parallel, sequence divided" in output
     assert ", prediction" in output
     assert "each rank of stage 1: " in output
-    assert "attention: reference kernel" in output
+    assert "attention: strided kernel" in output
     assert (divided / "STATE").read_text() == "stopped\n"
     assert "resumed from" in pretrain(small_dataset, divided, *steady, *layout, "train.steps=6", num_ranks=4)
     pretrain(small_dataset, divided, *steady, engine="zero3_fp32")

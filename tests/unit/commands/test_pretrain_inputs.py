@@ -14,7 +14,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from small_dataset import NAMES, PIECES, SPECIALS, SmallDataset, documents
 
 from deberta_xl.base.errors import TokenizerError, UserError
+from deberta_xl.base.launch import Launch
 from deberta_xl.base.log import logger
+from deberta_xl.commands.inputs import Layout
 from deberta_xl.commands.pretraining import PretrainingInputs, check_models, parse_arguments, read_inputs
 from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.conversion.edits import Edits
@@ -25,6 +27,7 @@ from deberta_xl.objectives.autoregressive import Prefix
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.deepspeed_config import load_deepspeed_config
 from deberta_xl.settings.presets import load_run_config, to_toml
 from deberta_xl.weights.initial_weights import load_initial_weights
 from deberta_xl.weights.named_folder import peek
@@ -73,7 +76,7 @@ def rescored(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def test_an_unknown_kernel_is_refused_with_those_there_are_before_anything_is_built(small_dataset, weights, tmp_path):
-    with pytest.raises(UserError, match=r"model.kernel='flash' is unknown; choose one of auto, reference"):
+    with pytest.raises(UserError, match=r"model.kernel='flash' is unknown; choose one of auto, strided, reference"):
         read(small_dataset, tmp_path / "run", weights, "model.kernel=flash")
 
 
@@ -99,7 +102,7 @@ def test_a_kernel_is_asked_for_the_mask_of_the_objective(small_dataset, weights,
     assert read(small_dataset, tmp_path / "run", weights, "model.kernel=unordered").mask == "bidirectional"
     inputs = read(small_dataset, tmp_path / "run", weights, *words)
     assert inputs.mask == inputs.outlook.work.mask == mask
-    with pytest.raises(UserError, match=f"model.kernel=unordered .* it has no {mask} mask; choose one of auto, refer"):
+    with pytest.raises(UserError, match=f"model.kernel=unordered .* it has no {mask} mask; choose one of auto, st"):
         read(small_dataset, tmp_path / "run", weights, "model.kernel=unordered", *words)
 
 
@@ -278,5 +281,6 @@ def test_weights_from_training_with_another_sight_are_taken_and_that_is_said(
 def test_a_generator_that_does_not_divide_is_named_as_such():
     words = ["train.objective=replaced_tokens", "replaced_tokens.sharing=none", "generator.num_heads=1"]
     config = load_run_config("debug", words)
+    layout = Layout(load_deepspeed_config(ENGINE, config), Launch(world_size=2), Grid(tensor_parallel_size=2))
     with pytest.raises(UserError, match=r"tensor_parallel_size=2 does not divide generator\.num_heads=1"):
-        check_models(config.model.architecture(100), Grid(tensor_parallel_size=2), config, "replaced_tokens")
+        check_models(config.model.architecture(100), layout, config, "replaced_tokens")

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.kernels import reference
-from deberta_xl.kernels.contract import Memory, RelativeRows, Where
+from deberta_xl.kernels import reference, strided
+from deberta_xl.kernels.contract import Attend, Memory, RelativeRows, Where
 from deberta_xl.kernels.dropout import DropoutRule
 from deberta_xl.kernels.registry import KERNELS, Demand, Kernel, choose_kernel
 from deberta_xl.kernels.relative_index import Buckets, log_bucket
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.platform import Platform
 
 CONFIG = DebertaConfig(
     vocab_size=60, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48, position_buckets=8,
@@ -75,7 +76,7 @@ def refuses_wide_heads(demand: Demand) -> str | None:
 
 @pytest.fixture
 def invented(monkeypatch) -> str:
-    """The name of the invented kernel, which stands behind the reference."""
+    """The name of the invented kernel, which stands behind all others."""
     kernel = Kernel(__name__, refuses_wide_heads, lambda sizes: 0.0, lambda sizes: 0.0)
     monkeypatch.setitem(KERNELS, "by_document", kernel)
     return "by_document"
@@ -112,20 +113,45 @@ def test_an_invented_kernel_is_chosen_by_its_name_and_trains_as_the_reference(in
 
 
 def test_auto_takes_the_first_kernel_that_supports_the_model(invented, monkeypatch):
-    assert choose_kernel("auto", Demand(CONFIG)) == "reference"
+    for platform in (Platform(), Platform("cpu", 8), Platform("cpu", 2), Platform("cuda", 4)):
+        assert choose_kernel("auto", Demand(CONFIG, platform=platform)) == "strided"
     monkeypatch.setattr("deberta_xl.kernels.registry.KERNELS", {invented: KERNELS[invented]} | KERNELS)
     assert choose_kernel("auto", Demand(CONFIG)) == invented
     wide = DebertaConfig(vocab_size=60, hidden_size=64, num_heads=2)
-    assert choose_kernel("auto", Demand(wide)) == "reference"
+    assert choose_kernel("auto", Demand(wide)) == "strided"
+
+
+def refuses_halves(demand: Demand) -> str | None:
+    """Of a kernel that has no numbers of 16 bits."""
+    return "it has no numbers of 16 bits" if demand.platform.element_bytes == 2 else None
+
+
+def test_a_model_that_is_moved_has_the_kernel_of_where_it_is_unless_one_was_chosen(invented, monkeypatch):
+    monkeypatch.setitem(KERNELS, invented, KERNELS[invented]._replace(refusal=refuses_halves))
+    monkeypatch.setattr("deberta_xl.kernels.registry.KERNELS", {invented: KERNELS[invented]} | KERNELS)
+    model = MaskedLanguageModel(CONFIG)
+    kept = MaskedLanguageModel(CONFIG)
+    kept.use_kernel("reference")
+
+    def found(model: MaskedLanguageModel) -> set[Attend]:
+        return {layer.attention.attend for layer in model.encoder_layers.values()}
+
+    assert found(model) == {attention}
+    assert found(model.bfloat16()) == {strided.attention}
+    assert found(model.double()) == {attention}
+    assert found(kept.bfloat16()) == {reference.attention}
+    with pytest.raises(ConfigError, match=r"model.kernel=by_document .* it has no numbers of 16 bits; choose"):
+        kept.use_kernel(invented)
+    assert kept.use_kernel(invented, platform=Platform("cpu", 4)) == invented
 
 
 def test_an_unknown_kernel_and_one_that_cannot_are_refused_with_the_reason_and_those_that_can(invented):
     with pytest.raises(
-        ConfigError, match=r"model.kernel='flash' is unknown; choose one of auto, reference, strided, by_"
+        ConfigError, match=r"model.kernel='flash' is unknown; choose one of auto, strided, reference, by_"
     ):
         choose_kernel("flash", Demand(CONFIG))
     wide = DebertaConfig(vocab_size=60, hidden_size=64, num_heads=2)
-    words = r"model.kernel=by_document does not support this model: head_dim=32 is more than 16; choose .* auto, refer"
+    words = r"model.kernel=by_document does not support this model: head_dim=32 is more than 16; choose .* auto, stri"
     with pytest.raises(ConfigError, match=words):
         choose_kernel(invented, Demand(wide))
 
@@ -138,10 +164,10 @@ def test_a_kernel_refuses_the_masks_it_does_not_know(invented, monkeypatch):
     model = MaskedLanguageModel(CONFIG)
     assert model.use_kernel(invented) == invented
     with pytest.raises(
-        ConfigError, match=r"model.kernel=by_document .* it has no prefix mask; choose one of auto, ref"
+        ConfigError, match=r"model.kernel=by_document .* it has no prefix mask; choose one of auto, str"
     ):
         model.use_kernel(invented, "prefix")
-    assert model.use_kernel("auto", "causal") == "reference"
+    assert model.use_kernel("auto", "causal") == "strided"
 
 
 def test_what_the_reference_needs_dense_is_made_once_for_all_layers():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.planning.hardware import device_gibibytes, peak_flops, read_gibibytes
+from deberta_xl.planning.hardware import device_gibibytes, peak_flops, planned_device, read_gibibytes
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,22 @@ def test_what_nobody_has_said_of_a_device_is_not_known(monkeypatch):
     assert device_gibibytes() is None
     monkeypatch.setenv("GPU_MEMORY_GIB", "80")
     assert device_gibibytes() == 80
+
+
+def test_what_a_run_will_compute_on_is_what_is_said_or_here_or_what_it_is_planned_for(monkeypatch, tmp_path):
+    for name in ("DS_ACCELERATOR", "GPU_MEMORY_GIB", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("deberta_xl.planning.hardware.DRIVERS", [str(tmp_path / "driver")])
+    assert (planned_device("fp32"), planned_device("bf16")) == ("cpu", "cuda")
+    monkeypatch.setenv("GPU_MEMORY_GIB", "80")
+    assert planned_device("fp32") == "cuda"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert planned_device("bf16") == "cpu"
+    monkeypatch.setenv("GPU_MEMORY_GIB", "")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert planned_device("fp32") == "cuda"
+    monkeypatch.delenv("DS_ACCELERATOR")
+    (tmp_path / "driver").touch()
+    assert planned_device("fp32") == "cuda"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert planned_device("fp32") == "cpu"

@@ -73,7 +73,7 @@ def test_a_layers_activations_are_what_autograd_keeps(dtype, options, kernel):
     model.use_kernel(kernel)
     expected = kept_bytes(model, rows=3, length=96)
     # Means and deviations of the norms and the like are left out.
-    division = Division(dtype.itemsize, kernel=kernel)
+    division = Division(dtype.itemsize, kernel)
     assert layer_bytes(config, Load(3, 96), 96, division) == pytest.approx(expected, rel=0.02)
 
 
@@ -87,7 +87,7 @@ def test_a_models_activations_are_what_autograd_keeps_of_layers_and_decoder(kern
     with kept_tensors(*model.parameters()) as kept:
         model(ids, torch.ones_like(ids), labels=labelled, label_count=1.0, dropout_key=DropoutKey(1))
     load = Load(3, 96, len(labelled.label_L))
-    expected = sum(part.activations(load, Division(4, kernel=kernel)).kept for part in masked_lm_parts(config))
+    expected = sum(part.activations(load, Division(4, kernel)).kept for part in masked_lm_parts(config))
     # The last layer is the decoder's alone. What embeddings and head keep is left out.
     assert expected == pytest.approx(total_bytes(kept), rel=0.06)
 
@@ -100,7 +100,7 @@ def test_the_parameters_of_stages_and_slices_are_counted_as_they_are():
     split = work.split(2, micro_batch_size=2)
     for stage in range(2):
         model = build_stage(config, split.units(stage), seed=0)
-        needed = estimate_memory(work, run, engine, Grid(stage=stage, num_stages=2), split)
+        needed = estimate_memory(work, run, engine, Grid(stage=stage, num_stages=2), split, "reference")
         assert needed.num_parameters == sum(p.numel() for p in model.parameters())
     whole, halved = (num_parameters(masked_lm_parts(config), ranks) for ranks in (1, 2))
     model = MaskedLanguageModel(config)
@@ -113,13 +113,13 @@ def test_the_parameters_of_stages_and_slices_are_counted_as_they_are():
     assert halved == whole - divided // 2 - words + 501 * 129
 
 
-def estimate(grid: Grid, engine: str, *overrides: str) -> float:
+def estimate(grid: Grid, engine: str, *overrides: str, kernel: str = "reference") -> float:
     """GiB of a rank of the largest preset."""
     run = load_run_config("xxlarge", list(overrides))
     settings = load_deepspeed_config(SHIPPED_CONFIGS / f"{engine}.json", run)
     work = masked_lm_workload(XXLARGE, run)
     split = work.split(grid.num_stages, run.train.micro_batch_size)
-    return estimate_memory(work, run, settings, grid, split).total / GIB
+    return estimate_memory(work, run, settings, grid, split, kernel).total / GIB
 
 
 def test_what_is_partitioned_divided_offloaded_or_recomputed_needs_less():
@@ -158,7 +158,8 @@ def test_sift_keeps_two_passes_and_a_head_changes_the_parameters():
         run = load_config("finetune_sift", overrides, FinetuneConfig)
         engine = load_deepspeed_config(SHIPPED_CONFIGS / "zero1_bf16.json", run)
         work = task_workload(architecture, head, run, num_options=1)
-        estimates[name] = estimate_memory(work, run, engine, Grid(), work.split(1, run.train.micro_batch_size))
+        split = work.split(1, run.train.micro_batch_size)
+        estimates[name] = estimate_memory(work, run, engine, Grid(), split, "reference")
     with torch.device("meta"):
         model = TaskModel(architecture, head)
     assert estimates["sift"].num_parameters == sum(p.numel() for p in model.parameters())
