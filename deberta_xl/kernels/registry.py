@@ -103,14 +103,15 @@ def strided_kept_bytes(sizes: AttentionSizes) -> float:
 
 
 def strided_working_bytes(sizes: AttentionSizes) -> float:
-    """The backward pass has three float32 matrices of one row's pairs, four gradients of all tokens, those of both
-    bands, and the products of a tile; of chosen queries also their products with every offset, or a fourth matrix."""
+    """The backward pass has two float32 matrices of one row's pairs, the gradients of all tokens and of both bands; of
+    chosen queries also a third, their products with every offset, which are two, and those of a tile of keys."""
     num_tables = sizes.has_content_to_position + sizes.has_position_to_content
-    bands = 2 * num_tables * (2 * sizes.keys - 1) * sizes.head_size
-    tile = min(STRIDED_TILE, sizes.keys) * (sizes.keys + STRIDED_TILE - 1)
-    matrices = 3 if sizes.queries == sizes.keys else 5
+    bands = num_tables * (2 * sizes.keys - 1) * sizes.head_size
+    pairs = 2 * sizes.queries * sizes.keys
+    if sizes.queries < sizes.keys and num_tables:
+        pairs += 2 * sizes.queries * sizes.keys + min(STRIDED_TILE, sizes.keys) * (sizes.keys + STRIDED_TILE - 1)
     tokens = 2 * sizes.rows * (sizes.queries + sizes.keys) * sizes.head_size
-    return FLOAT32 * sizes.heads * (matrices * sizes.queries * sizes.keys + tokens + bands + tile)
+    return FLOAT32 * sizes.heads * (pairs + tokens + bands)
 
 
 #: By name; those that `auto` prefers come first. The reference is what the others are compared with.

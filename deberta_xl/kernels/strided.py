@@ -68,6 +68,11 @@ class Block(NamedTuple):
         """The block of queries, or of room for them, [N, S, H]; of chosen ones a copy."""
         return self.keys(x_BNSH) if self.chosen is None else x_BNSH[self.row].index_select(1, self.chosen.slot_S)
 
+    def stays(self, first_BNS: Tensor, stride_BNS: Tensor, dropout: DropoutRule) -> Tensor:
+        """Which pairs dropout leaves, of what `pair_rows` gives, [N, S, T]."""
+        rows_1NS = [self.queries(x_BNS.unsqueeze(-1)).squeeze(-1).unsqueeze(0) for x_BNS in (first_BNS, stride_BNS)]
+        return keep_pair_rows(*rows_1NS, self.start_1S, self.length, dropout)[0]
+
     def put_back(self, room_BNSH: Tensor, x_NSH: Tensor) -> None:
         """What has been written to `queries(room)` is in the room, too."""
         if self.chosen is not None:
@@ -125,6 +130,14 @@ def blocks_of(where: Where) -> Iterator[Block]:
         yield Block(row, tokens, blocked_ST, chosen)
 
 
+class Heads(NamedTuple):
+    """Queries, keys and values; or room for their gradients."""
+
+    query_BNSH: Tensor
+    key_BNTH: Tensor
+    value_BNTH: Tensor
+
+
 class Strided(torch.autograd.Function):
     """Attention of scaled queries, and its gradients."""
 
@@ -142,25 +155,19 @@ class Strided(torch.autograd.Function):
         is_kept: bool,
     ) -> Tensor:
         """The context of all blocks, zeros elsewhere. What the backward pass needs is kept if it `is_kept`."""
-        bands = Bands(key_band_NWH, query_band_NWH)
+        heads, bands = Heads(query_BNSH, key_BNTH, value_BNTH), Bands(key_band_NWH, query_band_NWH)
         context_BNSH = room_like(query_BNSH, sum(block.num_queries for block in blocks))
-        pair_rows_BNS = pair_rows(places, query_BNSH.shape[1], dropout) if dropout.rate else ()
+        pair_rows_BNS = pair_rows(places, query_BNSH.shape[1], dropout) if dropout.rate else None
         kept = []
         for block in blocks:
-            query, key, value = block.queries(query_BNSH), block.keys(key_BNTH), block.keys(value_BNTH)
-            weights_NST = normalized(scores(query, key, bands, block.position_S), block.blocked_ST)
-            stays_NST = None
-            if dropout.rate:
-                rows_1NS = [block.queries(x_BNS.unsqueeze(-1)).squeeze(-1).unsqueeze(0) for x_BNS in pair_rows_BNS]
-                stays_NST = keep_pair_rows(*rows_1NS, block.start_1S, block.length, dropout)[0]
-            context = block.queries(context_BNSH)
-            torch.bmm(dropped(weights_NST, stays_NST), value, out=context)
-            block.put_back(context_BNSH, context)
+            stays_NST = None if pair_rows_BNS is None else block.stays(*pair_rows_BNS, dropout)
+            weights_NST = attend_block(block, heads, bands, stays_NST, context_BNSH)
             if is_kept:
                 kept += [weights_NST, stays_NST]
+            del weights_NST, stays_NST  # before the next ones are made
         if dropout.rate:
             context_BNSH.mul_(dropout.scale)
-        ctx.save_for_backward(query_BNSH, key_BNTH, value_BNTH, *bands, *kept)
+        ctx.save_for_backward(*heads, *bands, *kept)
         ctx.blocks, ctx.scale = blocks, dropout.scale
         return context_BNSH
 
@@ -169,25 +176,57 @@ class Strided(torch.autograd.Function):
     def backward(ctx: Any, gradient_BNSH: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys, values and both bands."""
         saved = ctx.saved_tensors  # once: what is recomputed may be taken but once
-        (query_BNSH, key_BNTH, value_BNTH), bands, kept = saved[:3], Bands(*saved[3:5]), saved[5:]
-        num_keys = sum(block.length for block in ctx.blocks)
-        d_query_BNSH = room_like(query_BNSH, sum(block.num_queries for block in ctx.blocks))
-        d_key_BNTH, d_value_BNTH = room_like(key_BNTH, num_keys), room_like(value_BNTH, num_keys)
+        heads, bands, kept = Heads(*saved[:3]), Bands(*saved[3:5]), saved[5:]
+        counts = [
+            sum(numbers) for numbers in zip(*((b.num_queries, b.length, b.length) for b in ctx.blocks), strict=True)
+        ]
+        d_heads = Heads(*map(room_like, heads, counts or [0] * 3))
         d_bands = Bands(*(None if band is None else torch.zeros_like(band) for band in bands))
         if ctx.scale != 1:
             gradient_BNSH = gradient_BNSH * ctx.scale
         for block, weights_NST, stays_NST in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
-            heads = (block.queries(query_BNSH), block.keys(key_BNTH))
-            d_heads = (block.queries(d_query_BNSH), block.keys(d_key_BNTH))
-            gradient = block.queries(gradient_BNSH)
-            torch.bmm(dropped(weights_NST, stays_NST).transpose(1, 2), gradient, out=block.keys(d_value_BNTH))
-            d_NST = dropped(gradient @ block.keys(value_BNTH).transpose(1, 2), stays_NST)
-            torch.ops.aten._softmax_backward_data.out(d_NST, weights_NST, -1, d_NST.dtype, grad_input=d_NST)
-            torch.bmm(d_NST, heads[1], out=d_heads[0])
-            torch.bmm(d_NST.transpose(1, 2), heads[0], out=d_heads[1])
-            add_position_gradients(d_NST, heads, d_heads, bands, d_bands, block.position_S)
-            block.put_back(d_query_BNSH, d_heads[0])
-        return d_query_BNSH, d_key_BNTH, d_value_BNTH, *d_bands, None, None, None, None
+            d_NST = score_gradients(block, gradient_BNSH, heads, weights_NST, stays_NST, d_heads)
+            add_score_gradients(block, d_NST, heads, bands, d_heads, d_bands)
+            del d_NST
+        return *d_heads, *d_bands, None, None, None, None
+
+
+def attend_block(block: Block, heads: Heads, bands: Bands, stays_NST: Tensor | None, context_BNSH: Tensor) -> Tensor:
+    """Put a block's context where it belongs, not yet scaled for dropout; the probabilities, [N, S, T]."""
+    query, key = block.queries(heads.query_BNSH), block.keys(heads.key_BNTH)
+    weights_NST = normalized(scores(query, key, bands, block.position_S), block.blocked_ST)
+    context = block.queries(context_BNSH)
+    torch.bmm(dropped(weights_NST, stays_NST), block.keys(heads.value_BNTH), out=context)
+    block.put_back(context_BNSH, context)
+    return weights_NST
+
+
+def score_gradients(
+    block: Block,
+    gradient_BNSH: Tensor,
+    heads: Heads,
+    weights_NST: Tensor,
+    stays_NST: Tensor | None,
+    d_heads: Heads,
+) -> Tensor:
+    """The gradient of a block's scores, [N, S, T]; that of its values is put where it belongs."""
+    gradient = block.queries(gradient_BNSH)
+    d_value = block.keys(d_heads.value_BNTH)
+    torch.bmm(dropped(weights_NST, stays_NST).transpose(1, 2), gradient, out=d_value)
+    d_NST = dropped(gradient @ block.keys(heads.value_BNTH).transpose(1, 2), stays_NST)
+    return torch.ops.aten._softmax_backward_data.out(d_NST, weights_NST, -1, d_NST.dtype, grad_input=d_NST)
+
+
+def add_score_gradients(
+    block: Block, d_NST: Tensor, heads: Heads, bands: Bands, d_heads: Heads, d_bands: Bands
+) -> None:
+    """What a block's scores are made of has its gradients."""
+    of_block = (block.queries(heads.query_BNSH), block.keys(heads.key_BNTH))
+    d_query, d_key = block.queries(d_heads.query_BNSH), block.keys(d_heads.key_BNTH)
+    torch.bmm(d_NST, of_block[1], out=d_query)
+    torch.bmm(d_NST.transpose(1, 2), of_block[0], out=d_key)
+    add_position_gradients(d_NST, of_block, (d_query, d_key), bands, d_bands, block.position_S)
+    block.put_back(d_heads.query_BNSH, d_query)
 
 
 def room_like(x_BNSH: Tensor, num_covered: int) -> Tensor:
@@ -211,4 +250,4 @@ def dropped(x_NST: Tensor, stays_NST: Tensor | None) -> Tensor:
 
     Products of one type take a third of the time of those with bool.
     """
-    return x_NST if stays_NST is None else x_NST * stays_NST.to(x_NST.dtype)
+    return x_NST if stays_NST is None else stays_NST.to(x_NST.dtype).mul_(x_NST)

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deberta_xl.kernels.registry import KERNELS
+from benchmarks.interleaved import peak_bytes
+from deberta_xl.kernels.contract import Memory, RelativeRows, Where
+from deberta_xl.kernels.dropout import DropoutRule
+from deberta_xl.kernels.registry import KERNELS, AttentionSizes, load_kernel
+from deberta_xl.kernels.relative_index import Buckets
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.part_costs import Division, Load, layer_bytes
@@ -90,6 +94,36 @@ def test_a_models_activations_are_what_autograd_keeps_of_layers_and_decoder(kern
     expected = sum(part.activations(load, Division(4, kernel)).kept for part in masked_lm_parts(config))
     # The last layer is the decoder's alone. What embeddings and head keep is left out.
     assert expected == pytest.approx(total_bytes(kept), rel=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("num_chosen", [0, 40], ids=["", "chosen"])
+@pytest.mark.parametrize(("kernel", "tolerance"), [("strided", 0.1), ("reference", 0.35)])
+def test_what_a_kernel_has_at_its_fullest_is_what_it_keeps_and_works_with(kernel, tolerance, num_chosen, dtype):
+    rows, length, heads, size, span = 3, 160, 4, 16, 32
+    queries = num_chosen or length
+    where = Where(torch.ones(rows, length, dtype=torch.int64), Buckets(span, 4 * span))
+    if num_chosen:
+        where = where.of_queries(torch.arange(num_chosen).mul(4).expand(rows, -1))
+    shapes = [(rows, queries), (rows, length), (rows, length), (2 * span,), (2 * span,)]
+    inputs = [torch.randn(*shape, heads * size).to(dtype).requires_grad_() for shape in shapes]
+
+    def run() -> None:
+        query, key, value, *table = (x.unflatten(-1, (heads, size)).transpose(-3, -2) for x in inputs)
+        rule = DropoutRule(0.1, 7)
+        context = load_kernel(kernel)(query, Memory(key, value), RelativeRows(*table), where, rule)
+        torch.autograd.grad(context, inputs, sent)
+
+    sent = torch.ones(rows, heads, queries, size, dtype=dtype)
+    run()  # what all layers share is there then
+    element = dtype.itemsize
+    sizes = AttentionSizes(rows, queries, length, heads, size, 2 * span, True, True, element)
+    context = rows * queries * heads * size * element
+    # In float32 what is kept of keys and values are those that were given.
+    given = 2 * rows * length * heads * size * element if dtype == torch.float32 else 0
+    expected = KERNELS[kernel].kept_bytes(sizes) + KERNELS[kernel].working_bytes(sizes) + context - given
+    # The strided kernel's leaves out little, as a last short tile; the reference's has a matrix of pairs to spare.
+    assert expected == pytest.approx(peak_bytes(run, torch.device("cpu")), rel=tolerance)
 
 
 def test_the_parameters_of_stages_and_slices_are_counted_as_they_are():
