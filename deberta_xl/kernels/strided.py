@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deberta_xl.kernels import reference
 from deberta_xl.kernels.bands import Bands, add_position_gradients, laid_out, scores
 from deberta_xl.kernels.contract import Memory, RelativeRows, Where
 from deberta_xl.kernels.dropout import DropoutRule, Places, keep_pair_rows, pair_rows
@@ -80,7 +81,13 @@ class Block(NamedTuple):
 
 
 def attention(query_BNSH: Tensor, memory: Memory, relative: RelativeRows, where: Where, dropout: DropoutRule) -> Tensor:
-    """The contract's `Attend`."""
+    """The contract's `Attend`.
+
+    One query of each row, as generation has it at each step, is the reference's business: no matrix of pairs comes of
+    it, and the table would be laid out for the one.
+    """
+    if query_BNSH.shape[2] == 1:
+        return reference.attention(query_BNSH, memory, relative, where, dropout)
     dtype = query_BNSH.dtype
     score_dtype = torch.promote_types(dtype, torch.float32)
     blocks = list(blocks_of(where))
