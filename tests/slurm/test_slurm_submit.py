@@ -61,6 +61,12 @@ def test_options_of_sbatch_override_the_headers(submit: Submit):
     assert "using 384 processors" in answer.stdout
 
 
+def test_a_job_that_asks_for_gpus_is_planned_for_them_where_there_are_none(submit: Submit):
+    answer = submit("--deepspeed_config", "deepspeed_configs/cpu_debug.json", DS_ACCELERATOR="", GPU_MEMORY_GIB="")
+    assert answer.returncode == 0, answer.stdout
+    assert re.search(r"GiB \(.*\) estimated, with \w+ attention on a GPU", answer.stdout)
+
+
 def test_a_run_in_stages_is_laid_out_over_the_headers_ranks(submit: Submit):
     answer = submit("parallel.pipeline_parallel_size=2")
     assert answer.returncode == 0, answer.stdout
