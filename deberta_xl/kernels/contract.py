@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,11 @@ class Where:
             if segment:
                 spans.append(Span(row, start, end - start, segment))
         return spans
+
+    @cached_property
+    def notes(self) -> dict[str, Any]:
+        """By its name, what a kernel derives from all this for every layer."""
+        return {}
 
     @cached_property
     def places(self) -> Places:

@@ -90,7 +90,9 @@ def attention(query_BNSH: Tensor, memory: Memory, relative: RelativeRows, where:
         return reference.attention(query_BNSH, memory, relative, where, dropout)
     dtype = query_BNSH.dtype
     score_dtype = torch.promote_types(dtype, torch.float32)
-    blocks = list(blocks_of(where))
+    if __name__ not in where.notes:
+        where.notes[__name__] = list(blocks_of(where))
+    blocks: list[Block] = where.notes[__name__]
     num_terms = 1 + sum(rows is not None for rows in relative)
     scale = 1 / math.sqrt(query_BNSH.shape[-1] * num_terms)
     longest = max((block.length for block in blocks), default=1)

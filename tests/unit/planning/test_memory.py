@@ -20,7 +20,7 @@ from deberta_xl.model.parts import masked_lm_parts, num_parameters
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.pipeline import build_stage
-from deberta_xl.planning.memory import GIB, estimate_memory
+from deberta_xl.planning.memory import GIB, estimate_memory, stage_activations
 from deberta_xl.planning.workload import masked_lm_workload, task_workload
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 from deberta_xl.settings.deepspeed_config import SHIPPED_CONFIGS, load_deepspeed_config
@@ -124,6 +124,28 @@ def test_what_a_kernel_has_at_its_fullest_is_what_it_keeps_and_works_with(kernel
     expected = KERNELS[kernel].kept_bytes(sizes) + KERNELS[kernel].working_bytes(sizes) + context - given
     # The strided kernel's leaves out little, as a last short tile; the reference's has a matrix of pairs to spare.
     assert expected == pytest.approx(peak_bytes(run, torch.device("cpu")), rel=tolerance)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_step_at_its_fullest_takes_what_is_planned_for_activations(kernel):
+    rows, length = 4, 128
+    config = DebertaConfig(max_position_embeddings=length, position_buckets=64, **SIZES)
+    run = load_run_config("debug", [f"model.sequence_length={length}", f"train.micro_batch_size={rows}"])
+    work = masked_lm_workload(config, run)
+    planned = stage_activations(work, run, Grid(), work.split(1, rows), Division(4, kernel))
+    model = MaskedLanguageModel(config).train()
+    model.use_kernel(kernel)
+    ids = torch.arange(rows * length).view(rows, length) % 900 + 5
+    labelled = LabelledPositions.of(torch.where(ids % 7 == 0, ids, 0))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> None:
+        model(ids, torch.ones_like(ids), labels=labelled, label_count=1.0, dropout_key=DropoutKey(1)).loss.backward()
+
+    step()
+    # The temporaries of the fullest unit are planned on top of all that is kept, and are there a little later.
+    assert planned == pytest.approx(peak_bytes(step, torch.device("cpu")), rel=0.15)
 
 
 def test_the_parameters_of_stages_and_slices_are_counted_as_they_are():
