@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ OF_MASKING = ("masking", "mask_probability", "max_ngram", "replace_with_mask", "
 """Settings of `data` that only masked tokens read."""
 V3_MASKING = {"max_ngram": 1, "replace_with_mask": 1.0, "replace_with_random": 0.0}
 """How `data` masks for the generator of DeBERTaV3; the defaults are the masked-LM's."""
+FEW_LONG = 0.1
+"""Share of the tokens in documents that need longer rows, below which these teach little."""
 SPARE_ROWS = 1000
 """Rows of the word table beyond the tokenizer's pieces that pass as padding to a round number."""
 
@@ -109,6 +112,7 @@ def slips(inputs: PretrainingInputs) -> Iterator[str]:
             f"the run reads its {rows:,} rows {epochs:,.0f} times: more text, or "
             f"train.steps={max(1, round(MANY_EPOCHS * rows / train.global_batch_size))} for {MANY_EPOCHS} times"
         )
+    yield from short_documents(inputs)
     yield from objective_slips(inputs)
     spare = architecture.vocab_size - inputs.tokenizer.vocab_size
     if spare > max(SPARE_ROWS, inputs.tokenizer.vocab_size // 10):
@@ -117,6 +121,21 @@ def slips(inputs: PretrainingInputs) -> Iterator[str]:
             f"{spare:,} rows of the word table ({spare * architecture.embedding_width:,} parameters) will never be "
             "trained; leave model.vocab_size out to take the tokenizer's size"
         )
+
+
+def short_documents(inputs: PretrainingInputs) -> Iterator[str]:
+    """Rows that grow longer over documents that do not."""
+    lengths = [stretch.length for stretch in inputs.config.stretches]
+    if inputs.config.data.attend_across_documents:
+        return
+    for shorter, longer in itertools.pairwise(lengths):
+        share = inputs.data.share_in_longer_documents(shorter)
+        if share < FEW_LONG:
+            yield (
+                f"train.lengths has rows of {longer} tokens after those of {shorter}, but only {100 * share:.1f} % of "
+                f"the dataset's tokens stand in documents longer than {shorter}: the others meet nothing new in longer "
+                "rows; longer documents, or data.attend_across_documents=true"
+            )
 
 
 def objective_slips(inputs: PretrainingInputs) -> Iterator[str]:

@@ -31,6 +31,7 @@ from deberta_xl.settings.mask import mask_of
 from deberta_xl.settings.objectives import generator_architecture
 from deberta_xl.settings.presets import complete_config, load_run_config, model_folder
 from deberta_xl.settings.pretraining import ModelSection, RunConfig
+from deberta_xl.settings.row_lengths import Stretch
 
 if TYPE_CHECKING:
     from deberta_xl.objectives.objective import Objective
@@ -83,6 +84,13 @@ class PretrainingInputs(Inputs):
             f"{counted(samples, 'sequence')} = {samples / num_rows:.2f} epochs of {rows} ({tokens})",
         )
 
+    def in_words(self, stretch: Stretch) -> str:
+        """`steps 1 … 80 of 4,096 x 512 tokens`."""
+        batch = self.config.train.global_batch_size * stretch.pieces
+        if stretch.last_step < stretch.first_step:
+            return f"no step of {batch:,} x {stretch.length} tokens"
+        return f"steps {stretch.first_step:,} … {stretch.last_step:,} of {batch:,} x {stretch.length} tokens"
+
     def pair(self) -> str:
         """`; generator 142,417,764, discriminator 184,424,449` parameters, where there are two models."""
         if self.built_in != "replaced_tokens":
@@ -95,7 +103,9 @@ class PretrainingInputs(Inputs):
         return f"; {', '.join(sizes)}"
 
     def print_more(self) -> None:
-        """The stages, and what looks like a slip."""
+        """Rows that grow longer, the stages, and what looks like a slip."""
+        if len(stretches := self.config.stretches) > 1:
+            rank_zero("rows: %s", "; ".join(map(self.in_words, stretches)))
         if self.split.num_stages > 1:
             accumulation = self.config.train.gradient_accumulation_steps(self.grid.data_parallel_size)
             rank_zero("stages: %s", self.split.describe(accumulation))

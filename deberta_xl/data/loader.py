@@ -5,6 +5,7 @@ All that a run must remember about its data is how many samples it has consumed.
 
 from __future__ import annotations
 
+import copy
 import functools
 import queue
 import threading
@@ -30,6 +31,8 @@ HELD_OUT_SEED = 0x48454C44
 """Seed of the order and the masks of held-out rows; no run's own, so that all runs are measured on the same thing."""
 CHECKED_TOKENS, CHECKED_ROWS = 2**20, 64
 """Read at a time when a dataset is searched for something to predict; nearly always the first part has it."""
+CHECKED_DOCUMENTS = 2**20
+"""Measured at a time: the index of a large dataset is not read into memory as a whole."""
 
 
 class Batch(NamedTuple):
@@ -58,14 +61,35 @@ class PretrainingData:
         self.tokenizer = tokenizer
         self.seed = seed
         self.attend_across_documents = data_section.attend_across_documents
-        self.packed_rows = PackedRows(
-            store, sequence_length, cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id, pad_id=tokenizer.pad_id
-        )
+        self.packed_rows = self.packed(sequence_length)
         is_original = data_section.masking == "original"
         word_starts = tokenizer.original_word_starts if is_original else tokenizer.word_flags
         self.masker = Masker(
             data_section, word_starts=word_starts, special=tokenizer.special, mask_id=tokenizer.mask_id
         )
+
+    def packed(self, sequence_length: int) -> PackedRows:
+        """The documents in rows of so many tokens."""
+        cls_id, sep_id, pad_id = self.tokenizer.cls_id, self.tokenizer.sep_id, self.tokenizer.pad_id
+        return PackedRows(self.store, sequence_length, cls_id=cls_id, sep_id=sep_id, pad_id=pad_id)
+
+    def in_rows_of(self, sequence_length: int) -> PretrainingData:
+        """The same dataset in rows of another length, each length in an order of its own."""
+        if sequence_length == self.packed_rows.sequence_length:
+            return self
+        other = copy.copy(self)
+        other.packed_rows = self.packed(sequence_length)
+        return other
+
+    def share_in_longer_documents(self, length: int) -> float:
+        """Which share of the tokens stands in documents that do not fit a row of `length` tokens."""
+        offsets, end = self.store.document_offsets, self.store.stream.size
+        longer, limit = 0, (length - 2) * self.store.header.dtype.itemsize
+        for start in range(0, len(offsets), CHECKED_DOCUMENTS):
+            behind = offsets[start + CHECKED_DOCUMENTS : start + CHECKED_DOCUMENTS + 1]
+            sizes = np.diff(offsets[start : start + CHECKED_DOCUMENTS], append=behind[0] if len(behind) else end)
+            longer += int(sizes[sizes > limit].sum())
+        return longer / end
 
     @property
     def num_rows(self) -> int:

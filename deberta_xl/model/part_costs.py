@@ -29,6 +29,10 @@ class Load(NamedTuple):
         """Of all sequences together."""
         return self.rows * self.length
 
+    def in_rows_of(self, length: int) -> Load:
+        """The same tokens in rows of another length, which divides this one."""
+        return Load(self.rows * (self.length // length), length, self.labelled)
+
     def times(self, number: int) -> Load:
         """So many loads in one."""
         return Load(self.rows * number, self.length, self.labelled * number)

@@ -90,10 +90,9 @@ class Causal(MaskedLM):
         """Every token but the first of a document is predicted."""
         return next_token_rows(batch)
 
-    @property
-    def learnt(self) -> Learnt:
+    def learnt(self, step: int) -> Learnt:
         """That the model can write, and how."""
-        return super().learnt._replace(objective=self.writes_as)
+        return super().learnt(step)._replace(objective=self.writes_as)
 
     def evaluate(self, run: Evaluator) -> Evaluation:
         """Loss, perplexity per token and accuracy; with examples."""
@@ -137,10 +136,9 @@ class Mixed(Causal):
         """With the form of what is autoregressive."""
         return {**super().fingerprints, "autoregressive.form": self.form}
 
-    @property
-    def learnt(self) -> Learnt:
+    def learnt(self, step: int) -> Learnt:
         """That the model can write, too, and in which form."""
-        return super().learnt._replace(objective="mixed", form=self.form)
+        return super().learnt(step)._replace(objective="mixed", form=self.form)
 
     @property
     def reports(self) -> Mapping[str, Mean | Ratio]:

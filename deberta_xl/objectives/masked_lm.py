@@ -13,7 +13,6 @@ from torch import Tensor
 from deberta_xl.data.loader import Batch
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import MaskedLanguageModel
-from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import masked_lm_parts
 from deberta_xl.objectives.evaluation import Evaluation, Evaluator, Model, Sums
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm, masked_sums
@@ -74,10 +73,9 @@ class MaskedLM(Pretraining, Staged):
         """Right guesses."""
         return {"accuracy": (guesses == batch.labelled.label_L).sum()}
 
-    def step_flops(self, counts: Mapping[str, float]) -> float:
+    def step_flops(self, step: int, counts: Mapping[str, float]) -> float:
         """By the model's definition."""
-        rows, length = self.config.train.global_batch_size, self.config.model.sequence_length
-        return step_flops(masked_lm_parts(self.architecture), Load(rows, length, counts["labels"]))
+        return step_flops(masked_lm_parts(self.architecture), self.load_at(step, counts["labels"]))
 
     @property
     def guessing(self) -> Guessing:

@@ -110,9 +110,8 @@ class Objective(ABC):
     def fingerprints(self) -> Mapping[str, Any]:
         """What a checkpoint must agree with to be continued; JSON values."""
 
-    @property
-    def checkpoint_files(self) -> Mapping[str, bytes]:
-        """What rides along in every checkpoint: path -> content."""
+    def checkpoint_files(self, step: int) -> Mapping[str, bytes]:
+        """What rides along in the checkpoint of a step: path -> content."""
         return {}
 
     # A step.
@@ -166,8 +165,8 @@ class Objective(ABC):
         """
         return update(self.losses, batches, shares, keys)
 
-    def step_flops(self, counts: Mapping[str, float]) -> float | None:
-        """Operations of one step over all ranks that counts so much; None where it is not known."""
+    def step_flops(self, step: int, counts: Mapping[str, float]) -> float | None:
+        """Operations of a step over all ranks that counts so much; None where it is not known."""
         return None
 
     @property

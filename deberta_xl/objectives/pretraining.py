@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,7 @@ from deberta_xl.base.log import rank_zero
 from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.data.loader import Batch, PretrainingData
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import Part, with_heads
 from deberta_xl.model.trunk import Trunk, shapes_of_model
 from deberta_xl.objectives.masked_evaluation import evaluation_batches
@@ -104,15 +107,18 @@ class Pretraining(Objective):
             "seed": self.seed,
         }
 
-    @property
-    def checkpoint_files(self) -> Mapping[str, bytes]:
+    def checkpoint_files(self, step: int) -> Mapping[str, bytes]:
         """The architecture and the tokenizer: from a checkpoint the encoder can be fine-tuned."""
-        return files_beside_weights(self.architecture, self.tokenizer, learnt=self.learnt)
+        return files_beside_weights(self.architecture, self.tokenizer, learnt=self.learnt(step))
 
-    @property
-    def learnt(self) -> Learnt:
-        """What a checkpoint tells of its training."""
-        return Learnt(sequence_length=self.tokens_per_sample)
+    def learnt(self, step: int) -> Learnt:
+        """What the checkpoint of a step tells of its training."""
+        return Learnt(sequence_length=self.config.stretch_at(step).length)
+
+    def load_at(self, step: int, labelled: float) -> Load:
+        """What a step with so many labels computes on."""
+        stretch = self.config.stretch_at(step)
+        return Load(self.config.train.global_batch_size * stretch.pieces, stretch.length, labelled)
 
     @property
     def num_samples(self) -> int:
@@ -120,9 +126,18 @@ class Pretraining(Objective):
         return self.data.num_rows
 
     def batches(self, first_step: int, first_sample: int, *, rank: int, size: int) -> Iterator[list[MicroBatch]]:
-        """The rows from `first_sample` on."""
-        data, train = self.source(self.data), self.config.train
-        return step_batches(data, train, first_sample, self.micro_batch, rank=rank, size=size)
+        """The rows from `first_sample` on: a sample is a row of `model.sequence_length`, or the shorter ones in its
+        place. Each length goes on where it would stand if all steps before had been its own."""
+        train = self.config.train
+        for stretch in self.config.stretches:
+            steps_left = max(0, stretch.last_step + 1 - first_step)
+            data = self.source(self.data.in_rows_of(stretch.length))
+            sizes = {name: getattr(train, name) * stretch.pieces for name in ("global_batch_size", "micro_batch_size")}
+            own, first_row = replace(train, **sizes), first_sample * stretch.pieces
+            steps = step_batches(data, own, first_row, self.micro_batch, rank=rank, size=size)
+            yield from itertools.islice(steps, None if stretch.pieces == 1 else steps_left)
+            first_step += steps_left
+            first_sample += steps_left * train.global_batch_size
 
     @property
     def has_held_out(self) -> bool:

@@ -16,7 +16,6 @@ from deberta_xl.checkpoint.together import on_rank_zero
 from deberta_xl.data.random_numbers import derive
 from deberta_xl.kernels.sampling import DrawRule
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import Part, replaced_tokens_parts
 from deberta_xl.model.replaced_tokens import Proposal, ReplacedTokenModel, detection_counts, detection_loss
 from deberta_xl.objectives.detection import DetectionEvaluation
@@ -114,11 +113,10 @@ class ReplacedTokens(Pretraining):
         generator = computed_by(self.generator_architecture)
         return {**super().fingerprints, "generator": generator, "sharing": self.section.sharing}
 
-    @property
-    def checkpoint_files(self) -> Mapping[str, bytes]:
+    def checkpoint_files(self, step: int) -> Mapping[str, bytes]:
         """Both architectures and the tokenizer."""
         pair = {"generator": self.generator_architecture, "sharing": self.section.sharing}
-        return files_beside_weights(self.architecture, self.tokenizer, **pair, learnt=self.learnt)
+        return files_beside_weights(self.architecture, self.tokenizer, **pair, learnt=self.learnt(step))
 
     @property
     def reports(self) -> Reports:
@@ -189,10 +187,9 @@ class ReplacedTokens(Pretraining):
             "dropout_key": key,
         }
 
-    def step_flops(self, counts: Mapping[str, float]) -> float:
+    def step_flops(self, step: int, counts: Mapping[str, float]) -> float:
         """By the models' definition."""
-        rows, length = self.config.train.global_batch_size, self.config.model.sequence_length
-        return step_flops(self.parts, Load(rows, length, counts["labels"]))
+        return step_flops(self.parts, self.load_at(step, counts["labels"]))
 
     @property
     def guessing(self) -> Guessing:

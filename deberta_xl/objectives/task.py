@@ -96,8 +96,7 @@ class TaskObjective(KeepsBest):
             "seed": self.config.train.seed,
         }
 
-    @property
-    def checkpoint_files(self) -> Mapping[str, bytes]:
+    def checkpoint_files(self, step: int) -> Mapping[str, bytes]:
         """The architecture, the head and the tokenizer."""
         return files_beside_weights(self.architecture, self.tokenizer) | {HEAD_NAME: self.head.to_json()}
 
@@ -139,7 +138,7 @@ class TaskObjective(KeepsBest):
         )
         return dict(zip(self.reports, found, strict=False))
 
-    def step_flops(self, counts: Mapping[str, float]) -> float:
+    def step_flops(self, step: int, counts: Mapping[str, float]) -> float:
         """Of the tokens that are no padding, as if all texts were of their mean length."""
         num_options = len(self.train_data.features[0].rows)
         work = task_workload(self.architecture, self.head.head, self.config, num_options)

@@ -39,7 +39,13 @@ class Outlook(NamedTuple):
     @property
     def flops(self) -> float:
         """Operations of the whole run."""
-        return self.steps * self.work.step_flops(self.config.train.global_batch_size)
+        batch = self.config.train.global_batch_size
+        if isinstance(self.config, FinetuneConfig):
+            return self.steps * self.work.step_flops(batch)
+        return sum(
+            (stretch.last_step + 1 - stretch.first_step) * self.work.in_rows_of(stretch.length).step_flops(batch)
+            for stretch in self.config.stretches
+        )
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -59,7 +65,8 @@ class Outlook(NamedTuple):
         return choose_kernel(self.config.model.kernel, Demand(self.work.architecture, self.work.mask, self.platform))
 
     def memory(self) -> list[RankMemory]:
-        """What a rank of each stage needs."""
+        """What a rank of each stage needs; where rows grow longer, with the longest: of equally many tokens they take
+        most."""
         stages = (self.grid._replace(stage=stage) for stage in range(self.grid.num_stages))
         return [
             estimate_memory(self.work, self.config, self.engine, stage, self.split, self.kernel) for stage in stages

@@ -61,6 +61,10 @@ class Workload(NamedTuple):
         """Operations of an optimizer step."""
         return self.forwards * forward_flops(self.parts, self.example.times(num_examples))
 
+    def in_rows_of(self, length: int) -> Workload:
+        """The same of shorter rows, several in the place of one."""
+        return self._replace(example=self.example.in_rows_of(length))
+
 
 def pretraining_workload(architecture: DebertaConfig, run: RunConfig, objective: str | None) -> Workload:
     """What a built-in objective computes; of None, a user's that is below none of them, what `masked_lm` would."""

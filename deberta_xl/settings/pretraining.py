@@ -22,6 +22,7 @@ from deberta_xl.settings.objectives import (
     check_read,
 )
 from deberta_xl.settings.parallelism import ParallelSection, check_slices
+from deberta_xl.settings.row_lengths import SHORTEST, Stretch, check_lengths, read_shares, stretches
 
 
 @frozen
@@ -37,9 +38,9 @@ class ModelSection(DebertaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 8 <= self.sequence_length <= self.max_position_embeddings:
+        if not SHORTEST <= self.sequence_length <= self.max_position_embeddings:
             raise ConfigError(
-                f"sequence_length={self.sequence_length} does not fit the position table: choose 8 … "
+                f"sequence_length={self.sequence_length} does not fit the position table: choose {SHORTEST} … "
                 f"max_position_embeddings={self.max_position_embeddings}, or enlarge max_position_embeddings"
             )
 
@@ -163,6 +164,13 @@ class PretrainingTrainSection(TrainSection):
 
     objective: str = "masked_lm"
     """`masked_lm`, `replaced_tokens`, `causal`, `prefix`, `mixed`, or a class of yours as PACKAGE.MODULE:CLASS."""
+    lengths: str | None = None
+    """Shorter rows first, as LENGTH:SHARE of the steps in turn (512:0.8,2048:0.15); the other steps have rows of
+    `model.sequence_length`, which batch sizes count: in the place of each there are several shorter ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_shares(self.lengths)
 
 
 @frozen
@@ -260,7 +268,18 @@ class RunConfig:
             )
         if self.parallel.sequence_parallel:
             check_slices(self.model, self.parallel)
+        slices = self.parallel.tensor_parallel_size if self.parallel.sequence_parallel else 1
+        check_lengths(self.train.lengths, self.model.sequence_length, slices)
         check_read(self.train.objective, {name: getattr(self, name) for name in READERS})
         if self.train.objective == "replaced_tokens":
             rate = self.optimizer.learning_rate
             check_generator(self.model.architecture(1), self.generator, self.replaced_tokens.sharing, rate)
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """The lengths of rows, in turn, and the steps that have them."""
+        return stretches(self.train.lengths, self.model.sequence_length, self.train.steps)
+
+    def stretch_at(self, step: int) -> Stretch:
+        """The one that has this step."""
+        return next((found for found in self.stretches if step <= found.last_step), self.stretches[-1])

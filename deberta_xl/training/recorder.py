@@ -156,7 +156,8 @@ class Recorder:
 
     def work(self, seconds: float) -> dict[str, float | None]:
         """Operations per second, and their share of the devices' peak, where either is known."""
-        per_step = self.objective.step_flops({name: count / self.num_steps for name, count in self.counts.items()})
+        mean_counts = {name: count / self.num_steps for name, count in self.counts.items()}
+        per_step = self.objective.step_flops(self.state.step, mean_counts)
         flops = per_step and per_step * self.num_steps / seconds
         utilization = flops / self.peak if flops and self.peak else None
         return {"model_flops_per_second": flops, "model_flops_utilization": utilization}

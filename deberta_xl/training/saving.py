@@ -30,7 +30,7 @@ class Saver:
         self.engine, self.folder, self.state = engine, folder, state
         self.safeguard, self.heartbeat, self.ownership = safeguard, heartbeat, ownership
         self.tensor_parallel = grid.tensor_parallel_size, grid.tensor_parallel_rank
-        self.files, self.fingerprints = objective.checkpoint_files, dict(objective.fingerprints)
+        self.objective, self.fingerprints = objective, dict(objective.fingerprints)
         self.saved_step = state.step
         self.is_owed = False
 
@@ -53,7 +53,7 @@ class Saver:
             self.engine,
             self.folder.checkpoints,
             {**asdict(self.state), "fingerprints": self.fingerprints},
-            extra_files=self.files,
+            extra_files=self.objective.checkpoint_files(self.state.step),
             tensor_parallel=self.tensor_parallel,
             before_publishing=self.ownership.check,  # once more: minutes may have passed
         )

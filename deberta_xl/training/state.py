@@ -19,7 +19,7 @@ class TrainState:
     step: int = 0
     """Optimizer updates made."""
     consumed_samples: int = 0
-    """Rows seen since the first step; where the data stands."""
+    """Rows seen since the first step; where the data stands. Several shorter ones in the place of one count as one."""
     skipped_steps: int = 0
     """Steps whose gradient was not finite: DeepSpeed leaves such an update out."""
     lately_skipped: list[int] = field(default_factory=list)

@@ -248,7 +248,7 @@ class Both(Mixed):
 def test_a_checkpoint_says_that_its_model_can_write(build, name, chosen, saved):
     objective = build(name)
     assert type(objective) is chosen
-    config = json.loads(objective.checkpoint_files["config.json"])
+    config = json.loads(objective.checkpoint_files(1)["config.json"])
     assert (config["objective"], config.get("form")) == (saved, "causal" if saved == "mixed" else None)
     assert config["sequence_length"] == LENGTH
     assert built_in_of(name) == saved

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from deberta_xl.data import loader
 from deberta_xl.data.loader import PretrainingData
 from deberta_xl.data.token_store import TokenStore
 from deberta_xl.objectives.evaluation import Evaluator
@@ -20,6 +22,9 @@ from deberta_xl.settings.pretraining import (
     PretrainingTrainSection,
     RunConfig,
 )
+
+GIVEN = ("architecture", "tokenizer", "data", "valid")
+"""What an objective is made of, besides its configuration."""
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +60,29 @@ def test_batches_are_a_function_of_the_sample_they_begin_with(objective):
     (second,), (again,) = next(steps), next(objective.batches(2, 4, rank=0, size=1))
     assert torch.equal(second.input_ids_BS, again.input_ids_BS)
     assert second.counts == again.counts == (len(second.labelled.label_L),)
+
+
+def test_rows_grow_longer_and_a_step_has_as_many_tokens_as_ever(objective):
+    train = replace(objective.config.train, steps=5, lengths="10:0.4,20:0.2", global_batch_size=8, micro_batch_size=2)
+    growing = MaskedLM(replace(objective.config, train=train), *(getattr(objective, name) for name in GIVEN))
+    steps = [next(batches) for batches in [growing.batches(1, 0, rank=0, size=1)] for _ in range(7)]
+    shapes = [[tuple(batch.input_ids_BS.shape) for batch in step] for step in steps]
+    assert shapes == [[(8, 10)] * 4] * 2 + [[(4, 20)] * 4] + [[(2, 40)] * 4] * 4
+    for number, step in enumerate(steps):
+        for size in (1, 2):  # begun anew at this step, on other numbers of ranks
+            ranks = [next(growing.batches(number + 1, 8 * number, rank=rank, size=size)) for rank in range(size)]
+            again = [batch for turn in zip(*ranks, strict=True) for batch in turn]
+            assert all(torch.equal(a.input_ids_BS, b.input_ids_BS) for a, b in zip(step, again, strict=True))
+    assert [growing.learnt(step).sequence_length for step in (2, 3, 4)] == [10, 20, 40]
+    # Each length stands where it would stand if all steps before had been its own.
+    rows = growing.data.in_rows_of(20).batch(2 * 8 * 2, 4).input_ids
+    assert torch.equal(steps[2][0].input_ids_BS, torch.from_numpy(rows))
+
+
+def test_the_share_of_tokens_in_long_documents_is_counted_in_whatever_pieces(objective, monkeypatch):
+    lengths = objective.data.store.lengths
+    fits = int(np.median(lengths))
+    expected = lengths[lengths > fits].sum() / lengths.sum()
+    assert 0 < objective.data.share_in_longer_documents(fits + 2) == expected < 1
+    monkeypatch.setattr(loader, "CHECKED_DOCUMENTS", 7)
+    assert objective.data.share_in_longer_documents(fits + 2) == expected

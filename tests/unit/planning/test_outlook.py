@@ -12,6 +12,7 @@ from deberta_xl.base.errors import ConfigError
 from deberta_xl.commands import outlook
 from deberta_xl.commands.outlook import describe_disk, describe_fit, describe_work, disk_warning, print_memory, slips
 from deberta_xl.commands.pretraining import PretrainingInputs, parse_arguments, read_inputs
+from deberta_xl.data.token_store import TokenStore
 from deberta_xl.model.parts import forward_flops, masked_lm_parts, num_parameters, trunk_parts
 from deberta_xl.planning.memory import GIB
 from deberta_xl.planning.outlook import FITTING
@@ -36,6 +37,31 @@ def test_work_and_disk_follow_from_sizes_steps_and_ranks(small_dataset, tmp_path
     )
     everything = look(small_dataset, tmp_path, "train.steps=1000", "checkpoint.keep=0", "checkpoint.interval=300")
     assert "at most 4 at a time" in describe_disk(everything.outlook)
+
+
+def test_rows_that_grow_longer_are_paid_for_at_their_length_and_take_the_memory_of_the_longest(
+    small_dataset, tmp_path, caplog
+):
+    whole = look(small_dataset, tmp_path, "train.steps=60").outlook
+    short = look(small_dataset, tmp_path, "train.steps=30", "model.sequence_length=16", "train.global_batch_size=96")
+    growing = look(small_dataset, tmp_path, "train.steps=60", "train.lengths=16:0.5")
+    assert growing.outlook.flops == pytest.approx(short.outlook.flops + whole.flops / 2, rel=1e-12)
+    assert growing.outlook.flops < whole.flops
+    assert growing.outlook.memory() == whole.memory()
+    with caplog.at_level("INFO"):
+        growing.print_more()
+    assert "rows: steps 1 … 30 of 96 x 16 tokens; steps 31 … 60 of 32 x 48 tokens" in caplog.text
+
+
+def test_rows_longer_than_the_documents_are_pointed_out(small_dataset, tmp_path):
+    enough = 2 + int(TokenStore(small_dataset.train).lengths.max())
+    words = (
+        f"train.lengths={enough}:0.5", f"model.sequence_length={2 * enough}", "model.max_position_embeddings=4096",
+        "train.steps=30", "train.global_batch_size=2", "train.micro_batch_size=1",
+    )  # fmt: skip
+    (told,) = slips(look(small_dataset, tmp_path, *words))
+    assert f"but only 0.0 % of the dataset's tokens stand in documents longer than {enough}" in told
+    assert list(slips(look(small_dataset, tmp_path, *words, "data.attend_across_documents=true"))) == []
 
 
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(small_dataset, tmp_path):

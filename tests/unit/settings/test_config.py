@@ -251,6 +251,16 @@ BAD_OVERRIDES = {
     "model.sequence_length=1024": ["sequence_length=1024", "max_position_embeddings=512"],
     "model.sequence_length=4": ["sequence_length=4", "8 … max_position_embeddings=512"],
     "model.position_buckets=2000": ["position_buckets=2000", "2 … 1023"],
+    # Rows that grow longer, up to the preset's 128 tokens.
+    "train.lengths=64": ["lengths='64' is not LENGTH:SHARE", "for example 512:0.8"],
+    "train.lengths=64:half": ["lengths='64:half' is not LENGTH:SHARE"],
+    "train.lengths=64:0.2,32:0.2": ["rows become longer from one length to the next"],
+    "train.lengths=4:0.2": ["the least is 8"],
+    "train.lengths=64:0": ["each be above 0"],
+    "train.lengths=64:nan": ["each be above 0"],
+    "train.lengths=32:0.5,64:0.5": ["1 in all", "together below 1", "model.sequence_length"],
+    "train.lengths=48:0.5": ["rows of 48 tokens", "model.sequence_length=128", "possible: 8, 16, 32, 64"],
+    "train.lengths=128:0.5": ["rows of 128 tokens", "possible: 8, 16, 32, 64"],
 }
 
 
@@ -273,6 +283,8 @@ def test_a_sequence_that_does_not_divide_over_its_ranks_is_refused_with_lengths_
     assert "possible: model.sequence_length=124 or 128, parallel.tensor_parallel_size one of [2], or" in message
     with pytest.raises(ConfigError, match=r"possible: model\.sequence_length=16, parallel\.sequence_parallel=false"):
         load_run_config("debug", [overrides[0], "parallel.tensor_parallel_size=16", "model.sequence_length=9"])
+    with pytest.raises(ConfigError, match=r"over parallel\.tensor_parallel_size=4 ranks; possible: 20 \("):
+        load_run_config("debug", [*overrides, "model.sequence_length=100", "train.lengths=50:0.5"])
 
 
 BAD_FILES = {
