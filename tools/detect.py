@@ -24,7 +24,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 
 from deberta_xl.base.command_line import build_parser, run_tool
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.public.detection import DebertaForDetection, DetectionError, Found, JudgedToken, detect, stretches
+from deberta_xl.public.detection import DebertaForDetection, Found, JudgedToken, detect_all, stretches
 from deberta_xl.tasks.text_files import open_text
 from deberta_xl.weights.named_folder import tokenizer_for
 
@@ -53,11 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = DebertaForDetection.from_pretrained(arguments.checkpoint)
     tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)
     marks = COLOURED if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else PLAIN
-    for number, text in enumerate(texts, start=1):
-        try:
-            judged = detect(model, tokenizer, text)
-        except DetectionError as error:
-            raise DetectionError(f"text {number} of {len(texts)}: {error}" if len(texts) > 1 else str(error)) from None
+    for text, judged in zip(texts, detect_all(model, tokenizer, texts), strict=True):
         found = stretches(judged, arguments.threshold)
         print(as_json(text, judged, found) if arguments.json else shown(text, judged, found, marks))
 

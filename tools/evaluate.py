@@ -44,9 +44,11 @@ from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.masked_evaluation import MaskedEvaluation, evaluate_masked_lm
 from deberta_xl.objectives.rows import MaskedRows
 from deberta_xl.public.pretrained import DebertaForMaskedLM
+from deberta_xl.public.text_batches import memory_advice
 from deberta_xl.run.joining import join_ranks
 from deberta_xl.settings.presets import load_run_config
 from deberta_xl.settings.pretraining import DataSection, RunConfig
+from deberta_xl.tasks.length_batches import MICRO_BATCH_TOKENS
 from deberta_xl.weights.named_folder import tokenizer_for
 from deberta_xl.weights.pair import split_part
 
@@ -65,7 +67,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--sequence_length", type=int, help="tokens in a row (default: as in training, where that is recorded)"
     )
     parser.add_argument("--max_samples", type=int, default=0, help="rows to use, from all over DATA (default: 0 = all)")
-    parser.add_argument("--micro_batch_size", type=int, default=8, help="rows in one forward (default: 8)")
+    parser.add_argument(
+        "--micro_batch_tokens", type=int, default=MICRO_BATCH_TOKENS,
+        help="most tokens in one forward, one row at the least; fewer take less memory (default: %(default)s)",
+    )  # fmt: skip
     add_precision(parser)
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="tokenizer, if the checkpoint has none")
     parser.add_argument(
@@ -123,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     at_least(0, max_samples=arguments.max_samples)
-    at_least(1, micro_batch_size=arguments.micro_batch_size)
+    at_least(1, micro_batch_tokens=arguments.micro_batch_tokens)
     launch = read_launch()
     store = TokenStore(arguments.data)
     model = DebertaForMaskedLM.from_pretrained(arguments.checkpoint, dtype=getattr(torch, arguments.dtype))
@@ -142,16 +147,17 @@ def run(arguments: argparse.Namespace) -> None:
     text = PredictedText(tokenizer)
     device = join_ranks(launch)
     ranks = Evaluator(model=model.to(device), device=device, rank=launch.rank, size=launch.world_size)
-    result = evaluate_masked_lm(
-        ranks,
-        data,
-        MaskedRows.of if is_masked else next_token_rows,
-        vocab_size=model.config.vocab_size,
-        max_samples=arguments.max_samples,
-        micro_batch_size=arguments.micro_batch_size,
-        log_unigram=unigram,
-        watch=text.watch,
-    )
+    with memory_advice(arguments.micro_batch_tokens):
+        result = evaluate_masked_lm(
+            ranks,
+            data,
+            MaskedRows.of if is_masked else next_token_rows,
+            vocab_size=model.config.vocab_size,
+            max_samples=arguments.max_samples,
+            micro_batch_size=max(1, arguments.micro_batch_tokens // length),
+            log_unigram=unigram,
+            watch=text.watch,
+        )
     size = TextSize(*ranks.add_up(torch.tensor(text.sizes, device=device).sum(0)).tolist())
     if launch.rank == 0:
         check_finite(arguments.checkpoint, result)

@@ -29,6 +29,7 @@ from deberta_xl.public.task_predict import Predictor
 from deberta_xl.run.joining import join_ranks
 from deberta_xl.tasks.features import TaskData
 from deberta_xl.tasks.labels import labels_to_score
+from deberta_xl.tasks.length_batches import MICRO_BATCH_TOKENS
 from deberta_xl.tasks.metrics import check_defined, evaluate_metrics
 from deberta_xl.tasks.predictions import Prediction
 from deberta_xl.tasks.reading import read_split
@@ -44,7 +45,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="valid", help="default: valid")
     parser.add_argument("--task", help="another task with the same labels than the model's own")
     parser.add_argument("--output", type=Path, help="folder for predictions and the benchmark's file")
-    parser.add_argument("--micro_batch_size", type=int, default=16, help="examples in one forward (default: 16)")
+    parser.add_argument(
+        "--micro_batch_tokens", type=int, default=MICRO_BATCH_TOKENS,
+        help="most tokens in one forward, padding counted; fewer take less memory (default: %(default)s)",
+    )  # fmt: skip
     add_precision(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
@@ -67,12 +71,12 @@ def choose_task(name: str | None, predictor: Predictor) -> Task:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print, and write what was asked for."""
-    at_least(1, micro_batch_size=arguments.micro_batch_size)
+    at_least(1, micro_batch_tokens=arguments.micro_batch_tokens)
     launch = read_launch()
     if arguments.output is not None:
         check_output_folder(arguments.output)
-    device, size = join_ranks(launch), arguments.micro_batch_size
-    predictor = Predictor(arguments.checkpoints, launch, device, size, arguments.dtype)
+    device, tokens = join_ranks(launch), arguments.micro_batch_tokens
+    predictor = Predictor(arguments.checkpoints, launch, device, tokens, arguments.dtype)
     task = choose_task(arguments.task, predictor)
     inputs = [path for source in task.sources for path in source.paths(arguments.data, arguments.split)]
     for name in files_of(task, arguments.split) if arguments.output is not None else ():

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 
 from deberta_xl.base.command_line import build_parser, run_tool
 from deberta_xl.base.log import logger
-from deberta_xl.public.fill_mask import Guess, fill_mask
+from deberta_xl.public.fill_mask import Guess, fill_masks
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.weights.named_folder import tokenizer_for
 
@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.checkpoint, model.learnt.objective,
         )  # fmt: skip
     tokenizer = tokenizer_for(arguments.checkpoint, arguments.tokenizer)
-    for text in arguments.texts:
-        answers = fill_mask(model, tokenizer, text, top_k=arguments.top_k)
+    filled = fill_masks(model, tokenizer, arguments.texts, top_k=arguments.top_k)
+    for text, answers in zip(arguments.texts, filled, strict=True):
         for number, guesses in enumerate(answers, start=1):
             print(f"{text}  ([MASK] {number} of {len(answers)})")
             print(table(guesses))

@@ -25,6 +25,7 @@ from deberta_xl.base.output_file import check_output, is_stream, open_output, re
 from deberta_xl.base.strict import at_least
 from deberta_xl.public.task_predict import Predictor
 from deberta_xl.run.joining import join_ranks
+from deberta_xl.tasks.length_batches import MICRO_BATCH_TOKENS
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +36,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", required=True, type=Path, help=".jsonl file to write; a pipe or a device is written to, too"
     )
-    parser.add_argument("--micro_batch_size", type=int, default=16, help="examples in one forward (default: 16)")
+    parser.add_argument(
+        "--micro_batch_tokens", type=int, default=MICRO_BATCH_TOKENS,
+        help="most tokens in one forward, padding counted; fewer take less memory (default: %(default)s)",
+    )  # fmt: skip
     add_precision(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
@@ -43,15 +47,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Predict, and write the output in one piece."""
-    at_least(1, micro_batch_size=arguments.micro_batch_size)
+    at_least(1, micro_batch_tokens=arguments.micro_batch_tokens)
     launch = read_launch()
     if not is_stream(arguments.input):  # what cannot be read or written is noticed before the models are read
         arguments.input.open("rb").close()
     elif launch.world_size > 1:
         raise ConfigError(f"--input {arguments.input}: {launch.world_size} ranks cannot share a pipe; write a file")
     check_output(arguments.output, [arguments.input, *arguments.checkpoints])
-    device, size = join_ranks(launch), arguments.micro_batch_size
-    predictor = Predictor(arguments.checkpoints, launch, device, size, arguments.dtype)
+    device, tokens = join_ranks(launch), arguments.micro_batch_tokens
+    predictor = Predictor(arguments.checkpoints, launch, device, tokens, arguments.dtype)
     lines = predictor.predict_file(arguments.input)
     if launch.rank:
         for _ in lines:

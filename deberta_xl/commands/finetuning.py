@@ -88,7 +88,7 @@ class FinetuningInputs(Inputs):
     def outlook(self) -> Outlook:
         """Of examples as long as they may be."""
         config, data = self.config, self.train_data
-        work = task_workload(self.architecture, self.head.head, config, num_options=len(data.features[0].rows))
+        work = task_workload(self.architecture, self.head.head, config, num_options=data.num_options)
         split = work.split(1, config.train.micro_batch_size)
         # One at each interval, and one whenever an evaluation is the best so far.
         evaluation_interval = config.evaluation.interval or len(data) / config.train.global_batch_size

@@ -140,7 +140,7 @@ class TaskObjective(KeepsBest):
 
     def step_flops(self, step: int, counts: Mapping[str, float]) -> float:
         """Of the tokens that are no padding, as if all texts were of their mean length."""
-        num_options = len(self.train_data.features[0].rows)
+        num_options = self.train_data.num_options
         work = task_workload(self.architecture, self.head.head, self.config, num_options)
         rows = self.config.train.global_batch_size * num_options
         return work.forwards * forward_flops(work.parts, Load(rows, counts["tokens"] / rows))
@@ -152,7 +152,7 @@ class TaskObjective(KeepsBest):
         choices = {
             "classification": self.head.head.num_labels,
             "token": self.head.head.num_labels,
-            "choice": len(data.features[0].rows),
+            "choice": data.num_options,
             "multi_label": 2,
         }
         return Guessing("task_loss", math.log(choices[kind])) if kind in choices else None
@@ -178,7 +178,10 @@ class TaskObjective(KeepsBest):
     def predict(self, run: Evaluator, data: TaskData) -> list[Prediction]:
         """Predictions for a split, on every rank. Collective."""
         entry = self.sift.entry() if self.sift else None
-        logits = task_logits(run, data, micro_batch_size=self.config.train.micro_batch_size, entry=entry)
+        config = self.config
+        # As many as a micro-batch of the training may have.
+        tokens = config.train.micro_batch_size * config.model.sequence_length * data.num_options
+        logits = task_logits(run, data, micro_batch_tokens=tokens, entry=entry)
         try:
             return predictions_of(data, logits)
         except PredictionError as error:

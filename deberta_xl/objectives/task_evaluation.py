@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch.distributed as dist
 from deberta_xl.model.task_losses import hide_padding
 from deberta_xl.model.trunk import Perturb
 from deberta_xl.objectives.evaluation import Evaluator
-from deberta_xl.objectives.masked_evaluation import batches_per_rank
 from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.task_batches import TaskMicroBatch
 from deberta_xl.tasks.features import TaskData
+from deberta_xl.tasks.length_batches import length_batches
 
 
 class NumberedBatch(NamedTuple):
@@ -25,31 +26,30 @@ class NumberedBatch(NamedTuple):
     batch: TaskMicroBatch
 
 
-def feature_batches(data: TaskData, micro_batch_size: int, *, rank: int, size: int) -> Iterator[NumberedBatch]:
-    """This rank's features, similar lengths together.
+def feature_batches(data: TaskData, batches: Sequence[np.ndarray], *, rank: int, size: int) -> Iterator[NumberedBatch]:
+    """This rank's features, of the numbers in all batches.
 
     All ranks get equally many batches, since parameters partitioned over ranks need every rank in every forward: ranks
-    that have run out repeat the shortest features.
+    that have run out repeat the last one, of the shortest features.
     """
-    order = np.argsort(data.lengths, kind="stable")
-    for turn in range(rank, size * batches_per_rank(len(order), micro_batch_size, size), size):
-        start = turn * micro_batch_size if turn * micro_batch_size < len(order) else 0
-        numbers = order[start : start + micro_batch_size]
+    for turn in range(rank, size * math.ceil(len(batches) / size), size):
+        numbers = batches[min(turn, len(batches) - 1)]
         yield NumberedBatch(numbers, TaskMicroBatch.of(data.batch(numbers), data.task.head))
 
 
 @torch.no_grad()
 def task_logits(
-    run: Evaluator, data: TaskData, *, micro_batch_size: int, entry: Perturb | None = None
+    run: Evaluator, data: TaskData, *, micro_batch_tokens: int, entry: Perturb | None = None
 ) -> dict[int, np.ndarray]:
     """The logits of every feature by number, on every rank. Collective over the ranks of `run`.
 
-    `entry` is what SiFT's original variant changes in clean passes.
+    `micro_batch_tokens` is the most that one forward takes, but for a feature that has more alone. `entry` is what
+    SiFT's original variant changes in clean passes.
     """
     found: dict[int, np.ndarray] = {}
-    batches = feature_batches(data, micro_batch_size, rank=run.rank, size=run.size)
-    num_batches = batches_per_rank(len(data.lengths), micro_batch_size, run.size)
-    for numbers, host_batch in run.batches(batches, does="predicting", count=num_batches):
+    numbers_of = length_batches(data.padded_lengths, micro_batch_tokens, rows_each=data.num_options)
+    batches = feature_batches(data, numbers_of, rank=run.rank, size=run.size)
+    for numbers, host_batch in run.batches(batches, does="predicting", count=math.ceil(len(numbers_of) / run.size)):
         batch = on_device(host_batch, run.device)
         logits = run.model(
             batch.input_ids_BS, batch.segments_BS, batch.token_types_BS, num_options=batch.num_options, perturb=entry

@@ -1,15 +1,17 @@
 """Finding replaced tokens: what the discriminator of replaced token detection says of each token of a text.
 
 Shape suffixes of this file:
-    S tokens of the text, with [CLS] and [SEP]
+    B batch   S tokens of the longest text, with [CLS] and [SEP]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 
 from deberta_xl.base.errors import UserError
@@ -18,11 +20,15 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.replaced_tokens import Discriminator
 from deberta_xl.public.room import warn_of_length
+from deberta_xl.public.text_batches import each_text, text_batches
 from deberta_xl.weights.initial_weights import open_pretrained
 from deberta_xl.weights.named_folder import find_pretrained
 from deberta_xl.weights.names import DETECTOR
 from deberta_xl.weights.native import fill_model
 from deberta_xl.weights.native_config import UNRECORDED, Learnt
+
+CHUNK = 1024
+"""Texts whose results are held at once."""
 
 
 class DetectionError(UserError):
@@ -81,11 +87,47 @@ class Found(NamedTuple):
 
 
 def detect(model: DebertaForDetection, tokenizer: Tokenizer, text: str) -> list[JudgedToken]:
-    """What the discriminator says of each token of a text, in order; of one longer than in its training with a warning.
+    """`detect_all` of one text."""
+    return next(detect_all(model, tokenizer, [text]))
+
+
+def detect_all(model: DebertaForDetection, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[JudgedToken]]:
+    """What the discriminator says of each token of each text, in order; of texts longer than in its training with a
+    warning. All texts are read before the first is judged.
 
     Raises DetectionError for a text that is empty or longer than the model takes, and a tokenizer larger than its
     vocabulary.
     """
+    read_texts = each_text(texts, partial(read, model, tokenizer), DetectionError)
+    ids_of = [[tokenizer.cls_id, *ids, tokenizer.sep_id] for ids, _ in read_texts]
+    warn_of_length(model.learnt, max(map(len, ids_of), default=0))
+    for start in range(0, len(texts), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        does = f"judging texts {start + 1:,} … {min(chunk.stop, len(texts)):,} of {len(texts):,}"
+        for probabilities, (ids, places) in zip(judge(model, ids_of[chunk], does), read_texts[chunk], strict=True):
+            tokens = zip(ids, places.tolist(), probabilities, strict=True)
+            yield [JudgedToken(tokenizer.id_to_piece(token), *place, value) for token, place, value in tokens]
+
+
+def judge(model: DebertaForDetection, ids_of: Sequence[list[int]], does: str) -> list[list[float]]:
+    """The probabilities of the tokens between [CLS] and [SEP] of each text."""
+    found: list[list[float]] = [[] for _ in ids_of]
+    device = model.detector.classifier.bias.device
+    for numbers, input_ids_BS, segments_BS in text_batches(ids_of, device, does):
+        with torch.no_grad():
+            probability_BS = model(input_ids_BS, segments_BS).sigmoid()
+        if not bool(probability_BS.isfinite().all()):
+            raise DetectionError(
+                "the model's outputs are not finite numbers: its training has diverged or its weights are damaged; "
+                "take an earlier checkpoint"
+            )
+        for number, probability_S in zip(numbers, probability_BS, strict=True):
+            found[number] = probability_S[1 : len(ids_of[number]) - 1].tolist()
+    return found
+
+
+def read(model: DebertaForDetection, tokenizer: Tokenizer, text: str) -> tuple[list[int], np.ndarray]:
+    """The ids of a text's tokens and their places in it, after refusing what cannot be judged."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DetectionError("the text is not UTF-8; type it, or convert it, in UTF-8")
     ids, places = tokenizer.encode_with_places(text)
@@ -99,18 +141,7 @@ def detect(model: DebertaForDetection, tokenizer: Tokenizer, text: str) -> list[
     longest = model.config.max_position_embeddings
     if len(ids) + 2 > longest:
         raise DetectionError(f"the text has {len(ids) + 2} tokens, the model takes {longest}; shorten the text")
-    warn_of_length(model.learnt, len(ids) + 2)
-    device = model.detector.classifier.bias.device
-    input_ids_1S = torch.tensor([[tokenizer.cls_id, *ids, tokenizer.sep_id]], device=device)
-    with torch.no_grad():
-        probability_S = model(input_ids_1S)[0].sigmoid()
-    if not bool(probability_S.isfinite().all()):
-        raise DetectionError(
-            "the model's outputs are not finite numbers: its training has diverged or its weights are damaged; take an "
-            "earlier checkpoint"
-        )
-    judged = zip(ids, places.tolist(), probability_S[1:-1].tolist(), strict=True)
-    return [JudgedToken(tokenizer.id_to_piece(number), *place, value) for number, place, value in judged]
+    return ids, places
 
 
 def stretches(judged: Sequence[JudgedToken], threshold: float) -> list[Found]:

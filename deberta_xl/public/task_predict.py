@@ -18,6 +18,7 @@ from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.sift import normalized
 from deberta_xl.objectives.task_evaluation import task_logits
 from deberta_xl.public.finetuned import DebertaForTask
+from deberta_xl.public.text_batches import memory_advice
 from deberta_xl.tasks.features import TaskData
 from deberta_xl.tasks.predictions import Prediction, predictions_of
 from deberta_xl.tasks.reading import ExampleReader
@@ -41,11 +42,11 @@ class Predictor:
         checkpoints: Sequence[Path],
         launch: Launch,
         device: torch.device,
-        micro_batch_size: int,
+        micro_batch_tokens: int,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ):
         """Raises ConfigError when the checkpoints do not belong to one task and tokenizer, CheckpointError as usual."""
-        self.launch, self.device, self.micro_batch_size = launch, device, micro_batch_size
+        self.launch, self.device, self.micro_batch_tokens = launch, device, micro_batch_tokens
         folders = [find_finetuned(checkpoint) for checkpoint in checkpoints]
         self.models = [
             DebertaForTask.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device) for folder in folders
@@ -88,7 +89,8 @@ class Predictor:
         for model in self.models:
             run = Evaluator(model=model, device=self.device, rank=self.launch.rank, size=self.launch.world_size)
             entry = normalized if model.facts.normalized_twice else None
-            parts.append(task_logits(run, data, micro_batch_size=self.micro_batch_size, entry=entry))
+            with memory_advice(self.micro_batch_tokens):
+                parts.append(task_logits(run, data, micro_batch_tokens=self.micro_batch_tokens, entry=entry))
         return predictions_of(data, {n: np.mean([part[n] for part in parts], axis=0) for n in parts[0]})
 
     def predict_file(self, path: Path) -> Iterator[str]:

@@ -135,6 +135,16 @@ class TaskData:
         return len(self.features)
 
     @property
+    def padded_lengths(self) -> np.ndarray:
+        """Of each feature's rows in a batch of its own."""
+        return -(-self.lengths // PAD_MULTIPLE) * PAD_MULTIPLE
+
+    @property
+    def num_options(self) -> int:
+        """Rows of each feature."""
+        return len(self.features[0].rows) if self.features else 1
+
+    @property
     def is_labelled(self) -> bool:
         """Whether every example has its label."""
         return all(example.label is not None for example in self.examples)

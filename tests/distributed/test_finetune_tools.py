@@ -47,7 +47,7 @@ def models(small_dataset: SmallDataset, tmp_path_factory) -> list[Path]:
 def predicted(checkpoints: list[Path], path: Path) -> list[str]:
     """Lines for a file, on this rank."""
     launch = read_launch()
-    predictor = Predictor(checkpoints, launch, join_ranks(launch), micro_batch_size=4)
+    predictor = Predictor(checkpoints, launch, join_ranks(launch), micro_batch_tokens=120)
     return list(predictor.predict_file(path))
 
 

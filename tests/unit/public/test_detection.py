@@ -14,7 +14,15 @@ from vectors import vector_folders
 from deberta_xl.base.command_line import run_tool
 from deberta_xl.data.tokenizer import Tokenizer
 from deberta_xl.model.replaced_tokens import ReplacedTokenModel
-from deberta_xl.public.detection import DebertaForDetection, DetectionError, Found, JudgedToken, detect, stretches
+from deberta_xl.public.detection import (
+    DebertaForDetection,
+    DetectionError,
+    Found,
+    JudgedToken,
+    detect,
+    detect_all,
+    stretches,
+)
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.native import write_weights
@@ -79,6 +87,18 @@ def test_a_probability_for_each_token_is_that_of_the_model(folder, tokenizer):
     assert [token.piece for token in judged] == [tokenizer.id_to_piece(i) for i in tokenizer.encode(text).tolist()]
     assert "".join(text[token.start : token.end] for token in judged) == text.replace(" ", "")
     assert len(set(expected)) == len(expected)
+
+
+def test_many_texts_are_judged_as_each_alone_in_their_order(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr("deberta_xl.public.detection.CHUNK", 4)
+    model = DebertaForDetection.from_pretrained(folder)
+    texts = ["the class of a function " * number for number in (1, 5, 2, 5, 3, 1)]
+    for text, judged in zip(texts, detect_all(model, tokenizer, texts), strict=True):
+        alone = detect(model, tokenizer, text)
+        assert [token[:3] for token in judged] == [token[:3] for token in alone]
+        # The same float32 numbers, summed in another order beside padding.
+        expected = [token.probability for token in alone]
+        assert [token.probability for token in judged] == pytest.approx(expected, abs=2e-6)
 
 
 def test_neighbouring_tokens_are_found_together(folder):

@@ -16,7 +16,7 @@ from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.conversion.tokenizer_export import huggingface_tokenizer
 from deberta_xl.data.tokenizer import Tokenizer
-from deberta_xl.public.fill_mask import FillMaskError, encode_with_masks, fill_mask, put
+from deberta_xl.public.fill_mask import FillMaskError, encode_with_masks, fill_mask, fill_masks, put
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.foreign_config import to_huggingface_config
@@ -114,6 +114,22 @@ def test_probabilities_are_those_of_the_model_among_ordinary_pieces(model, token
         # The same float32 numbers, decoded together or alone.
         assert [guess.probability for guess in guesses] == pytest.approx(best.values.tolist(), rel=1e-5)
         assert all(guess.piece == tokenizer.id_to_piece(guess.token_id) for guess in guesses)
+
+
+def test_many_texts_are_filled_as_each_alone_in_their_order(model, tokenizer):
+    words = ["the", "of", "[MASK]", "a", "class", "is"]
+    texts = [" ".join(["[MASK]", *(words * 6)[number : 2 * number]]) for number in (1, 15, 2, 9, 14, 3, 1)]
+    filled = fill_masks(model, tokenizer, texts)
+    for text, answers in zip(texts, filled, strict=True):
+        alone = fill_mask(model, tokenizer, text)
+        assert [[guess.text for guess in guesses] for guesses in answers] == [
+            [guess.text for guess in guesses] for guesses in alone
+        ]
+        for together, single in zip(answers, alone, strict=True):
+            # The same float32 numbers, summed in another order beside padding.
+            assert [g.probability for g in together] == pytest.approx([g.probability for g in single], rel=1e-5)
+    with pytest.raises(FillMaskError, match=r"text 2 of 2: the text has no \[MASK\]"):
+        fill_masks(model, tokenizer, ["[MASK]", "the"])
 
 
 def test_all_ordinary_pieces_together_have_probability_one(model, tokenizer):

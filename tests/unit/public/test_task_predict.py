@@ -1,4 +1,4 @@
-"""Predictions of fine-tuned models, in the precision that is asked for."""
+"""Predictions of fine-tuned models: in the precision asked for, whatever the batch, however little the memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from small_dataset import SmallDataset
 from deberta_xl.base.launch import Launch
 from deberta_xl.public.finetuned import DebertaForTask
 from deberta_xl.public.task_predict import Predictor
+from deberta_xl.public.text_batches import TooLittleMemory, memory_advice
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 from deberta_xl.tasks.task import Source, Task
 from deberta_xl.weights.head_facts import HeadFacts
@@ -41,10 +42,37 @@ def test_predictions_in_bfloat16_are_those_of_float32_up_to_its_rounding(model, 
     launch, cpu = Launch(world_size=1), torch.device("cpu")
     found = {}
     for dtype in ("float32", "bfloat16"):
-        predictor = Predictor([model], launch, cpu, 4, dtype)
+        predictor = Predictor([model], launch, cpu, 64, dtype)
         assert next(predictor.models[0].parameters()).dtype == getattr(torch, dtype)
         found[dtype] = [json.loads(line) for line in predictor.predict_file(tmp_path / "texts.jsonl")]
     exact, rounded = (torch.tensor([list(line["probabilities"].values()) for line in found[dtype]]) for dtype in found)
     assert not torch.equal(exact, rounded)
     # 8 bits of mantissa: 2^-8 = 4e-3 for each rounding, some in a row.
     torch.testing.assert_close(rounded, exact, rtol=0, atol=3e-2)
+
+
+def test_predictions_are_those_of_each_text_alone_in_the_order_of_the_file(model, tmp_path):
+    texts = ["The name of it. " * (n * 7 % 5 + n % 2) for n in range(14)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text, "id": text}) + "\n" for text in texts))
+    found = {}
+    for tokens in (1, 100, 4096):
+        predictor = Predictor([model], Launch(world_size=1), torch.device("cpu"), tokens)
+        found[tokens] = [json.loads(line) for line in predictor.predict_file(tmp_path / "texts.jsonl")]
+        assert [line["id"] for line in found[tokens]] == texts
+    alone, *batched = (
+        torch.tensor([list(line["probabilities"].values()) for line in lines]) for lines in found.values()
+    )
+    assert len(alone.unique(dim=0)) == len(set(texts))
+    for probabilities in batched:
+        # float32 and six digits in the file.
+        torch.testing.assert_close(probabilities, alone, rtol=0, atol=2e-6)
+
+
+def test_a_forward_that_does_not_fit_says_which_option_takes_less():
+    says = "for 4,096 tokens in one forward; give a smaller --micro_batch_tokens"
+    with pytest.raises(TooLittleMemory, match=says), memory_advice(4096):
+        torch.empty(2**50)  # a million gigabytes
+    with pytest.raises(TooLittleMemory, match=says), memory_advice(4096):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(RuntimeError, match="another fault"), memory_advice(4096):
+        raise RuntimeError("another fault")

@@ -112,7 +112,7 @@ def test_ranks_agree_and_a_model_that_only_fills_masks_is_measured_with_a_warnin
     small_dataset, model, tmp_path, capfd
 ):
     folder = folder_of(model, tmp_path / "filler", small_dataset)
-    options = ("--metric", "perplexity", "--max_samples", "61", "--micro_batch_size", "8")
+    options = ("--metric", "perplexity", "--max_samples", "61", "--micro_batch_tokens", "400")
     results = []
     for ranks in (1, 2):
         run_ranks(evaluate, ranks, folder, small_dataset.valid, *options, backend=None)
