@@ -5,9 +5,9 @@
 #     sbatch --nodes=1 slurm/pretrain_v3.sh --config v3_small model.vocab_size=none train.global_batch_size=2048 ...
 #     sbatch --nodes=8 slurm/pretrain_v3.sh --config mv3_base ...
 #
-# --config takes v3_xsmall, v3_small, v3_base, v3_large or mv3_base. Generator and discriminator are trained by the same
-# job, in one run folder. Options of sbatch override the lines below; what follows the script's name overrides the
-# preset. slurm/submit.sh checks everything before it queues. docs/slurm.md tells the rest.
+# --config takes v3_xsmall, v3_small, v3_base, v3_base_8k, v3_large or mv3_base. Generator and discriminator are trained
+# by the same job, in one run folder. Options of sbatch override the lines below; what follows the script's name
+# overrides the preset. slurm/submit.sh checks everything before it queues. docs/slurm.md tells the rest.
 #SBATCH --job-name=pretrain-v3
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

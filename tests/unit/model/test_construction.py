@@ -10,7 +10,9 @@ from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.presets import load_run_config
 
-PARAMETERS = {"base": 184_944_996, "large": 435_716_196, "xlarge": 887_871_588, "xxlarge": 1_567_828_068}
+PARAMETERS = {
+    "base": 184_944_996, "base_8k": 190_843_236, "large": 435_716_196, "xlarge": 887_871_588, "xxlarge": 1_567_828_068,
+}  # fmt: skip
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
 
 

@@ -75,6 +75,13 @@ def test_the_multilingual_model_is_base_with_more_rows_and_their_biases():
     assert (count(multilingual.generator), count(multilingual.discriminator)) == (236_927_864, 278_811_649)
 
 
+def test_the_model_for_long_texts_is_base_with_more_absolute_positions_of_the_generator():
+    base, long = built("v3_base"), built("v3_base_8k")
+    assert count(long.generator) - count(base.generator) == (8192 - POSITIONS) * 768
+    assert count(long.discriminator) == count(base.discriminator)
+    assert (count(long.generator), count(long.discriminator)) == (148_316_004, 184_424_449)
+
+
 @pytest.mark.parametrize("name", [*RELEASED, "mv3_base"])
 def test_a_preset_has_the_sizes_of_the_release_and_trains_as_the_paper_says(name):
     config = load_run_config(name)

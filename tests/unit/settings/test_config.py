@@ -132,6 +132,27 @@ def test_a_preset_of_the_paper_trains_as_the_paper_did(name):
     assert [config.train.gradient_accumulation_steps(ranks) for ranks in (1, 8, 128)] == [256, 32, 2]
 
 
+@pytest.mark.parametrize("name", ["base", "v3_base"])
+def test_a_preset_for_long_texts_is_the_other_with_rows_that_grow(name):
+    short, long = load_run_config(name), load_run_config(f"{name}_8k")
+    differing = {
+        (section, field.name)
+        for section in section_types()
+        for field in dataclasses.fields(getattr(short, section))
+        if getattr(getattr(short, section), field.name) != getattr(getattr(long, section), field.name)
+    }
+    model = {("model", key) for key in ("sequence_length", "max_position_embeddings", "max_relative_positions")}
+    batches = {("train", key) for key in ("lengths", "global_batch_size", "micro_batch_size")}
+    assert differing == {*model, *batches, ("evaluation", "max_samples")}
+    assert (long.model.relative_reach, long.model.relative_span) == (512, 256)
+    tokens = short.train.global_batch_size * short.model.sequence_length
+    for stretch, length in zip(long.stretches, (512, 2048, 8192), strict=True):
+        assert stretch.length == length
+        assert long.train.global_batch_size * stretch.pieces * length == tokens
+    assert [round(100 * s.last_step / long.train.steps) for s in long.stretches] == [80, 95, 100]
+    assert long.train.gradient_accumulation_steps(128) == tokens // 2**20
+
+
 def test_the_debug_preset_takes_its_vocabulary_from_the_data():
     model = load_run_config("debug").model
     assert model.vocab_size is None
@@ -318,7 +339,7 @@ def test_a_bad_preset_is_refused_in_words_that_help(text, tmp_path):
 @pytest.mark.parametrize("name", ["debgu", "bsae", "no/such/file.toml", ""])
 def test_an_unknown_preset_is_answered_with_the_nearest_or_all(name):
     with pytest.raises(
-        ConfigError, match=f"--config {name}: no such preset or file; (did you mean|known: base, debug)"
+        ConfigError, match=f"--config {name}: no such preset or file; (did you mean|known: base, base_8k)"
     ):
         load_run_config(name)
 
