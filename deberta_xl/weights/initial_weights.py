@@ -99,8 +99,12 @@ def check_same_architecture(here: DebertaConfig, there: DebertaConfig, folder: P
         pairs = ", ".join(
             f"{key} is {of_theirs} there, {of_ours} here" for key, (of_theirs, of_ours) in different.items()
         )
+        longer = here.max_position_embeddings
+        is_shorter = "max_position_embeddings" in different and there.max_position_embeddings < longer
+        lengthens = f"python tools/convert.py --to native --max_position_embeddings {longer} {folder} NEW_FOLDER"
         raise ConfigError(
             f"train.init={folder}: another architecture: {pairs}. --config {folder} takes all of that one"
+            + (f"; for longer sequences: {lengthens}, then --config and train.init of that" if is_shorter else "")
         )
 
 

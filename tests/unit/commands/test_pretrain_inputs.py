@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from small_dataset import NAMES, PIECES, SPECIALS, SmallDataset, documents
@@ -161,12 +162,36 @@ def test_weights_without_tokenizer_are_taken_with_a_warning(small_dataset, weigh
         (("train.init=/nowhere",), "train.init: /nowhere is not a folder"),
         (("model.num_layers=3",), "another architecture: num_layers is 2 there, 3 here"),
         (("model.vocab_size=600",), "another architecture: vocab_size is 504 there, 600 here"),
+        (("model.max_position_embeddings=96",), "convert.py --to native --max_position_embeddings 96 .*own NEW_FOLDER"),
     ],
 )
 def test_other_weights_are_refused_with_a_message(small_dataset, weights, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         read(small_dataset, tmp_path / "run", weights, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_longer_weights_begin_a_run_whose_rows_grow(small_dataset, weights, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logger, "propagate", True)
+    longer = tmp_path / "longer"
+    convert(weights, longer, Conversion(to="native", edits=Edits(max_position_embeddings=192)))
+    files = [f"data.train={small_dataset.train}", f"run.folder={tmp_path / 'run'}", f"train.init={longer}"]
+    words = [
+        "model.sequence_length=192",
+        "train.lengths=48:0.9",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=1",
+    ]
+    options = ["--config", str(longer), "--deepspeed_config", str(ENGINE)]
+    inputs = read_inputs(parse_arguments([*options, *files, *words]))
+    assert [stretch.length for stretch in inputs.config.stretches] == [48, 192]
+    objective = inputs.objective()
+    begun = objective.build()
+    load_initial_weights(begun, longer)
+    before = DebertaForMaskedLM.from_pretrained(weights).eval()
+    ids = torch.randint(8, 400, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(begun.eval()(ids, torch.ones_like(ids)).logits, before(ids).logits)
 
 
 def test_a_run_that_has_a_checkpoint_no_longer_needs_what_it_began_with(small_dataset, tmp_path):

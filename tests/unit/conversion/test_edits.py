@@ -19,6 +19,7 @@ from deberta_xl.conversion.convert import Conversion, convert
 from deberta_xl.conversion.edits import Edits, relative_rows, row_of
 from deberta_xl.corpus.tokenizer_training import train_tokenizer
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.kernels.relative_index import Buckets, offset_rows
 from deberta_xl.public.pretrained import DebertaForMaskedLM
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.weights.native_config import native_config
@@ -187,6 +188,9 @@ def test_longer_sequences_leave_short_ones_as_they_were(native, tmp_path):
     assert others_are_equal(native, model, "embeddings.position.weight")
     assert torch.equal(logits(model), logits(native))
     assert logits(model, 100).isfinite().all()
+    buckets = Buckets(model.config.position_buckets, model.config.relative_reach)
+    # Keys farther than the reach are where the farthest in it are, ahead and behind.
+    assert offset_rows(100, buckets, torch.device("cpu"))[[0, 52, 146, -1]].tolist() == [1, 1, 15, 15]
 
 
 def test_without_buckets_far_rows_copy_the_farthest_and_nothing_changes(tmp_path):
