@@ -167,3 +167,29 @@ def test_without_a_key_a_recomputation_draws_the_same():
         )
         found.append([context, *torch.autograd.grad(context.square().sum(), inputs)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_what_documents_of_one_length_keep_grows_with_their_number_alone():
+    def kept_bytes(num_documents: int) -> int:
+        where = Where(torch.arange(1, num_documents + 1).repeat_interleave(50).unsqueeze(0), Buckets(8, 32))
+        inputs = random_inputs(where, 2, 4, torch.float32)
+        kept: dict[int, int] = {}
+
+        def note(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            context = attended(inputs, where)
+        assert context.requires_grad
+        return sum(kept.values())
+
+    once, twice, four_times = (kept_bytes(number) for number in (4, 8, 16))
+    assert twice - once >= 4 * 2 * 50 * 50 * 4  # the probabilities of four more
+    assert four_times - twice == 2 * (twice - once)
+
+
+def attended(inputs: list[Tensor], where: Where) -> Tensor:
+    """The context of two heads, with its graph."""
+    query, key, value, *rows = (x.unflatten(-1, (2, -1)).transpose(-3, -2) for x in inputs)
+    return strided.attention(query, Memory(key, value), RelativeRows(*rows), where, DropoutRule(0.1, 3))
