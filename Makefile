@@ -42,6 +42,7 @@ gpu: $(VENV)/.installed-test ## the tests that need an NVIDIA GPU, then the benc
 	@mkdir -p runs/gpu
 	$(VENV)/bin/python benchmarks/attention.py --json runs/gpu/attention.json
 	$(VENV)/bin/python benchmarks/step.py --json runs/gpu/step.json
+	$(VENV)/bin/python benchmarks/inference.py --texts 2048 --json runs/gpu/inference.json
 
 lint: $(VENV)/.installed-test ## style and format of the source
 	$(VENV)/bin/python -m ruff check

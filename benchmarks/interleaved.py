@@ -309,7 +309,7 @@ def write_json(options: argparse.Namespace, device: torch.device, cases: list[di
     options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def record(case: Case, measured: Measured) -> dict[str, Any]:
+def record(case: Case | str, measured: Measured) -> dict[str, Any]:
     """A case for the JSON file."""
     ways = {name: figure._asdict() for name, figure in measured.figures.items()}
     return {
