@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -31,8 +32,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.first_interrupt: float | None = None
-        signal.signal(signal.SIGUSR1, self.receive)
-        signal.signal(signal.SIGTERM, end_start)
+        self.handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {
+            signal.SIGUSR1: self.receive, signal.SIGTERM: end_start,
+        }  # fmt: skip
+        self.listen()
         if signal.getsignal(signal.SIGINT) is end_at_once:  # for the imports only
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,10 +43,16 @@ class StopRequest:
         """The signal handler."""
         self.signal = signal.Signals(number)
 
+    def listen(self) -> None:
+        """Take the signals, also from a library that has taken them behind Python's back: the first kernel that Triton
+        compiles makes LLVM's handlers those of this process, which lose SIGUSR1."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
     def training_begins(self) -> None:
         """From now on SIGTERM and the first Ctrl-C stop at the next step, too; a later Ctrl-C ends this process."""
-        signal.signal(signal.SIGTERM, self.receive)
-        signal.signal(signal.SIGINT, self.receive_interrupt)
+        self.handlers |= {signal.SIGTERM: self.receive, signal.SIGINT: self.receive_interrupt}
+        self.listen()
 
     def receive_interrupt(self, number: int, frame: FrameType | None) -> None:
         """The handler of Ctrl-C. torchrun passes on what the terminal has sent already, so two at once are one."""

@@ -28,6 +28,7 @@ class Agreement:
 
     def before_step(self, counts: Sequence[int], stop: StopRequest) -> tuple[list[int], bool]:
         """The sums of what every rank counts of the step, and whether any was asked to stop."""
+        stop.listen()
         signal = stop.signal  # read once: it may come between two lines
         if signal is not None and not self.has_told:
             logger.warning("received %s: saving a checkpoint and stopping", signal.name)
