@@ -142,7 +142,7 @@ def judge(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, floa
     folder = objectives.run_folder(arguments, name, seed)
     kept = folder / "held_out.json"
     if not kept.exists():
-        command = ["tools/evaluate.py", folder, Path(arguments.valid).resolve(), "--micro_batch_size", "32"]
+        command = ["tools/evaluate.py", folder, Path(arguments.valid).resolve()]
         said = subprocess.run(
             [sys.executable, *map(str, command)], cwd=ROOT, text=True, check=True, stdout=subprocess.PIPE
         ).stdout

@@ -206,7 +206,7 @@ def perplexity(arguments: argparse.Namespace, name: str, seed: int) -> float:
     if not kept.exists():
         command = ["tools/evaluate.py", run_folder(arguments, name, seed), arguments.output / "data" / "valid"]
         said = subprocess.run(
-            [sys.executable, *map(str, command), "--metric", "perplexity", "--micro_batch_size", "32"],
+            [sys.executable, *map(str, command), "--metric", "perplexity"],
             cwd=ROOT, text=True, check=True, stdout=subprocess.PIPE,
         ).stdout  # fmt: skip
         kept.write_text(said.strip().splitlines()[-1] + "\n", encoding="utf-8")

@@ -158,7 +158,7 @@ def test_tensorboard_reads_what_a_run_wrote(uninterrupted):
 
 
 def test_evaluation_gives_the_same_numbers_on_any_number_of_ranks(small_dataset, uninterrupted):
-    options = [str(uninterrupted), str(small_dataset.valid), "--max_samples", "10", "--micro_batch_size", "4"]
+    options = [str(uninterrupted), str(small_dataset.valid), "--max_samples", "10", "--micro_batch_tokens", "192"]
     results = []
     for num_ranks in (1, 2):
         output = start(EVALUATE, options, num_ranks)
@@ -352,7 +352,7 @@ def test_fewer_steps_than_the_run_has_made_are_refused(small_dataset, uninterrup
 def test_a_dataset_may_be_named_by_one_of_its_files_and_evaluation_refuses_what_cannot_be_meant(
     small_dataset, uninterrupted
 ):
-    for option in (["--micro_batch_size", "0"], ["--max_samples", "-1"]):
+    for option in (["--micro_batch_tokens", "0"], ["--max_samples", "-1"]):
         result = start(EVALUATE, [str(uninterrupted), f"{small_dataset.valid}.bin", *option])
         assert result.returncode == 2
         assert f"{option[0].removeprefix('--')}={option[1]} is too small" in result.stdout
