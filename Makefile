@@ -41,7 +41,11 @@ gpu: $(VENV)/.installed-test ## the tests that need an NVIDIA GPU, then the benc
 	$(VENV)/bin/python -m pytest -n 4 -m gpu -rP $(PYTEST_OPTIONS)
 	@mkdir -p runs/gpu
 	$(VENV)/bin/python benchmarks/attention.py --json runs/gpu/attention.json
+	$(VENV)/bin/python benchmarks/attention.py --model xxlarge --rows dense --lengths 512 8192 \
+	  --json runs/gpu/attention_xxlarge.json
 	$(VENV)/bin/python benchmarks/step.py --json runs/gpu/step.json
+	$(VENV)/bin/python benchmarks/step.py --model xxlarge --rows dense --lengths 512 --dropout 0.1 --kernels fused \
+	  --json runs/gpu/step_xxlarge.json
 	$(VENV)/bin/python benchmarks/inference.py --texts 2048 --json runs/gpu/inference.json
 
 lint: $(VENV)/.installed-test ## style and format of the source

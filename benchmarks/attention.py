@@ -69,7 +69,7 @@ def inputs_of(case: Case, num_heads: int) -> Inputs:
 
 def kernel_attention(kernel: str, config: DebertaConfig, case: Case) -> Attention:
     """Of a kernel of ours."""
-    model = MaskedLanguageModel(config).train()
+    model = MaskedLanguageModel(config).to(case.segments.device, case.dtype).train()
     model.use_kernel(kernel)
     attention: DisentangledAttention = model.encoder.layers[0].attention
     for name in ("query_proj", "key_proj", "value_proj", "out_proj"):

@@ -32,6 +32,8 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -86,9 +88,19 @@ def drop(x: Tensor, rule: DropoutRule, row: Tensor | None = None) -> Tensor:
         return x
     if rule.seed is None:
         return F.dropout(x, rule.rate)
+    if x.is_cuda and x.dtype != torch.float64 and has_triton():
+        from deberta_xl.kernels.fused.drop import drop_states
+
+        return drop_states(x, rule, row)
     if row is None:
         row = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
     return (x * keep_mask(row, x.shape[-1], rule)).mul_(rule.scale)
+
+
+@cache
+def has_triton() -> bool:
+    """Builds of torch for GPUs bring it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def keep_mask(row: Tensor, width: int, rule: DropoutRule) -> Tensor:

@@ -7,6 +7,7 @@ kernel is a file of this folder with a function `attention` (the contract's `Att
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,6 +55,8 @@ class AttentionSizes(NamedTuple):
     has_position_to_content: bool
     element_bytes: int
     """Of queries, keys, values and context."""
+    reach: int
+    """Farthest distance told apart, plus one."""
 
 
 class Kernel(NamedTuple):
@@ -114,8 +117,51 @@ def strided_working_bytes(sizes: AttentionSizes) -> float:
     return FLOAT32 * sizes.heads * (pairs + tokens + bands)
 
 
+FUSED_HEAD = 128
+"""Largest head size of the fused kernels."""
+FUSED_TILE = 64
+"""Queries and keys of a tile of theirs, at most."""
+
+
+def refuses_fused(demand: Demand) -> str | None:
+    """Triton comes with the builds of torch for GPUs."""
+    if demand.platform.device != "cuda":
+        return f"it computes on NVIDIA GPUs, this is {demand.platform.describe()}"
+    if demand.platform.element_bytes > FLOAT32:
+        return "it has no numbers of 64 bits"
+    if demand.config.head_size > FUSED_HEAD:
+        return f"head_dim={demand.config.head_size} is more than {FUSED_HEAD}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed here (a build of torch for CUDA brings it)"
+    return None
+
+
+def fused_offsets(sizes: AttentionSizes) -> int:
+    """Offsets that are told apart, in whole tiles: the width of what a query has near it, and of expanded tables."""
+    return 2 * min(sizes.keys, sizes.reach) + 2 * FUSED_TILE
+
+
+def fused_kept_bytes(sizes: AttentionSizes) -> float:
+    """Nothing of pairs: queries, keys, values, a row of the projected tables for each offset, and a float32 number for
+    each query and head."""
+    inner, num_tables = sizes.heads * sizes.head_size, sizes.has_content_to_position + sizes.has_position_to_content
+    numbers = sizes.rows * (sizes.queries + 2 * sizes.keys) + num_tables * fused_offsets(sizes)
+    return numbers * inner * sizes.element_bytes + sizes.rows * sizes.queries * sizes.heads * FLOAT32
+
+
+def fused_working_bytes(sizes: AttentionSizes) -> float:
+    """The backward pass has the gradients of near tiles' scores, those of queries, keys and values (of far tiles in
+    float32, too), and four sums of one table's by offset, float32."""
+    inner, offsets = sizes.heads * sizes.head_size, fused_offsets(sizes)
+    scores = sizes.rows * sizes.keys * sizes.heads * min(sizes.keys, offsets) * sizes.element_bytes
+    tokens = sizes.rows * (sizes.queries + 2 * sizes.keys) * inner
+    has_far = sizes.keys > sizes.reach
+    return scores + tokens * (sizes.element_bytes + FLOAT32 * has_far) + 4 * offsets * inner * FLOAT32
+
+
 #: By name; those that `auto` prefers come first. The reference is what the others are compared with.
 KERNELS = {
+    "fused": Kernel("deberta_xl.kernels.fused.attention", refuses_fused, fused_kept_bytes, fused_working_bytes),
     "strided": Kernel("deberta_xl.kernels.strided", supports_everything, strided_kept_bytes, strided_working_bytes),
     "reference": Kernel(
         "deberta_xl.kernels.reference", supports_everything, reference_kept_bytes, reference_working_bytes

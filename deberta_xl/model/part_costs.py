@@ -144,6 +144,7 @@ def attention_sizes(config: DebertaConfig, load: Load, queries: float, division:
     return AttentionSizes(
         load.rows, queries, load.length, config.num_heads / division.tensor_parallel_size, config.head_size,
         config.relative_rows, config.has_content_to_position, config.has_position_to_content, division.element_bytes,
+        config.relative_reach,
     )  # fmt: skip
 
 

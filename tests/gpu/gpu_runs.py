@@ -38,8 +38,9 @@ class Command(NamedTuple):
         """The test's, without what a launcher would set; on the CPU, with no GPU to be seen."""
         kept = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
         path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), kept.get("PYTHONPATH"))))
-        # NCCL says its version when it joins the ranks.
-        chosen = {"NCCL_DEBUG": "VERSION"} if self.is_on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        # NCCL says its version when it joins the ranks. What `tests/ranks.py` would choose is the CPU.
+        on_gpu = {"NCCL_DEBUG": "VERSION", "DS_ACCELERATOR": "cuda"}
+        chosen = on_gpu if self.is_on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **chosen}
 
     def begin(self) -> subprocess.Popen[str]:

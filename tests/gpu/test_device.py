@@ -23,6 +23,7 @@ from deberta_xl.objectives.evaluation import Sums
 from deberta_xl.objectives.micro_batch import on_device, pinned
 from deberta_xl.objectives.objective import Objective
 from deberta_xl.parallel.grid import Grid
+from deberta_xl.settings.platform import Platform
 from deberta_xl.training.step import even_shares, micro_batch_keys, over_micro_batches
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -80,7 +81,7 @@ def test_nothing_waits_for_the_device_in_forward_and_backward(small_dataset, tmp
         tmp_path, small_dataset[:2], "zero1_bf16", *SMALL, f"train.objective={objective}", preset=preset
     )
     inputs = read_inputs(parse_arguments(words))
-    if reason := KERNELS[kernel].refusal(Demand(inputs.architecture, inputs.mask)):
+    if reason := KERNELS[kernel].refusal(Demand(inputs.architecture, inputs.mask, Platform("cuda", 2))):
         pytest.skip(reason)
     learnt = inputs.objective()
     model = learnt.build().to(GPU, torch.bfloat16).train()

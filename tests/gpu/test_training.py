@@ -14,8 +14,10 @@ from deberta_xl.commands.pretraining import parse_arguments, read_inputs
 from deberta_xl.kernels.registry import KERNELS, Demand
 from deberta_xl.planning.memory import GIB
 from deberta_xl.settings.architecture import DebertaConfig
+from deberta_xl.settings.platform import Platform
 
-ABLE = [name for name, kernel in KERNELS.items() if kernel.refusal(Demand(DebertaConfig(vocab_size=8))) is None]
+GPU = Demand(DebertaConfig(vocab_size=8), platform=Platform("cuda", 2))
+ABLE = [name for name, kernel in KERNELS.items() if kernel.refusal(GPU) is None]
 """Kernels."""
 DETERMINISTIC = "train.deterministic=true"
 # More than 3,072 tokens a micro-batch: torch sums the gradient of fewer words in another way.
@@ -53,11 +55,11 @@ def test_a_run_trains_repeats_itself_and_resumes_to_the_same_bits(small_dataset,
     whole, again, parted = (tmp_path / name for name in ("whole", "again", "parted"))
     once, twice = (pretrain(small_dataset, folder, engine, *settings) for folder in (whole, again))
     first = stopping(PRETRAIN, arguments(small_dataset, parted, engine, *settings), 5)
-    said, *_ = run(once, twice, first)
+    said, _, of_first = run(once, twice, first)
     print(f"{engine}, {kernel}: {check_trained(whole)}")
     assert f"attention: {kernel} kernel" in said
     check_same(again, whole)
-    assert (parted / "STATE").read_text() == "stopped\n"
+    assert (parted / "STATE").read_text() == "stopped\n", of_first
     (said,) = run(pretrain(small_dataset, parted, engine, *settings))
     assert "resumed from" in said
     check_same(parted, whole)
@@ -78,10 +80,10 @@ def test_every_way_to_learn_resumes_to_the_same_bits(small_dataset, tmp_path, ta
         script, preset = PRETRAIN, "v3_debug" if task == "replaced_tokens" else "debug"
         settings = (*RUN, DETERMINISTIC, f"train.objective={task}")
         given = [arguments(small_dataset, folder, "zero1_bf16", *settings, preset=preset) for folder in (whole, parted)]
-    run(Command([str(script), *given[0]]), stopping(script, given[1], 3))
+    _, of_first = run(Command([str(script), *given[0]]), stopping(script, given[1], 3))
     # Of the few steps of fine-tuning an encoder that knows nothing, no more is asked than that they are finite.
     print(f"{task}: {check_trained(whole, falls_by=-1.0 if task == 'sift' else 0.1)}")
-    assert (parted / "STATE").read_text() == "stopped\n"
+    assert (parted / "STATE").read_text() == "stopped\n", of_first
     run(Command([str(script), *given[1]]))
     check_same(parted, whole)
 
@@ -106,12 +108,12 @@ def test_other_engines_train_under_every_launcher(small_dataset, tmp_path, engin
     [*(("masked_lm", kernel) for kernel in ABLE), ("replaced_tokens", "auto"), ("causal", "auto")],
 )
 def test_the_gpu_gives_the_figures_of_the_cpu(small_dataset, tmp_path, objective, kernel):
-    settings = (*SHORT, f"train.objective={objective}", f"model.kernel={kernel}")
+    settings = (*SHORT, f"train.objective={objective}")
     preset = "v3_debug" if objective == "replaced_tokens" else "debug"
     folders = tmp_path / "gpu", tmp_path / "cpu"
     runs = [
-        pretrain(small_dataset, folder, "cpu_debug", *settings, preset=preset, is_on_gpu=folder.name == "gpu")
-        for folder in folders
+        pretrain(small_dataset, folder, "cpu_debug", *settings, f"model.kernel={name}", preset=preset, is_on_gpu=on_gpu)
+        for folder, name, on_gpu in zip(folders, (kernel, "auto"), (True, False), strict=True)
     ]
     run(*runs)
     gpu, cpu = map(figures, folders)

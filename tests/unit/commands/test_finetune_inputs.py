@@ -82,7 +82,7 @@ def test_what_a_run_takes_at_most_is_told_with_sift_and_without(encoder, sentenc
         (("parallel.tensor_parallel_size=2",), "does not divide the 1 ranks"),
         (("parallel.pipeline_parallel_size=2",), "is for pretraining"),
         (("model.sequence_length=4",), "model.sequence_length=4 is too small"),
-        (("model.kernel=flash",), "model.kernel='flash' is unknown; choose one of auto, strided, reference"),
+        (("model.kernel=flash",), "model.kernel='flash' is unknown; choose one of auto, fused, strided, reference"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -77,7 +77,9 @@ def rescored(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def test_an_unknown_kernel_is_refused_with_those_there_are_before_anything_is_built(small_dataset, weights, tmp_path):
-    with pytest.raises(UserError, match=r"model.kernel='flash' is unknown; choose one of auto, strided, reference"):
+    with pytest.raises(
+        UserError, match=r"model.kernel='flash' is unknown; choose one of auto, fused, strided, reference"
+    ):
         read(small_dataset, tmp_path / "run", weights, "model.kernel=flash")
 
 

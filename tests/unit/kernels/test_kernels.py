@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import replace
 
@@ -113,7 +114,7 @@ def test_an_invented_kernel_is_chosen_by_its_name_and_trains_as_the_reference(in
 
 
 def test_auto_takes_the_first_kernel_that_supports_the_model(invented, monkeypatch):
-    for platform in (Platform(), Platform("cpu", 8), Platform("cpu", 2), Platform("cuda", 4)):
+    for platform in (Platform(), Platform("cpu", 8), Platform("cpu", 2), Platform("cuda", 8)):
         assert choose_kernel("auto", Demand(CONFIG, platform=platform)) == "strided"
     monkeypatch.setattr("deberta_xl.kernels.registry.KERNELS", {invented: KERNELS[invented]} | KERNELS)
     assert choose_kernel("auto", Demand(CONFIG)) == invented
@@ -147,13 +148,31 @@ def test_a_model_that_is_moved_has_the_kernel_of_where_it_is_unless_one_was_chos
 
 def test_an_unknown_kernel_and_one_that_cannot_are_refused_with_the_reason_and_those_that_can(invented):
     with pytest.raises(
-        ConfigError, match=r"model.kernel='flash' is unknown; choose one of auto, strided, reference, by_"
+        ConfigError, match=r"model.kernel='flash' is unknown; choose one of auto, fused, strided, reference, by_"
     ):
         choose_kernel("flash", Demand(CONFIG))
     wide = DebertaConfig(vocab_size=60, hidden_size=64, num_heads=2)
     words = r"model.kernel=by_document does not support this model: head_dim=32 is more than 16; choose .* auto, stri"
     with pytest.raises(ConfigError, match=words):
         choose_kernel(invented, Demand(wide))
+
+
+def test_the_fused_kernels_are_autos_on_gpus_and_refuse_what_they_cannot(monkeypatch):
+    gpu = Platform("cuda", 2)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert choose_kernel("auto", Demand(CONFIG, platform=gpu)) == "fused"
+    refused = {
+        "head_dim=130 is more than 128": (DebertaConfig(vocab_size=60, hidden_size=260, num_heads=2), gpu),
+        "it computes on NVIDIA GPUs, this is a CPU": (CONFIG, Platform("cpu", 2)),
+        "it has no numbers of 64 bits": (CONFIG, Platform("cuda", 8)),
+    }
+    for words, (config, platform) in refused.items():
+        with pytest.raises(ConfigError, match=rf"fused does not support this model: {words}; choose one of auto, str"):
+            choose_kernel("fused", Demand(config, platform=platform))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"Triton is not installed here .*; choose one of auto, strided, reference"):
+        choose_kernel("fused", Demand(CONFIG, platform=gpu))
+    assert choose_kernel("auto", Demand(CONFIG, platform=gpu)) == "strided"
 
 
 def test_a_kernel_refuses_the_masks_it_does_not_know(invented, monkeypatch):

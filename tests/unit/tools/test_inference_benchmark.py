@@ -27,7 +27,12 @@ def test_all_ways_agree_and_are_measured_on_the_lengths_of_a_file(tmp_path, caps
     assert inference.run(inference.parse_arguments(given)) == 0
     assert "3 texts, 59 tokens, longest 48" in capsys.readouterr().out
     (case,) = json.loads((tmp_path / "figures.json").read_text())["cases"]
-    assert set(case["ways"]) == {"transformers", "transformers, sorted", *(f"ours, {name}" for name in KERNELS)}
+    # The fused kernels compute on GPUs.
+    assert set(case["ways"]) == {
+        "transformers",
+        "transformers, sorted",
+        *(f"ours, {name}" for name in KERNELS if name != "fused"),
+    }
     for figures in case["ways"].values():
         assert figures["tokens_per_second"] == pytest.approx(figures["texts_per_second"] * 59 / 3)
 

@@ -1,0 +1,1 @@
+"""Disentangled attention in fused Triton kernels, for NVIDIA GPUs: `attention.py` has the function."""
