@@ -2,9 +2,9 @@ r"""Which objective makes the better encoder of the same compute? Pretrain one s
 
 Same text, tokenizer, encoder, batches and learning rate for all. `masked_lm` makes --steps steps; every other objective
 makes as many as cost the same operations by the project's own count (planning/, matrix products, forward and backward),
-generator included. The encoder of each is then fine-tuned on real tasks; those that predict the next token are also
-measured by their perplexity on the held-out text. Each run is one ordinary command, which is shown; what is finished is
-not made again, so the same command goes on. The table goes to OUTPUT/table.md.
+generator included. The encoder of each is then fine-tuned on real tasks; of those that predict the next token the
+perplexity on the held-out text is measured instead. Each run is one ordinary command, which is shown; what is finished
+is not made again, so the same command goes on. The table goes to OUTPUT/table.md.
 
 TEXT and HELD_OUT are .txt or .jsonl files; DATA has a folder for each task with its files as they are published (see
 benchmarks/real_tasks.py).
@@ -50,6 +50,8 @@ COMMON_PRETRAINING = [
     "evaluation.interval=100000",
 ]
 WARMUP_SHARE = 0.1
+SHORTER = {"sst2": ("train.epochs=1",)}
+"""Of what takes longest, less: all should be done within an hour."""
 RTD = ("train.objective=replaced_tokens", "data.max_ngram=1", "data.replace_with_mask=1", "data.replace_with_random=0")
 
 
@@ -175,11 +177,16 @@ def finetune(arguments: argparse.Namespace) -> None:
     commands = []
     for seed in arguments.seeds:
         for task in arguments.tasks:
-            for name in [*arguments.objectives, FRESH]:
+            for name in encoders_of(arguments):
                 folder = run_folder(arguments, name, seed, task)
                 if not (folder / "results.json").exists():
                     commands.append(finetuning_command(arguments, name, seed, task))
     run_all(commands, arguments.jobs)
+
+
+def encoders_of(arguments: argparse.Namespace) -> list[str]:
+    """What is fine-tuned: the encoders that see both sides, and one without pretraining."""
+    return [name for name in arguments.objectives if not OBJECTIVES[name].is_autoregressive] + [FRESH]
 
 
 def finetuning_command(arguments: argparse.Namespace, name: str, seed: int, task: str) -> list[str]:
@@ -189,7 +196,7 @@ def finetuning_command(arguments: argparse.Namespace, name: str, seed: int, task
     fresh = ["train.fresh_weights=true"] if name == FRESH else []
     files = ["--task", trial.task, "--data", str(arguments.data / trial.folder), "--init", str(encoder)]
     run = ["--config", "finetune", *ENGINE, *files, f"run.folder={folder}", f"train.seed={seed}"]
-    return ["python", "deberta_xl/finetune.py", *run, *COMMON, *trial.overrides, *fresh]
+    return ["python", "deberta_xl/finetune.py", *run, *COMMON, *trial.overrides, *SHORTER.get(task, ()), *fresh]
 
 
 def task_result(folder: Path) -> tuple[str, float]:
@@ -218,7 +225,7 @@ def table(arguments: argparse.Namespace, shares: dict[str, Pretraining]) -> str:
     seeds, tasks = arguments.seeds, arguments.tasks
     found = {
         (name, task): [task_result(run_folder(arguments, name, seed, task)) for seed in seeds]
-        for name in [*shares, FRESH]
+        for name in encoders_of(arguments)
         for task in tasks
     }
     metrics = [f"{task} ({found[FRESH, task][0][0]})" for task in tasks]
@@ -226,10 +233,10 @@ def table(arguments: argparse.Namespace, shares: dict[str, Pretraining]) -> str:
     rows.append(["---"] * len(rows[0]))
     for name in [FRESH, *shares]:
         share = shares.get(name, Pretraining(0, 0))
-        cells = [spread([value for _, value in found[name, task]], ".3f") for task in tasks]
-        measured = name in shares and OBJECTIVES[name].is_autoregressive
+        writes = name in shares and OBJECTIVES[name].is_autoregressive
+        cells = ["–" if writes else spread([value for _, value in found[name, task]], ".3f") for task in tasks]
         words = OBJECTIVES[name].words if name in shares else "no pretraining"
-        last = spread([perplexity(arguments, name, seed) for seed in seeds], ".1f") if measured else "–"
+        last = spread([perplexity(arguments, name, seed) for seed in seeds], ".1f") if writes else "–"
         rows.append([words, f"{share.steps:,}", f"{share.steps * share.step_flops / 1e12:,.1f}", *cells, last])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
