@@ -32,13 +32,13 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from deberta_xl.kernels.registry import has_triton
 
 LEVELS = 2**16
 """Rates are rounded to a multiple of 1 / LEVELS, and the scale follows the rounded one."""
@@ -95,12 +95,6 @@ def drop(x: Tensor, rule: DropoutRule, row: Tensor | None = None) -> Tensor:
     if row is None:
         row = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
     return (x * keep_mask(row, x.shape[-1], rule)).mul_(rule.scale)
-
-
-@cache
-def has_triton() -> bool:
-    """Builds of torch for GPUs bring it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def keep_mask(row: Tensor, width: int, rule: DropoutRule) -> Tensor:

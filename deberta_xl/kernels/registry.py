@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from deberta_xl.base.errors import ConfigError
@@ -123,15 +124,21 @@ FUSED_TILE = 64
 """Queries and keys of a tile of theirs, at most."""
 
 
+@cache
+def has_triton() -> bool:
+    """Builds of torch for GPUs bring it."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def refuses_fused(demand: Demand) -> str | None:
-    """Triton comes with the builds of torch for GPUs."""
+    """Of numbers, head sizes and devices that it does not compute with."""
     if demand.platform.device != "cuda":
         return f"it computes on NVIDIA GPUs, this is {demand.platform.describe()}"
     if demand.platform.element_bytes > FLOAT32:
         return "it has no numbers of 64 bits"
     if demand.config.head_size > FUSED_HEAD:
         return f"head_dim={demand.config.head_size} is more than {FUSED_HEAD}"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "Triton is not installed here (a build of torch for CUDA brings it)"
     return None
 

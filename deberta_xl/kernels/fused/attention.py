@@ -1,12 +1,13 @@
 """Disentangled attention in fused kernels for GPUs, written in Triton: nothing quadratic is kept, nothing gathered.
 
-For the backward pass it keeps queries, keys, values, context, log-sum-exp and the projected relative rows. While that
-is at work the gradients of near tiles' scores live besides (`tiles.py`): as wide as the reach, however long the
-rows are. Every sum has one order, so that a run repeats itself bit for bit; those of tables are float32.
+For the backward pass it keeps queries, keys, values, context, log-sum-exp and a row of the projected tables for each
+offset within the reach. While that is at work the gradients of near tiles' scores live besides (`tiles.py`): as wide as
+the reach, however long the rows are. Every sum has one order, so that a run repeats itself bit for bit; those of tables
+are float32.
 
 Shape suffixes of this file:
     B batch   S queries   T keys   L all positions, or all queries   N heads on this rank   H head size
-    R relative rows (2k)   O offsets   W offsets of a tile
+    R relative rows (2k)   O offsets
 """
 
 from __future__ import annotations
@@ -23,22 +24,11 @@ from deberta_xl.kernels.contract import Memory, RelativeRows, Where
 from deberta_xl.kernels.dropout import DropoutRule
 from deberta_xl.kernels.fused.blocks import Backward, Given, Outcome
 from deberta_xl.kernels.fused.forward import far_forward_kernel, forward_kernel
-from deberta_xl.kernels.fused.gradients import (
-    far_key_kernel,
-    far_query_kernel,
-    key_kernel,
-    query_kernel,
-    value_kernel,
-)
+from deberta_xl.kernels.fused.gradients import far_key_kernel, far_query_kernel, key_kernel, query_kernel, value_kernel
 from deberta_xl.kernels.fused.offsets import runs_of_rows
 from deberta_xl.kernels.fused.plan import Plan, make_plan
 from deberta_xl.kernels.fused.rows import inner_kernel, parts_kernel, saturated_gradients_kernel
-from deberta_xl.kernels.fused.tables import (
-    SPLITS,
-    expand_table,
-    fold_kernel,
-    table_gradients_kernel,
-)
+from deberta_xl.kernels.fused.tables import SPLITS, expand_table, fold_kernel, table_gradients_kernel
 
 SPLITS_OF_ROWS = 16
 """Programs that share the rows of a head where a sum is over all of them; each leaves a sum of its own."""
@@ -159,8 +149,8 @@ def begin_backward(gradient_LNH: Tensor, log_sum_NL: Tensor, given: Given, plan:
 
 
 def table_gradient(of_keys: int, given: Given, backward: Backward, plan: Plan) -> Tensor:
-    """The gradient [N, R, H] of the table that queries are multiplied with, or keys: from near tiles by their
-    diagonals, from far ones by the rows that those share."""
+    """The gradient [N, R, H] of the table that queries are multiplied with, or keys: from near tiles by
+    chunks of offsets, from far ones by the rows that those share."""
     gradient_NRH = near_gradient(of_keys, given, backward, plan)
     if plan.offsets.has_far:
         rows_LNH, part_2NL = (given.key, backward.far_key_part) if of_keys else (given.query, backward.far_query_part)

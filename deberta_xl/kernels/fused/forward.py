@@ -26,21 +26,9 @@ from deberta_xl.kernels.fused.blocks import (
     those_of_tokens,
     zero_rows,
 )
-from deberta_xl.kernels.fused.draws import (
-    Draw,
-    is_kept,
-)
-from deberta_xl.kernels.fused.tiles import (
-    far_scores,
-    hide,
-    key_bands,
-    keys_of,
-    near_scores,
-    query_band,
-)
-from deberta_xl.kernels.fused.work_items import (
-    WorkItems,
-)
+from deberta_xl.kernels.fused.draws import Draw, is_kept
+from deberta_xl.kernels.fused.tiles import far_scores, hide, key_bands, keys_of, near_scores, query_band
+from deberta_xl.kernels.fused.work_items import WorkItems
 
 
 class Sums(NamedTuple):

@@ -32,14 +32,8 @@ from deberta_xl.kernels.fused.blocks import (
     those_of_tokens,
     zero_rows,
 )
-from deberta_xl.kernels.fused.draws import (
-    Draw,
-)
-from deberta_xl.kernels.fused.shear import (
-    as_operand,
-    slide,
-    unshear_keys,
-)
+from deberta_xl.kernels.fused.draws import Draw
+from deberta_xl.kernels.fused.shear import as_operand, slide, unshear_keys
 from deberta_xl.kernels.fused.tiles import (
     far_gradients,
     key_band,
@@ -54,9 +48,7 @@ from deberta_xl.kernels.fused.tiles import (
     score_gradients,
     store_tile,
 )
-from deberta_xl.kernels.fused.work_items import (
-    WorkItems,
-)
+from deberta_xl.kernels.fused.work_items import WorkItems
 
 
 @jit
@@ -97,30 +89,30 @@ def key_kernel(
         before = no_tile(backward.tiles, form)
         for i0 in range(top, bottom, form.block):
             queries = query_block(i0, work, form)
-            tile = load_tile(backward.tiles, queries, keys, i0 < bottom, work, form)
+            tile = load_tile(backward.tiles, queries, keys, True, work, form)
             q_IH = load_rows(given.query, queries, work.head, form)
             ds_JI = tl.trans(out_of_blocks(tile, form))
             dk_JH = tl.dot(ds_JI, q_IH, dk_JH, input_precision=form.precision)
             if form.has_position_to_content:
-                by_position_JH = add_chunk_of_queries(
+                by_position_JH = add_chunk_to_keys(
                     by_position_JH, before, tile, i0 - keys.first - form.block, given, work, form
                 )
                 before = tile
         if form.has_position_to_content:
             last = no_tile(backward.tiles, form)
-            by_position_JH = add_chunk_of_queries(
+            by_position_JH = add_chunk_to_keys(
                 by_position_JH, before, last, bottom - keys.first - form.block, given, work, form
             )
         store_rows(backward.key_gradient, keys, work.head, (dk_JH + by_position_JH * RESTORED) * sizes.scale, form)
 
 
 @jit
-def add_chunk_of_queries(
+def add_chunk_to_keys(
     by_position_JH: tl.tensor, before: tl.tensor, tile: tl.tensor, offset: tl.tensor, given: Given, work: Work,
     form: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """With the offsets from `offset` on, which end before that of the first pair of `tile`; the tile `before` has the
-    others of them."""
+    """dK's part from the table, with the chunk from `offset` on, which ends before the offset of the first pair of
+    `tile`; the tile `before` has the others of its offsets."""
     rows_KH = load_chunk(given.query_table, offset, work, form)
     ds_JK = as_operand(unshear_keys(before, tile, form.block, True), form.block).to(rows_KH.dtype)
     return tl.dot(ds_JK, rows_KH, by_position_JH, input_precision=form.precision)
@@ -191,25 +183,30 @@ def query_kernel(
         before = no_tile(backward.tiles, form)
         for j0 in range(left, right, form.block):
             keys = key_block(j0, work, form)
-            tile = load_tile(backward.tiles, queries, keys, j0 < right, work, form)
+            tile = load_tile(backward.tiles, queries, keys, True, work, form)
             k_JH = load_rows(given.key, keys, work.head, form)
             dq_IH = tl.dot(out_of_blocks(tile, form), k_JH, dq_IH, input_precision=form.precision)
             if form.has_content_to_position:
-                by_position_IH = add_chunk_of_keys(by_position_IH, before, tile, queries.first - j0, given, work, form)
+                by_position_IH = add_chunk_to_queries(
+                    by_position_IH, before, tile, queries.first - j0, given, work, form
+                )
                 before = tile
         if form.has_content_to_position:
             last = no_tile(backward.tiles, form)
-            by_position_IH = add_chunk_of_keys(by_position_IH, before, last, queries.first - right, given, work, form)
+            by_position_IH = add_chunk_to_queries(
+                by_position_IH, before, last, queries.first - right, given, work, form
+            )
         found = those_of_tokens(queries, work, form)
         store_rows(backward.query_gradient, found, work.head, (dq_IH + by_position_IH * RESTORED) * sizes.scale, form)
 
 
 @jit
-def add_chunk_of_keys(
+def add_chunk_to_queries(
     by_position_IH: tl.tensor, before: tl.tensor, tile: tl.tensor, offset: tl.tensor, given: Given, work: Work,
     form: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """With the offsets from `offset` on, that of the first pair of `tile`; the tile `before` has the others of them."""
+    """dQ's part from the table, with the chunk from `offset` on, that of the first pair of `tile`; the tile `before`
+    has the others of its offsets."""
     rows_KH = load_chunk(given.key_table, offset, work, form)
     ds_IK = as_operand(slide(before, tile, form.block, True), form.block).to(rows_KH.dtype)
     return tl.dot(ds_IK, rows_KH, by_position_IH, input_precision=form.precision)

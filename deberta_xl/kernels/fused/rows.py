@@ -54,10 +54,7 @@ def saturated_gradients_kernel(
     A program for a head and a split of the rows, which it adds up in order.
     """
     split, head = tl.program_id(0), tl.program_id(1)
-    sum_IH, other_IH = (
-        zero_rows(form),
-        zero_rows(form),
-    )
+    sum_IH, other_IH = zero_rows(form), zero_rows(form)
     for first in range(split * form.block, num_rows, tl.num_programs(0) * form.block):
         block = rows_at(first, num_rows, form)
         x_IH = load_rows(rows, block, head, form).to(tl.float32)

@@ -75,11 +75,8 @@ def add_queries_of_chunk(
     left, right, _end = keys_of(i0, work, form)
     j0 = i0 - offset
     if (j0 >= left) & (j0 <= right):
-        queries, keys, keys_before = (
-            query_block(i0, work, form),
-            key_block(j0, work, form),
-            key_block(j0 - form.block, work, form),
-        )
+        queries, keys = query_block(i0, work, form), key_block(j0, work, form)
+        keys_before = key_block(j0 - form.block, work, form)
         before = load_tile(backward.tiles, queries, keys_before, j0 > left, work, form)
         tile = load_tile(backward.tiles, queries, keys, j0 < right, work, form)
         q_IH = load_rows(given.query, queries, work.head, form)
@@ -97,11 +94,8 @@ def add_keys_of_chunk(
     _begin, top, bottom, _end = queries_of(j0, work, form)
     i0 = j0 + offset + form.block
     if (i0 >= top) & (i0 <= bottom):
-        queries, queries_before, keys = (
-            query_block(i0, work, form),
-            query_block(i0 - form.block, work, form),
-            key_block(j0, work, form),
-        )
+        queries, keys = query_block(i0, work, form), key_block(j0, work, form)
+        queries_before = query_block(i0 - form.block, work, form)
         before = load_tile(backward.tiles, queries_before, keys, i0 > top, work, form)
         tile = load_tile(backward.tiles, queries, keys, i0 < bottom, work, form)
         k_JH = load_rows(given.key, keys, work.head, form)

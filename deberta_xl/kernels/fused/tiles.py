@@ -1,12 +1,12 @@
 """What the fused kernels share: a square tile of queries and keys, its scores by eq. (4), and which tiles there are.
 
 Query i and key j of a document have the score (q_i·k_j + q_i·PK[i − j] + k_j·PQ[i − j]) · scale, PK and PQ being the
-relative tables with one row for each offset (`tables.py`). Of a *near* tile the offsets are told apart: two
-small products with a window of the tables give both terms as bands, which a shear puts in place. Of a *far* tile every
-offset is saturated, so both terms are a number for each query and one for each key: plain attention's cost.
+relative tables with one row for each offset (`tables.py`). Of a *near* tile the offsets are told apart: products with
+two chunks of a table give its term as bands, which a shear puts in place (`shear.py`). Of a *far* tile every offset is
+saturated, so both terms are a number for each query and one for each key: plain attention's cost.
 
 Shape suffixes of this file:
-    I queries of a tile   J keys of a tile   W offsets of a tile (I + J)   H head size, padded to a power of two
+    I queries of a tile   J keys of a tile   K offsets of a chunk   H head size, padded to a power of two
 """
 
 import triton

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deberta_xl.base.errors import ConfigError
-from deberta_xl.kernels import reference, strided
+from deberta_xl.kernels import reference, registry, strided
 from deberta_xl.kernels.contract import Attend, Memory, RelativeRows, Where
 from deberta_xl.kernels.dropout import DropoutRule
 from deberta_xl.kernels.registry import KERNELS, Demand, Kernel, choose_kernel
@@ -159,7 +158,7 @@ def test_an_unknown_kernel_and_one_that_cannot_are_refused_with_the_reason_and_t
 
 def test_the_fused_kernels_are_autos_on_gpus_and_refuse_what_they_cannot(monkeypatch):
     gpu = Platform("cuda", 2)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(registry, "has_triton", lambda: True)
     assert choose_kernel("auto", Demand(CONFIG, platform=gpu)) == "fused"
     refused = {
         "head_dim=130 is more than 128": (DebertaConfig(vocab_size=60, hidden_size=260, num_heads=2), gpu),
@@ -169,7 +168,7 @@ def test_the_fused_kernels_are_autos_on_gpus_and_refuse_what_they_cannot(monkeyp
     for words, (config, platform) in refused.items():
         with pytest.raises(ConfigError, match=rf"fused does not support this model: {words}; choose one of auto, str"):
             choose_kernel("fused", Demand(config, platform=platform))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "has_triton", lambda: False)
     with pytest.raises(ConfigError, match=r"Triton is not installed here .*; choose one of auto, strided, reference"):
         choose_kernel("fused", Demand(CONFIG, platform=gpu))
     assert choose_kernel("auto", Demand(CONFIG, platform=gpu)) == "strided"
