@@ -34,7 +34,7 @@ SPILLED_ELSEWHERE = {
     "forward,90,far": 0, "forward,90,dropout,far": 0, "far_forward,90,far": 0, "far_forward,90,dropout,far": 0,
     "far_query,90,far": 176, "far_query,90,dropout,far": 400, "far_key,90,far": 288, "far_key,90,dropout,far": 288,
     "forward,80": 448, "forward,80,dropout": 592, "value,80": 592, "value,80,dropout": 656,
-    "key,80": 32, "query,80": 48, "tables,80": 0,
+    "key,80": 64, "query,80": 64, "tables,80": 0,
 }  # fmt: skip
 """Longer rows, and GPUs before: what the assembler was seen to spill, and a little more."""
 
