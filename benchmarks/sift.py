@@ -17,6 +17,7 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deberta_xl.base.command_line import build_parser
+from benchmarks.recorder import counted_bytes
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.sift import Sift
@@ -58,42 +59,6 @@ def seconds(model: TaskModel, batch: TaskMicroBatch, sift: Sift | None, repeats:
     return best
 
 
-class SavedBytes:
-    """Counts the bytes that autograd keeps alive, each storage once, and their peak."""
-
-    def __init__(self, parameters: set[int]):
-        self.parameters = parameters
-        self.references: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> Saved:
-        """Called for every tensor that is saved."""
-        return Saved(self, tensor)
-
-    def add(self, tensor: Tensor, change: int) -> None:
-        """One reference more or less."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.parameters:
-            return
-        before = self.references.get(key, 0)
-        self.references[key] = before + change
-        if (before == 0 and change > 0) or before + change == 0:
-            self.now += change * storage.nbytes()
-            self.peak = max(self.peak, self.now)
-
-
-class Saved:
-    """A saved tensor, as long as autograd holds it."""
-
-    def __init__(self, counter: SavedBytes, tensor: Tensor):
-        self.counter, self.tensor = counter, tensor
-        counter.add(tensor, 1)
-
-    def __del__(self) -> None:
-        self.counter.add(self.tensor, -1)
-
-
 def activation_gib(config: DebertaConfig, rows: int, length: int, sift: Sift | None, *, recompute: bool) -> float:
     """Peak of what autograd keeps for one micro-batch in bf16, by shapes alone."""
     with torch.device("meta"):
@@ -101,8 +66,7 @@ def activation_gib(config: DebertaConfig, rows: int, length: int, sift: Sift | N
         batch = on_device(batch_of(rows, length, config.vocab_size), torch.device("meta"))
         if recompute:
             model.checkpoint_activations()
-        counter = SavedBytes({p.untyped_storage()._cdata for p in model.parameters()})
-        with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda saved: saved.tensor):
+        with counted_bytes(model) as counter:
             losses(model, batch, sift).backward()
     return counter.peak / GIB
 
