@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deberta_xl.kernels.sampling import Drawn, DrawRule
+from deberta_xl.kernels.sampling import DrawRule
+from deberta_xl.kernels.vocabulary import Verdict
 from deberta_xl.model.masked_lm import LabelledPositions
 from deberta_xl.model.replaced_tokens import ReplacedTokenModel, detection_loss
 from deberta_xl.weights.foreign_config import from_foreign_config
@@ -39,6 +42,12 @@ class Outcome(NamedTuple):
     total: Tensor
 
 
+def drawing(token_L: Tensor, join: Callable[[Verdict], Verdict], verdict: Verdict) -> Verdict:
+    """What the vocabulary says of each position, but with these tokens drawn."""
+    joined = join(verdict)
+    return joined._replace(token_WL=torch.stack([joined.token_WL[0], token_L]))
+
+
 class PairVector:
     """A reference case: its pair with its weights in evaluation mode, and what the original computes of it."""
 
@@ -58,7 +67,8 @@ class PairVector:
         ids, segments, labels = (self.inputs[name] for name in ("input_ids", "attention_mask", "labels"))
         labelled = LabelledPositions.of(labels)
         sampled_L = self.outputs["discriminator_input_ids"][labels > 0]
-        self.model.generator.draw = lambda *given: Drawn(sampled_L, sampled_L)
+        head = self.model.generator.head
+        head.vocabulary = replace(head.vocabulary, join=partial(drawing, sampled_L, head.vocabulary.join))
         proposal, logits_BS = call(
             "learn", input_ids=ids, segments=segments, labelled=labelled, label_count=len(labelled.label_L),
             draw=DrawRule(torch.zeros(len(ids), dtype=torch.int64)),

@@ -136,7 +136,7 @@ def stream(source: Pretrained) -> Iterator[Tensor]:
         filled(model.decoder, "decoder.", source.tensors),
         filled(model.head, "head.", source.tensors),
     ):
-        yield model.predict(last_BSD, scene, LabelledPositions.of(labels_BS)).logits
+        yield model.predict(last_BSD, scene, LabelledPositions.of(labels_BS), with_logits=True).logits
 
 
 @contextlib.contextmanager

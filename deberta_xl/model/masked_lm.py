@@ -1,19 +1,19 @@
 """The masked language model: embeddings, encoder, enhanced mask decoder, head and loss.
 
 Shape suffixes of this file:
-    B batch   S sequence   M slots for labelled positions   L labelled positions   D hidden   E embedding   V vocabulary
+    B batch   S sequence   M slots for labelled positions   L labelled positions   D hidden   V vocabulary
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deberta_xl.kernels.sampling import Drawn, DrawRule, draw_tokens
+from deberta_xl.kernels.sampling import DrawRule
+from deberta_xl.kernels.vocabulary import Drawing, Judged, Vocabulary, judge
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.enhanced_mask_decoder import EnhancedMaskDecoder
 from deberta_xl.model.layer import ACTIVATIONS, EncoderLayer
@@ -38,6 +38,11 @@ class LabelledPositions(NamedTuple):
         num_slots = self.position_BM.shape[1]
         return self.slot_L // num_slots * length + self.position_BM.view(-1)[self.slot_L]
 
+    def drawing(self, draw: DrawRule, length: int) -> Drawing:
+        """By the rule of a batch of sequences of this length, how a token is drawn at each labelled position."""
+        place_L = self.place_L(length)
+        return Drawing(place_L % length, draw.seed_B[place_L // length], draw.temperature)
+
     @classmethod
     def of(cls, labels_BS: Tensor) -> LabelledPositions:
         """The positions whose label is above 0 (0 and −100 both mean: not predicted)."""
@@ -56,9 +61,10 @@ class MaskedLMOutput(NamedTuple):
 
     loss: Tensor | None
     """Cross-entropy over the labelled positions (a sum divided by their number, or by `label_count`); None without."""
-    logits: Tensor
-    """[L, V] at the labelled positions in row-major order; [B, S, V] without labels. Where the vocabulary is divided
-    over ranks, this rank's columns, and with labels spent: the loss is computed in their place."""
+    logits: Tensor | None
+    """[B, S, V] without labels; [L, V] at those of a tensor, in row-major order. None at positions found beforehand:
+    the loss needs no more than a part of them at a time. Where the vocabulary is divided over ranks, this rank's
+    columns."""
     guess_L: Tensor | None = None
     """The best guess at each labelled position."""
     drawn_L: Tensor | None = None
@@ -78,17 +84,21 @@ class MaskedLanguageModelHead(nn.Module):
         self.norm = nn.LayerNorm(config.embedding_width, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
         self.activation = ACTIVATIONS[config.hidden_act]
+        self.vocabulary = Vocabulary(config.vocab_size, range(config.vocab_size))
+        """What of it is here; the plan puts another in its place where ranks divide it."""
 
-    def forward(self, decoded: Tensor, word: nn.Embedding) -> Tensor:
-        """[…, D] -> logits […, V], at least float32. The table comes with its module, so that ZeRO-3 can gather it."""
+    def forward(
+        self, decoded: Tensor, word: nn.Embedding, label_L: Tensor | None = None, drawing: Drawing | None = None
+    ) -> Tensor | Judged:
+        """[…, D] -> logits […, V], at least float32; of states [L, D] with their labels, what `judge` makes of them.
+
+        The table comes with its module, so that ZeRO-3 can gather it.
+        """
         transformed = self.entry(self.norm(self.activation(self.dense(decoded))))
+        if label_L is not None:
+            return judge(transformed, word.weight, self.bias, label_L, self.vocabulary, drawing)
         logits = F.linear(transformed, word.weight, self.bias)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def masked_lm_loss(logits_LV: Tensor, label_L: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy summed over the labelled positions (0 without any), and the best guess at each, [L]."""
-    return F.cross_entropy(logits_LV, label_L, reduction="sum"), logits_LV.detach().argmax(-1)
 
 
 class MaskedLanguageModel(Trunk):
@@ -100,10 +110,6 @@ class MaskedLanguageModel(Trunk):
             super().__init__(config)
             self.decoder = EnhancedMaskDecoder(config)
             self.head = MaskedLanguageModelHead(config)
-        self.loss = masked_lm_loss
-        """Cross-entropy and guesses from logits; the plan puts another here where the vocabulary is divided."""
-        self.draw: Callable[[Tensor, Tensor, Tensor, float], Drawn] = draw_tokens
-        """Tokens from logits; the plan replaces it together with the loss."""
         self.draw_weights(seed)
 
     @property
@@ -138,7 +144,8 @@ class MaskedLanguageModel(Trunk):
         Args:
             input_ids, attention_mask, dropout_key, open_BS: as in `Trunk.scene`.
             token_type_ids: [batch, sequence]; zeros when absent.
-            labels: [batch, sequence], 0 or −100 where nothing is predicted; or the positions found beforehand.
+            labels: [batch, sequence], 0 or −100 where nothing is predicted; or the positions found beforehand, of which
+                no logits are returned.
             label_count: divisor of the loss, for a mean over more than this batch.
             output_hidden_states: return every layer's states too (the last layer then runs although EMD replaces it).
             draw: draw a token at each labelled position, too.
@@ -152,7 +159,8 @@ class MaskedLanguageModel(Trunk):
         )
         labelled = LabelledPositions.of(labels) if isinstance(labels, Tensor) else labels
         hidden_BSD = states[self.num_ordinary_layers if output_hidden_states else -1]
-        output = self.predict(hidden_BSD, scene, labelled, label_count=label_count, draw=draw)
+        given = {"label_count": label_count, "draw": draw, "with_logits": isinstance(labels, Tensor)}
+        output = self.predict(hidden_BSD, scene, labelled, **given)
         return output._replace(hidden_states=tuple(states) if output_hidden_states else None)
 
     def predict(
@@ -163,21 +171,22 @@ class MaskedLanguageModel(Trunk):
         *,
         label_count: float | None = None,
         draw: DrawRule | None = None,
+        with_logits: bool = False,
     ) -> MaskedLMOutput:
-        """From the states after the ordinary layers to logits, loss, guesses and drawn tokens."""
+        """From the states after the ordinary layers to loss, guesses and drawn tokens, or to logits without labels.
+
+        `with_logits` asks for those at the labelled positions, too, all at once.
+        """
         hidden_BSD = self.prediction_entry(hidden_BSD)
         decoded = self.decode(hidden_BSD, scene, None if labelled is None else labelled.position_BM)
         if labelled is None:
             return MaskedLMOutput(None, self.head(decoded, self.embeddings.word))
-        logits_LV = self.head(decoded.flatten(0, 1).index_select(0, labelled.slot_L), self.embeddings.word)
-        drawn_L = None
-        if draw is not None:  # before the loss, which may spend the logits
-            place_L, length = labelled.place_L(hidden_BSD.shape[1]), hidden_BSD.shape[1]
-            seed_L = draw.seed_B[place_L // length]
-            drawn_L = self.draw(logits_LV.detach(), place_L % length, seed_L, draw.temperature).token_L
-        loss_sum, guess_L = self.loss(logits_LV, labelled.label_L)
+        chosen_LD = decoded.flatten(0, 1).index_select(0, labelled.slot_L)
+        drawing = None if draw is None else labelled.drawing(draw, hidden_BSD.shape[1])
+        loss, guess_L, drawn_L = self.head(chosen_LD, self.embeddings.word, labelled.label_L, drawing)
         divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
-        return MaskedLMOutput(loss_sum / divisor, logits_LV, guess_L, drawn_L=drawn_L)
+        logits_LV = self.head(chosen_LD, self.embeddings.word) if with_logits else None
+        return MaskedLMOutput(loss / divisor, logits_LV, guess_L, drawn_L=drawn_L)
 
     def decode(self, hidden_BSD: Tensor, scene: Scene, position_BM: Tensor | None) -> Tensor:
         """The states to predict from: those at `position_BM`, [B, M, D], or at all positions, [B, S, D]."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from deberta_xl.kernels.registry import FLOAT32, KERNELS, AttentionSizes
+from deberta_xl.kernels.vocabulary_blocks import widest_block
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
 
 
@@ -193,6 +194,7 @@ def decoder_pass_bytes(config: DebertaConfig, load: Load, division: Division) ->
 
 
 def vocabulary_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
-    """The logits with their gradient."""
-    columns = config.vocab_size / division.tensor_parallel_size
-    return Activations(working=load.labelled * columns * (division.element_bytes + 3 * FLOAT32))
+    """A block of logits with what is computed of them, in float32 or in their place."""
+    columns = min(-(-config.vocab_size // division.tensor_parallel_size), widest_block(load.labelled))
+    beside = FLOAT32 if division.element_bytes < FLOAT32 else 0
+    return Activations(working=load.labelled * columns * (division.element_bytes + beside))

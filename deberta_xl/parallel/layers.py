@@ -4,11 +4,12 @@ Each is built from the plain layer: it keeps this rank's slice of the weights, m
 otherwise counts it wrongly in the gradient norm.
 
 Shape suffixes of this file:
-    L positions   V vocabulary (this rank's part)
+    B batch   L positions   V vocabulary (this rank's part)   W winners   F figures
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,10 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
 
-from deberta_xl.kernels.sampling import Drawn, draw_tokens
+from deberta_xl.kernels.vocabulary import Verdict, Vocabulary, merged
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.sequence import sum_to_slice
 from deberta_xl.parallel.shard import Shard
@@ -125,28 +125,27 @@ class CopyToRanks(nn.Module):
         return copy_to_tensor_model_parallel_region(x, group=self.group)
 
 
-class VocabularyLoss:
-    """Cross-entropy and best guesses from logits of which each rank holds some columns (`masked_lm_loss` divided).
+def divided_vocabulary(vocab_size: int, groups: Groups) -> Vocabulary:
+    """The columns of this rank, whose table has `VocabularyEmbedding`'s rows, and how ranks join what they find."""
+    size, rank = groups.grid.tensor_parallel_size, groups.grid.tensor_parallel_rank
+    rows = -(-vocab_size // size)
+    columns = range(min(rank * rows, vocab_size), min((rank + 1) * rows, vocab_size))
+    return Vocabulary(vocab_size, columns, partial(join_verdicts, groups=groups))
 
-    The logits are the largest tensor of a step, so they are not copied: afterwards they are spent.
-    """
 
-    def __init__(self, vocab_size: int, groups: Groups):
-        self.vocab_size = vocab_size
-        self.groups = groups
-
-    def __call__(self, logits_LV: Tensor, label_L: Tensor) -> tuple[Tensor, Tensor]:
-        """The summed loss, and the guess at each position, equal on all ranks."""
-        first = logits_LV.shape[-1] * self.groups.grid.tensor_parallel_rank
-        # Unseen by autograd: the probability of -inf is 0, and so is the gradient of the padding.
-        logits_LV.detach()[:, max(0, self.vocab_size - first) :] = float("-inf")
-        guess_L = self.guess(logits_LV.detach(), first)  # before megatron-core overwrites the logits
-        return vocab_parallel_cross_entropy(logits_LV, label_L).sum(), guess_L
-
-    def guess(self, logits_LV: Tensor, first: int) -> Tensor:
-        """The id of the largest logit over all ranks; the lowest id of equal ones, as argmax gives."""
-        value_L, index_L = logits_LV.max(-1)
-        return largest_of_ranks(value_L, index_L + first, self.groups)[1]
+def join_verdicts(own: Verdict, groups: Groups) -> Verdict:
+    """Of this rank's columns and of all others' what all say, equal on all ranks. Collective, in one exchange."""
+    counts = [1, 1, *map(len, own[2:])]
+    # float64 holds ids, too.
+    sent_FL = torch.cat([own.log_sum_L[None], own.label_logit_L[None], own.value_WL, own.token_WL.double()])
+    received = sent_FL.new_empty(groups.grid.tensor_parallel_size * len(sent_FL), sent_FL.shape[1])
+    torch.distributed.all_gather_into_tensor(received, sent_FL, group=groups.tensor_group)
+    parts = []
+    for of_rank_FL in received.chunk(groups.grid.tensor_parallel_size):
+        log_sum_1L, label_logit_1L, value_WL, token_WL = of_rank_FL.split(counts)
+        parts.append(Verdict(log_sum_1L[0], label_logit_1L[0], value_WL, token_WL.long()))
+    found = merged(parts)
+    return Verdict(*(there.to(here.dtype) for there, here in zip(found, own, strict=True)))
 
 
 def join_vocabulary(logits_BV: Tensor, vocab_size: int, groups: Groups) -> Tensor:
@@ -154,31 +153,3 @@ def join_vocabulary(logits_BV: Tensor, vocab_size: int, groups: Groups) -> Tenso
     parts = [torch.empty_like(logits_BV) for _ in range(groups.grid.tensor_parallel_size)]
     torch.distributed.all_gather(parts, logits_BV.contiguous(), group=groups.tensor_group)
     return torch.cat(parts, dim=-1)[..., :vocab_size]  # behind it there is padding
-
-
-class VocabularyDraw:
-    """Tokens drawn from logits of which each rank holds some columns (`draw_tokens` divided), equal on all ranks."""
-
-    def __init__(self, vocab_size: int, groups: Groups):
-        self.vocab_size = vocab_size
-        self.groups = groups
-
-    def __call__(self, logits_LV: Tensor, position_L: Tensor, seed_L: Tensor, temperature: float) -> Drawn:
-        """What one rank would draw from all columns."""
-        first = logits_LV.shape[-1] * self.groups.grid.tensor_parallel_rank
-        width = max(1, min(logits_LV.shape[-1], self.vocab_size - first))  # without the padding
-        columns = {"first_column": first, "num_columns": self.vocab_size}
-        drawn = draw_tokens(logits_LV[:, :width], position_L, seed_L, temperature, **columns)
-        is_padding = first >= self.vocab_size
-        value_L = torch.full_like(drawn.value_L, float("-inf")) if is_padding else drawn.value_L
-        return Drawn(*largest_of_ranks(value_L, drawn.token_L, self.groups))
-
-
-def largest_of_ranks(value_L: Tensor, id_L: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """At each position the largest of the tensor-parallel ranks' values and its id; of equal ones the first rank's."""
-    size = groups.grid.tensor_parallel_size
-    values, ids = ([torch.empty_like(own) for _ in range(size)] for own in (value_L, id_L))
-    torch.distributed.all_gather(values, value_L, group=groups.tensor_group)
-    torch.distributed.all_gather(ids, id_L, group=groups.tensor_group)
-    value_1L, best_1L = torch.stack(values).max(0, keepdim=True)
-    return value_1L.squeeze(0), torch.stack(ids).gather(0, best_1L).squeeze(0)

@@ -123,15 +123,15 @@ def divide_trunk(model: Trunk, groups: Groups, *, sequence_parallel: bool) -> No
 
 
 def divide_vocabulary(model: MaskedLanguageModel, groups: Groups) -> None:
-    """The rest of the vocabulary, whose table is divided already: what enters the head, its bias, and the loss."""
+    """The rest of the vocabulary, whose table is divided already: what enters the head, its bias, and what it finds."""
     from torch import nn
 
-    from deberta_xl.model.masked_lm import masked_lm_loss
+    from deberta_xl.model.masked_lm import MaskedLanguageModel
 
-    if model.loss is not masked_lm_loss:
+    if type(model).predict is not MaskedLanguageModel.predict:
         raise ConfigError(
-            f"{type(model).__name__} has a loss of its own, which reads whole logits: parallel.tensor_parallel_size="
-            f"{groups.grid.tensor_parallel_size} divides the vocabulary; leave it at 1"
+            f"{type(model).__name__} predicts in a way of its own (`predict`), which reads whole logits: "
+            f"parallel.tensor_parallel_size={groups.grid.tensor_parallel_size} divides the vocabulary; leave it at 1"
         )
     from deberta_xl.parallel import layers
 
@@ -140,5 +140,4 @@ def divide_vocabulary(model: MaskedLanguageModel, groups: Groups) -> None:
     if full_bias is not None:
         model.head.bias = nn.Parameter(full_bias.new_empty(model.embeddings.word.weight.shape[0]))
         layers.keep_slice(model.head.bias, full_bias, 0, groups)
-    model.loss = layers.VocabularyLoss(model.config.vocab_size, groups)
-    model.draw = layers.VocabularyDraw(model.config.vocab_size, groups)
+    model.head.vocabulary = layers.divided_vocabulary(model.config.vocab_size, groups)

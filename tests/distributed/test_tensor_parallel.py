@@ -8,19 +8,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from plain_run import architecture
 from ranks import run_ranks
 from torch import nn
 from vectors import Vector, folders
 
+from deberta_xl.kernels.vocabulary import Drawing
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.layer import EncoderLayer
-from deberta_xl.model.masked_lm import MaskedLanguageModel, masked_lm_loss
+from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.model.trunk import Trunk
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
-from deberta_xl.parallel.layers import VocabularyLoss
 from deberta_xl.parallel.plan import divide
 from deberta_xl.settings.architecture import DebertaConfig
 
@@ -177,30 +176,6 @@ def test_each_encoder_of_a_model_is_divided_and_the_layers_of_a_head_are_not(seq
             assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-5, name
 
 
-def loss_in_place() -> tuple[torch.Tensor, ...]:
-    """This rank's loss, guesses, and what they leave of its logits: columns 0 to 49, and 50 to 98 with padding."""
-    groups = join(2)
-    logits_LV = F.pad(some_logits(), (0, 1)).chunk(2, -1)[torch.distributed.get_rank()].contiguous()
-    loss, guess_L = VocabularyLoss(99, groups)(logits_LV, torch.arange(7))
-    return loss, guess_L, logits_LV
-
-
-def some_logits() -> torch.Tensor:
-    """Logits of 7 positions over 99 pieces."""
-    return torch.randn(7, 99, generator=torch.Generator().manual_seed(5))
-
-
-def test_the_loss_of_a_divided_vocabulary_takes_no_memory_but_the_logits():
-    expected, guess_L = masked_lm_loss(some_logits(), torch.arange(7))
-    results = run_ranks(loss_in_place, 2)
-    for loss, guess, _ in results:
-        torch.testing.assert_close(loss, expected)
-        assert torch.equal(guess, guess_L)
-    spent_LV = torch.cat([logits for _, _, logits in results], -1)
-    # The softmax, which the backward pass needs, stands where the logits were: no rank has copied them.
-    torch.testing.assert_close(spent_LV, F.pad(some_logits().softmax(-1), (0, 1)))
-
-
 def vector_outcome(folder) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and whole gradients of a reference vector, divided over two ranks."""
     groups = join(2)
@@ -230,7 +205,9 @@ class Collectives:
     def __init__(self):
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
         # What each one sends is its first tensor, or its second where the first receives.
-        for name, sent in (("all_reduce", 0), ("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1)):
+        for name, sent in (
+            ("all_reduce", 0), ("all_gather", 1), ("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1)
+        ):  # fmt: skip
             setattr(torch.distributed, name, self.counted(name, getattr(torch.distributed, name), sent))
 
     def counted(self, name: str, real: Callable, sent: int) -> Callable:
@@ -270,6 +247,26 @@ def test_a_layer_needs_two_sums_forward_and_three_backward():
         assert forward == {"all_reduce": [states] * 2}
         assert list(backward) == ["all_reduce"]
         assert sorted(backward["all_reduce"]) == [states, states, table]
+
+
+def head_collectives() -> tuple[dict, dict]:
+    """Collectives of the head's forward and backward, on five labels, with a token drawn for each."""
+    model = MaskedLanguageModel(DebertaConfig(vocab_size=101, max_position_embeddings=24, **SIZES), seed=3).eval()
+    divide(model, join(2))
+    labels = torch.arange(40, 45)
+    drawing = Drawing(labels, labels, 1.0)
+    collectives = Collectives()
+    judged = model.head(torch.randn(5, 32, requires_grad=True), model.embeddings.word, labels, drawing)
+    forward = collectives.take()
+    judged.loss.backward()
+    return forward, collectives.take()
+
+
+def test_a_divided_vocabulary_needs_one_exchange_forward_and_a_sum_backward():
+    # Of each label: the sum of exponentials, the label's logit; value and id of the best guess and of what is drawn.
+    for forward, backward in run_ranks(head_collectives, 2):
+        assert forward == {"all_gather_into_tensor": [(2 + 2 * 2, 5)]}
+        assert backward == {"all_reduce": [(5, 32)]}
 
 
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do():

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.masked_lm import MaskedLanguageModel
+from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.part_costs import Load
 from deberta_xl.model.parts import forward_flops, masked_lm_parts, num_parameters
 from deberta_xl.model.task_model import TaskModel
@@ -86,14 +86,14 @@ def test_no_parameter_is_dead(form):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_its_parameters_and_operations_are_counted(form):
-    config = replace(CONFIG, **form)
+    config = replace(CONFIG, vocab_size=128, **form)  # columns of a block, none of which is padding
     model = MaskedLanguageModel(config).eval()
     assert num_parameters(masked_lm_parts(config)) == sum(p.numel() for p in model.parameters())
     model.use_kernel("reference")  # which makes the products of the definition
     labels = torch.zeros_like(IDS)
     labels[:, :6] = IDS[:, :6]
     with FlopCounterMode(display=False) as counter:
-        model(IDS, labels=labels)
+        model(IDS, labels=LabelledPositions.of(labels))
     # A shared layer projects key-side positions in each pass (their dropout differs); the definition counts them once.
     again = config.num_decoder_passes - 1 if config.shares_last_layer else 0
     again *= 2 * IDS.numel() * 2 * config.relative_span * config.attention_size

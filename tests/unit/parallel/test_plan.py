@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.masked_lm import MaskedLanguageModel
@@ -49,9 +50,13 @@ def test_a_part_of_which_the_model_has_no_module_is_named():
         plan_of(whole, sequence_parallel=False)
 
 
-def test_a_loss_of_ones_own_is_not_replaced_by_that_of_a_divided_vocabulary():
-    own = model()
-    own.loss = lambda logits_LV, label_L: (logits_LV.sum(), label_L)
+def test_a_prediction_of_ones_own_is_not_replaced_by_that_of_a_divided_vocabulary():
+    class Own(MaskedLanguageModel):
+        def predict(self, *given, **options):
+            return super().predict(*given, **options)
+
+    with torch.device("meta"):
+        own = Own(model().config)
     groups = Groups(Grid(tensor_parallel_size=2))
-    with pytest.raises(ConfigError, match=r"MaskedLanguageModel has a loss of its own.*tensor_parallel_size=2"):
+    with pytest.raises(ConfigError, match=r"Own predicts in a way of its own.*tensor_parallel_size=2"):
         divide_vocabulary(own, groups)
