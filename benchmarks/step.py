@@ -62,7 +62,7 @@ class Batch:
         generator = torch.Generator(device).manual_seed(1)
         self.ids = torch.randint(4, vocab_size, shape, device=device, generator=generator)
         self.labels = torch.where(torch.rand(shape, device=device, generator=generator) < LABELLED, self.ids, 0)
-        self.labelled = LabelledPositions.of(self.labels)
+        self.labelled = LabelledPositions.of(self.labels).padded(shape[1])
 
 
 def our_step(kernel: str, config: DebertaConfig, case: Case, batch: Batch) -> Run:
@@ -105,7 +105,7 @@ def ways_of(case: Case, options: argparse.Namespace) -> list[Way]:
     """Transformers first."""
     config = config_of(case, options)
     batch = Batch(case, config.vocab_size)
-    load = Load(*case.segments.shape, len(batch.labelled.label_L))
+    load = Load(*case.segments.shape, batch.labelled.num_labels)
     flops = FORWARD_AND_BACKWARD * forward_flops(masked_lm_parts(config), load)
     anchors = [Way(name, partial(their_step, name, config, case, batch)) for name in options.anchors]
     kernels = [Way(name, partial(our_step, name, config, case, batch), flops) for name in options.kernels]

@@ -176,9 +176,9 @@ class PredictedText:
     def watch(self, batches: Iterable[MaskedRows]) -> Iterator[MaskedRows]:
         """The same batches."""
         for batch in batches:
-            position_BM, slot_L, label_L = batch.labelled
-            row_L = slot_L.numpy() // position_BM.shape[1]
-            self.sizes.append(self.measure.size(label_L.numpy(), np.diff(row_L, prepend=-1) != 0))
+            labelled = batch.labelled.without_padding()
+            row_L = labelled.slot_L.numpy() // labelled.position_BM.shape[1]
+            self.sizes.append(self.measure.size(labelled.label_L.numpy(), np.diff(row_L, prepend=-1) != 0))
             yield batch
 
 

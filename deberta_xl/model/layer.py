@@ -69,6 +69,7 @@ class EncoderLayer(nn.Module):
     def finish(self, residual_BSD: Tensor, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
         """Attend, add the residual, and the feed-forward block."""
         attended_BSD = self.attention(query_BNSH, memory, scene.within("attention"))
-        u_BSD = self.attention_norm(residual_BSD + self.dropout(attended_BSD, fold_key(scene.key, "attention_output")))
-        inner_BSD = self.dropout(self.feed_forward(u_BSD), fold_key(scene.key, "feed_forward_output"))
+        key, row_BS = fold_key(scene.key, "attention_output"), scene.row_BS
+        u_BSD = self.attention_norm(residual_BSD + self.dropout(attended_BSD, key, row_BS))
+        inner_BSD = self.dropout(self.feed_forward(u_BSD), fold_key(scene.key, "feed_forward_output"), row_BS)
         return self.feed_forward_norm(u_BSD + inner_BSD)

@@ -17,6 +17,7 @@ from deberta_xl.kernels.vocabulary import Drawing, Judged, Vocabulary, judge
 from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.enhanced_mask_decoder import EnhancedMaskDecoder
 from deberta_xl.model.layer import ACTIVATIONS, EncoderLayer
+from deberta_xl.model.part_costs import LABELS_AT_A_TIME, SLOTS_AT_A_TIME, filled_up
 from deberta_xl.model.parts import Part, masked_lm_parts
 from deberta_xl.model.scene import Scene
 from deberta_xl.model.trunk import Trunk
@@ -32,6 +33,44 @@ class LabelledPositions(NamedTuple):
     """Which of the B·M slots are used, ascending."""
     label_L: Tensor
     """What is to be predicted there."""
+    padding: int = 0
+    """So many of the last L are none: their label is 0, and their slot the first."""
+    num_slots: int | None = None
+    """Slots of a sequence without those that are padding; None where none are."""
+
+    @property
+    def num_labels(self) -> int:
+        """Without padding."""
+        return len(self.label_L) - self.padding
+
+    def padded(self, length: int) -> LabelledPositions:
+        """The same in a batch of sequences of this length, with labelled positions and slots filled up to multiples.
+
+        What is predicted, its loss and its dropout masks stay as they are, and the sizes of a pass hardly ever change.
+        """
+        num_labels, num_slots = len(self.label_L), self.position_BM.shape[1]
+        more_L = filled_up(max(1, num_labels), LABELS_AT_A_TIME) - num_labels
+        more_M = max(num_slots, min(filled_up(num_slots, SLOTS_AT_A_TIME), length)) - num_slots
+        slot_L = self.slot_L + self.slot_L // num_slots * more_M
+        return LabelledPositions(
+            F.pad(self.position_BM, (0, more_M)), F.pad(slot_L, (0, more_L)), F.pad(self.label_L, (0, more_L)),
+            padding=more_L, num_slots=num_slots,
+        )  # fmt: skip
+
+    def without_padding(self) -> LabelledPositions:
+        """Of the labelled positions, those that are."""
+        return self._replace(slot_L=self.slot_L[: self.num_labels], label_L=self.label_L[: self.num_labels], padding=0)
+
+    def num_right(self, guess_L: Tensor) -> Tensor:
+        """How many guesses are the labels."""
+        return ((guess_L == self.label_L) & (self.label_L > 0)).sum()
+
+    def row_BM(self) -> Tensor | None:
+        """The numbers of the slots' states, for dropout, as they are without padding; None for those in order."""
+        if self.num_slots is None:
+            return None
+        row_B, slot_M = (torch.arange(size, device=self.slot_L.device) for size in self.position_BM.shape)
+        return row_B.unsqueeze(1) * self.num_slots + slot_M
 
     def place_L(self, length: int) -> Tensor:
         """Number of each labelled position among all of a batch of sequences of this length, row by row."""
@@ -178,29 +217,29 @@ class MaskedLanguageModel(Trunk):
         `with_logits` asks for those at the labelled positions, too, all at once.
         """
         hidden_BSD = self.prediction_entry(hidden_BSD)
-        decoded = self.decode(hidden_BSD, scene, None if labelled is None else labelled.position_BM)
+        decoded = self.decode(hidden_BSD, scene, labelled)
         if labelled is None:
             return MaskedLMOutput(None, self.head(decoded, self.embeddings.word))
         chosen_LD = decoded.flatten(0, 1).index_select(0, labelled.slot_L)
         drawing = None if draw is None else labelled.drawing(draw, hidden_BSD.shape[1])
         loss, guess_L, drawn_L = self.head(chosen_LD, self.embeddings.word, labelled.label_L, drawing)
-        divisor = max(1, len(labelled.label_L)) if label_count is None else label_count
+        divisor = max(1, labelled.num_labels) if label_count is None else label_count
         logits_LV = self.head(chosen_LD, self.embeddings.word) if with_logits else None
         return MaskedLMOutput(loss / divisor, logits_LV, guess_L, drawn_L=drawn_L)
 
-    def decode(self, hidden_BSD: Tensor, scene: Scene, position_BM: Tensor | None) -> Tensor:
-        """The states to predict from: those at `position_BM`, [B, M, D], or at all positions, [B, S, D]."""
+    def decode(self, hidden_BSD: Tensor, scene: Scene, labelled: LabelledPositions | None) -> Tensor:
+        """The states to predict from: those of the slots, [B, M, D], or without them at all positions, [B, S, D]."""
         query_BSD = hidden_BSD
         if self.config.decodes_positions:
             query_BSD = hidden_BSD + self.embeddings.positions(scene.segments_BS)
-        query_BMD = take_rows(query_BSD, position_BM)
+        query_BMD = query_BSD if labelled is None else take_rows(query_BSD, labelled.position_BM)
         if not self.config.num_decoder_passes:
             return query_BMD
-        return self.decoder(hidden_BSD, query_BMD, scene.of_queries(position_BM), self.encoder)
+        if labelled is not None:
+            scene = scene.of_queries(labelled.position_BM, labelled.row_BM())
+        return self.decoder(hidden_BSD, query_BMD, scene, self.encoder)
 
 
-def take_rows(x_BSD: Tensor, position_BM: Tensor | None) -> Tensor:
-    """The rows of each sequence at `position_BM`, [B, M, D]; all of them for None."""
-    if position_BM is None:
-        return x_BSD
+def take_rows(x_BSD: Tensor, position_BM: Tensor) -> Tensor:
+    """The rows of each sequence at `position_BM`, [B, M, D]."""
     return x_BSD.gather(1, position_BM.unsqueeze(-1).expand(-1, -1, x_BSD.shape[-1]))

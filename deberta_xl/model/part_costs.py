@@ -7,12 +7,22 @@ change. `parts.py` says which part has which of these costs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from deberta_xl.kernels.registry import FLOAT32, KERNELS, AttentionSizes
 from deberta_xl.kernels.vocabulary_blocks import widest_block
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
+
+LABELS_AT_A_TIME, SLOTS_AT_A_TIME = 64, 32
+"""Labelled positions of a micro-batch, and slots for them in each sequence, are filled up to a multiple of these: their
+number changes with every micro-batch, and so would the size of the largest tensors."""
+
+
+def filled_up(number: float, at_a_time: int) -> int:
+    """The next multiple."""
+    return math.ceil(number / at_a_time) * at_a_time
 
 
 class Load(NamedTuple):
@@ -29,6 +39,11 @@ class Load(NamedTuple):
     def tokens(self) -> int:
         """Of all sequences together."""
         return self.rows * self.length
+
+    @property
+    def slots(self) -> int:
+        """For labelled positions in each sequence, as they are filled up."""
+        return min(filled_up(self.labelled / self.rows, SLOTS_AT_A_TIME), self.length)
 
     def in_rows_of(self, length: int) -> Load:
         """The same tokens in rows of another length, which divides this one."""
@@ -174,27 +189,27 @@ def shared_decoder_activations(config: DebertaConfig, load: Load, division: Divi
 
 def decoder_layer_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
     """A layer of the decoder's own: its pass."""
-    queries = load.labelled / load.rows
     return Activations(
         kept=decoder_pass_bytes(config, load, division),
         entry=decoder_entry_bytes(config, load, division, passes=1),
-        working=KERNELS[division.kernel].working_bytes(attention_sizes(config, load, queries, division)),
+        working=KERNELS[division.kernel].working_bytes(attention_sizes(config, load, load.slots, division)),
     )
 
 
 def decoder_entry_bytes(config: DebertaConfig, load: Load, division: Division, passes: int) -> float:
     """What passes with the same keys and values begin with, and those, which stay where the passes are recomputed."""
     memory = 2 * load.tokens * config.attention_size / division.tensor_parallel_size
-    return (passes * load.labelled * config.hidden_size + memory) * division.element_bytes
+    return (passes * load.rows * load.slots * config.hidden_size + memory) * division.element_bytes
 
 
 def decoder_pass_bytes(config: DebertaConfig, load: Load, division: Division) -> float:
     """What autograd keeps of a pass over the labelled positions, of the whole sequence on every rank."""
-    return layer_bytes(config, load, load.labelled / load.rows, division._replace(slices=1))
+    return layer_bytes(config, load, load.slots, division._replace(slices=1))
 
 
 def vocabulary_activations(config: DebertaConfig, load: Load, division: Division) -> Activations:
     """A block of logits with what is computed of them, in float32 or in their place."""
-    columns = min(-(-config.vocab_size // division.tensor_parallel_size), widest_block(load.labelled))
+    labels = filled_up(load.labelled, LABELS_AT_A_TIME)
+    columns = min(-(-config.vocab_size // division.tensor_parallel_size), widest_block(labels))
     beside = FLOAT32 if division.element_bytes < FLOAT32 else 0
-    return Activations(working=load.labelled * columns * (division.element_bytes + beside))
+    return Activations(working=labels * columns * (division.element_bytes + beside))

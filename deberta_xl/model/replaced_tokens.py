@@ -131,9 +131,10 @@ class ReplacedTokenModel(nn.Module):
         output = self.generator(
             input_ids, segments, labels=labelled, label_count=label_count, dropout_key=key, draw=draw
         )
+        drawn_L, labelled = output.drawn_L[: labelled.num_labels], labelled.without_padding()
         place_L = labelled.place_L(input_ids.shape[1])
-        corrupted_BS = input_ids.flatten().scatter(0, place_L, output.drawn_L).view_as(input_ids)
-        differs_L = output.drawn_L != labelled.label_L
+        corrupted_BS = input_ids.flatten().scatter(0, place_L, drawn_L).view_as(input_ids)
+        differs_L = drawn_L != labelled.label_L
         is_replaced_BS = torch.zeros_like(input_ids, dtype=torch.bool).flatten().scatter(0, place_L, differs_L)
         return Proposal(output.loss, output.guess_L, corrupted_BS, is_replaced_BS.view_as(input_ids))
 

@@ -29,6 +29,8 @@ class Scene(NamedTuple):
     """The relative table as the layers see it; differentiable. None where none reads one."""
     key: DropoutKey | None = None
     """Names the dropout masks of this place; torch's global generator draws them when absent."""
+    row_BS: Tensor | None = None
+    """Numbers of the states among all of the micro-batch, of which their dropout masks follow; in order when absent."""
     projected: RelativeRows | None = None
     """The table as the layer at hand projects it, where that has been done before; projected anew when absent."""
 
@@ -41,9 +43,9 @@ class Scene(NamedTuple):
         """The scene of a place inside this one, for example `scene.within("layers", 3)`: it has masks of its own."""
         return self._replace(key=fold_key(self.key, *names))
 
-    def of_queries(self, position_BM: Tensor | None) -> Scene:
-        """The scene of chosen queries, which see what they saw; the same scene for None, all of them."""
-        return self if position_BM is None else self._replace(where=self.where.of_queries(position_BM))
+    def of_queries(self, position_BM: Tensor, row_BM: Tensor | None = None) -> Scene:
+        """The scene of chosen queries, which see what they saw; their states are numbered in order, or as told."""
+        return self._replace(where=self.where.of_queries(position_BM), row_BS=row_BM)
 
 
 def read_mask(

@@ -61,8 +61,9 @@ class DetectionEvaluation:
         bin_BS = torch.where(proposal.is_replaced_BS, bin_BS + BINS, bin_BS)
         self.bins_2K += torch.bincount(bin_BS[segments_BS > 0], minlength=2 * BINS)
         if self.run.is_first and len(self.examples) < EXAMPLES:
-            place_L, label_L = rows.labelled.place_L(segments_BS.shape[1]), rows.labelled.label_L
-            original_BS = rows.input_ids_BS.flatten().scatter(0, place_L, label_L).view_as(segments_BS)
+            labelled = rows.labelled.without_padding()
+            place_L = labelled.place_L(segments_BS.shape[1])
+            original_BS = rows.input_ids_BS.flatten().scatter(0, place_L, labelled.label_L).view_as(segments_BS)
             of_rows = (original_BS, proposal.corrupted_BS, proposal.is_replaced_BS, logits_BS > 0, segments_BS > 0)
             new = examples_of(*(row_BS[:EXAMPLES, :EXAMPLE_TOKENS].cpu() for row_BS in of_rows))
             self.examples += itertools.islice(new, EXAMPLES - len(self.examples))

@@ -15,7 +15,7 @@ from deberta_xl.data.unigram import cross_entropy
 from deberta_xl.model.masked_lm import MaskedLMOutput
 from deberta_xl.objectives.evaluation import Evaluator, Judged, Sums
 from deberta_xl.objectives.micro_batch import on_device
-from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows
+from deberta_xl.objectives.rows import KeyedBatch, KeyedData, MaskedRows, in_steady_sizes
 
 Built = TypeVar("Built")
 
@@ -58,7 +58,7 @@ def evaluation_batches(
     """
     num_rows = min(data.num_rows, max_samples or data.num_rows)
     for turn in range(rank, size * batches_per_rank(num_rows, micro_batch_size, size), size):
-        yield build(data.held_out_batch(turn * micro_batch_size, micro_batch_size, end=num_rows))
+        yield in_steady_sizes(build(data.held_out_batch(turn * micro_batch_size, micro_batch_size, end=num_rows)))
 
 
 def batches_per_rank(num_rows: int, micro_batch_size: int, size: int) -> int:
@@ -68,7 +68,7 @@ def batches_per_rank(num_rows: int, micro_batch_size: int, size: int) -> int:
 
 def masked_sums(output: MaskedLMOutput, batch: MaskedRows) -> Sums:
     """Loss, divided as the model was asked to, and number of right guesses."""
-    return {"loss": output.loss, "accuracy": (output.guess_L == batch.labelled.label_L).sum()}
+    return {"loss": output.loss, "accuracy": batch.labelled.num_right(output.guess_L)}
 
 
 def judged_by(run: Evaluator, batches: Iterable[MaskedRows]) -> Iterator[Judged]:
@@ -108,9 +108,10 @@ def evaluate_masked_lm(
     for batch, found, guess_L in run.through_stages(batches) if run.through_stages else judged_by(run, batches):
         # The device is not waited for: labels are on the host, and guesses are fetched at the end.
         loss_sum += found["loss"].double()
-        label_counts += np.bincount(batch.labelled.label_L.numpy(), minlength=vocab_size)
-        labels.append(batch.labelled.label_L)
-        guesses.append(guess_L)
+        label_L = batch.labelled.without_padding().label_L
+        label_counts += np.bincount(label_L.numpy(), minlength=vocab_size)
+        labels.append(label_L)
+        guesses.append(guess_L[: len(label_L)])
     label_counts = run.add_up(torch.from_numpy(label_counts).to(run.device)).cpu().numpy()
     num_labels = int(label_counts.sum())
     label_L, guess_L = torch.cat(labels), torch.cat(guesses).cpu()

@@ -46,7 +46,7 @@ class MaskedExamples:
             if len(self.places) < EXAMPLES:
                 new = itertools.islice(self.places_of(batch), -self.num_seen % self.stride, None, self.stride)
                 self.places += itertools.islice(new, EXAMPLES - len(self.places))
-                self.num_seen += len(batch.labelled.label_L)
+                self.num_seen += batch.labelled.num_labels
             yield batch
 
     def places_of(self, batch: MaskedRows) -> Iterator[MaskedPlace]:
@@ -80,15 +80,15 @@ class NextExamples(MaskedExamples):
 
 def own_tokens(batch: MaskedRows) -> list[int]:
     """The token at each labelled position."""
-    position_BM, slot_L = batch.labelled.position_BM, batch.labelled.slot_L
-    return batch.input_ids_BS.gather(1, position_BM).view(-1)[slot_L].tolist()
+    labelled = batch.labelled.without_padding()
+    return batch.input_ids_BS.gather(1, labelled.position_BM).view(-1)[labelled.slot_L].tolist()
 
 
 def places_of(batch: MaskedRows) -> Iterator[MaskedPlace]:
     """The labelled places of a batch on the host, in the order of its labels."""
-    positions_BM = batch.labelled.position_BM
-    slots = batch.labelled.slot_L.tolist()
-    for slot, label in zip(slots, batch.labelled.label_L.tolist(), strict=True):
+    labelled = batch.labelled.without_padding()
+    positions_BM = labelled.position_BM
+    for slot, label in zip(labelled.slot_L.tolist(), labelled.label_L.tolist(), strict=True):
         row = batch.input_ids_BS[slot // positions_BM.shape[1]].tolist()
         place = int(positions_BM.view(-1)[slot])
         behind = [token for token in row[place + 1 : place + 1 + AROUND] if token != PADDING]

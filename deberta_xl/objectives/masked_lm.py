@@ -71,7 +71,7 @@ class MaskedLM(Pretraining, Staged):
 
     def stage_sums(self, batch: MaskedRows, shares: Mapping[str, float], loss: Tensor, guesses: Tensor) -> Sums:
         """Right guesses."""
-        return {"accuracy": (guesses == batch.labelled.label_L).sum()}
+        return {"accuracy": batch.labelled.num_right(guesses)}
 
     def step_flops(self, step: int, counts: Mapping[str, float]) -> float:
         """By the model's definition."""

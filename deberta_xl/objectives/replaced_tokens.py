@@ -223,10 +223,9 @@ class ReplacedTokens(Pretraining):
 
 def generator_figures(proposal: Proposal, batch: MaskedTokens) -> dict[str, Tensor]:
     """Loss, right guesses and replaced tokens of a batch, whose labels are on the proposal's device."""
-    right = (proposal.guess_L == batch.rows.labelled.label_L).sum()
     return {
         "generator_loss": proposal.loss.detach(),
-        "generator_accuracy": right,
+        "generator_accuracy": batch.rows.labelled.num_right(proposal.guess_L),
         "replaced_share": proposal.is_replaced_BS.sum(),
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deberta_xl.data.loader import HELD_OUT_SEED, Batch, PretrainingData, rank_samples
 from deberta_xl.model.masked_lm import LabelledPositions
+from deberta_xl.objectives.micro_batch import is_named
 from deberta_xl.settings.pretraining import TrainSection
 
 Built = TypeVar("Built")
@@ -41,7 +42,7 @@ class MaskedRows(NamedTuple):
     @property
     def counts(self) -> tuple[int, ...]:
         """Labelled positions, and more."""
-        return (len(self.labelled.label_L), *self.more_counts)
+        return (self.labelled.num_labels, *self.more_counts)
 
 
 class Rows(NamedTuple):
@@ -86,6 +87,13 @@ class KeyedData(NamedTuple):
         return KeyedBatch(self.data.held_out_batch(first, count, end), self.data.keys(HELD_OUT_SEED, first, count))
 
 
+def in_steady_sizes(batch: Built) -> Built:
+    """The same micro-batch, with what is labelled of its `MaskedRows`, or of those inside it, filled up."""
+    if isinstance(batch, MaskedRows):
+        return batch._replace(labelled=batch.labelled.padded(batch.input_ids_BS.shape[1]))
+    return type(batch)(*map(in_steady_sizes, batch)) if is_named(batch) else batch
+
+
 def step_batches(
     data: PretrainingData | KeyedData,
     train: TrainSection,
@@ -98,5 +106,5 @@ def step_batches(
     """For every step from `first_sample` on: this data-parallel rank's micro-batches. Endless."""
     while True:
         starts = rank_samples(first_sample, train.global_batch_size, train.micro_batch_size, rank, size)
-        yield [build(data.batch(start, train.micro_batch_size)) for start in starts]
+        yield [in_steady_sizes(build(data.batch(start, train.micro_batch_size))) for start in starts]
         first_sample += train.global_batch_size

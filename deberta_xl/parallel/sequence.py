@@ -157,8 +157,8 @@ class SliceDropout(Dropout):
         super().__init__(plain.probability)
         self.groups = groups
 
-    def forward(self, x_BPD: Tensor, key: DropoutKey | None = None) -> Tensor:
-        """[B, P, D] -> [B, P, D]."""
+    def forward(self, x_BPD: Tensor, key: DropoutKey | None = None, row: None = None) -> Tensor:
+        """[B, P, D] -> [B, P, D]; the rows are in order."""
         num_sequences, length = x_BPD.shape[0], x_BPD.shape[1] * self.groups.grid.tensor_parallel_size
         row_BS = torch.arange(num_sequences * length, device=x_BPD.device).view(num_sequences, length)
         return drop(x_BPD, self.rule(key), own_slice(row_BS, self.groups))

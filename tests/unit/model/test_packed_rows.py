@@ -81,6 +81,25 @@ def test_labelled_positions_are_found_row_by_row():
     assert found.position_BM.tolist() == [[1, 3], [0, 0], [0, 0]]
     assert found.slot_L.tolist() == [0, 1, 4]
     assert found.label_L.tolist() == [7, 8, 9]
+    assert found.place_L(4).tolist() == [1, 3, 8]
+
+
+def test_labelled_positions_and_slots_are_filled_up_behind_those_that_are():
+    labels = torch.tensor([[0, 7, 0, 8], [-100, 0, 0, -100], [9, 0, 0, 0]]).repeat(1, 10)
+    found = LabelledPositions.of(labels)
+    padded = found.padded(40)
+    assert (padded.label_L.shape, padded.position_BM.shape) == ((64,), (3, 32))
+    assert (padded.num_labels, padded.padding) == (30, 34)
+    assert torch.equal(padded.place_L(40)[:30], found.place_L(40))
+    assert torch.equal(padded.row_BM()[:, :20], torch.arange(60).view(3, 20))
+    again = padded.without_padding()
+    assert (again.label_L.tolist(), again.num_labels) == (found.label_L.tolist(), 30)
+    assert found.padded(25).position_BM.shape == (3, 25), "a sequence has no more slots than tokens"
+    nothing = LabelledPositions.of(torch.zeros(2, 40, dtype=torch.int64)).padded(40)
+    assert (nothing.label_L.shape, nothing.num_labels) == ((64,), 0)
+    guess_L = torch.zeros(64, dtype=torch.int64)
+    guess_L[:2] = torch.tensor([7, 9])
+    assert padded.num_right(guess_L) == 1, "padding is guessed neither right nor wrong"
 
 
 @pytest.mark.parametrize("is_training", [True, False])

@@ -109,8 +109,8 @@ def test_a_row_is_shown_without_masks_and_tells_what_is_open(build, name):
     key_B = KeyedData(objective.data).batch(start, MICRO).key_B
     expected = next_token_rows(batch, key_B if name == "prefix" else None)
     assert torch.equal(rows.open_BS, expected.open_BS)
-    assert torch.equal(rows.labelled.label_L, expected.labelled.label_L)
-    assert rows.counts == (len(rows.labelled.label_L),)
+    assert torch.equal(rows.labelled.without_padding().label_L, expected.labelled.label_L)
+    assert rows.counts == (len(expected.labelled.label_L),)
 
 
 def test_mixed_draws_as_many_autoregressive_micro_batches_as_stated_whatever_the_layout(build):
@@ -148,8 +148,9 @@ def test_the_loss_of_mixed_is_each_kinds_mean_weighed_by_its_micro_batches(build
                 output = model(
                     rows.input_ids_BS, rows.segments_BS, labels=rows.labelled, label_count=1.0, open_BS=rows.open_BS
                 )
-                right = int((output.guess_L == rows.labelled.label_L).sum())
-                sums = [a + b for a, b in zip(sums, (output.loss.item(), right, len(output.guess_L)), strict=True)]
+                used = rows.labelled.without_padding()
+                right = int((output.guess_L[: used.num_labels] == used.label_L).sum())
+                sums = [a + b for a, b in zip(sums, (output.loss.item(), right, used.num_labels), strict=True)]
         mean = sums[0] / sums[2]
         assert found[f"{name}_loss"].item() == pytest.approx(mean, rel=1e-5)
         assert found[f"{name}_accuracy"] == sums[1]
@@ -198,7 +199,7 @@ def test_what_is_held_out_is_drawn_as_it_is_evaluated_and_never_otherwise(build,
     next_rows = next_token_rows(*batch) if name == "prefix" else next_token_rows(batch.rows)
     expected = next_rows if is_next else MaskedRows.of(batch.rows)
     for of in (rows, again):
-        assert torch.equal(of.labelled.label_L, expected.labelled.label_L)
+        assert torch.equal(of.labelled.without_padding().label_L, expected.labelled.label_L)
         assert (of.open_BS is None) == (not is_next)
         assert not is_next or torch.equal(of.open_BS, expected.open_BS)
     if name != "mixed":  # which measures both kinds on all rows
@@ -212,7 +213,7 @@ def test_an_example_shows_what_is_read_before_the_next_piece(build):
     rows = next(objective.held_out(rank=0, size=1))
     examples = NextExamples()
     list(examples.watch([rows, rows]))
-    labels = torch.cat([rows.labelled.label_L] * 2).tolist()
+    labels = torch.cat([rows.labelled.without_padding().label_L] * 2).tolist()
     for number, place in enumerate(examples.places):
         assert place.label == labels[number * NextExamples.stride]
         seen = [*place.before, place.label]

@@ -59,7 +59,7 @@ def test_batches_are_a_function_of_the_sample_they_begin_with(objective):
     next(steps)
     (second,), (again,) = next(steps), next(objective.batches(2, 4, rank=0, size=1))
     assert torch.equal(second.input_ids_BS, again.input_ids_BS)
-    assert second.counts == again.counts == (len(second.labelled.label_L),)
+    assert second.counts == again.counts == (second.labelled.num_labels,)
 
 
 def test_rows_grow_longer_and_a_step_has_as_many_tokens_as_ever(objective):

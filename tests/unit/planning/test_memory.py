@@ -89,10 +89,10 @@ def test_a_models_activations_are_what_autograd_keeps_of_layers_and_decoder(kern
     model = MaskedLanguageModel(config).train()
     model.use_kernel(kernel)
     ids = torch.arange(3 * 96).view(3, 96) % 900 + 5
-    labelled = LabelledPositions.of(torch.where(torch.arange(96) % 4 == 0, ids, 0))
+    labelled = LabelledPositions.of(torch.where(torch.arange(96) % 4 == 0, ids, 0)).padded(96)
     with kept_tensors(*model.parameters()) as kept:
         model(ids, torch.ones_like(ids), labels=labelled, label_count=1.0, dropout_key=DropoutKey(1))
-    load = Load(3, 96, len(labelled.label_L))
+    load = Load(3, 96, labelled.num_labels)
     expected = sum(part.activations(load, Division(4, kernel)).kept for part in masked_lm_parts(config))
     # The last layer is the decoder's alone. What embeddings and head keep is left out.
     assert expected == pytest.approx(total_bytes(kept), rel=0.06)
@@ -138,7 +138,7 @@ def test_a_step_at_its_fullest_takes_what_is_planned_for_activations(kernel):
     model = MaskedLanguageModel(config).train()
     model.use_kernel(kernel)
     ids = torch.arange(rows * length).view(rows, length) % 900 + 5
-    labelled = LabelledPositions.of(torch.where(ids % 7 == 0, ids, 0))
+    labelled = LabelledPositions.of(torch.where(ids % 7 == 0, ids, 0)).padded(length)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
