@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from deberta_xl.base.allocator import let_segments_grow
 from deberta_xl.base.errors import ConfigError, Diverged, HopelessRunError, PeerError, UserError
 from deberta_xl.base.launch import read_launch
 from deberta_xl.base.log import configure_logging, logger, rank_zero
@@ -53,6 +54,7 @@ def run_command(command: TrainingCommand) -> None:
     """
     arguments = command.parse_arguments()
     configure_logging()
+    let_segments_grow()
     stop = None if arguments.print_config else StopRequest()
     try:
         if arguments.print_config:

@@ -33,6 +33,7 @@ TAGS = {
     "median_node_seconds": "nodes/median_forward_seconds",
     "fastest_node_seconds": "nodes/fastest_forward_seconds",
     "memory_gib": "memory/peak_gib",
+    "reserved_memory_gib": "memory/peak_reserved_gib",
     "consumed_samples": "progress/consumed_samples",
     "consumed_tokens": "progress/consumed_tokens",
     "epoch": "progress/epoch",

@@ -224,18 +224,20 @@ def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
-def highest_memory_gib(device: torch.device) -> float:
-    """`memory_gib` of the rank that needed most: stages and slices need not be alike. Collective."""
-    peak = torch.tensor(memory_gib(), dtype=torch.float64, device=device)
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
-    return peak.item()
+def highest_memory(device: torch.device) -> dict[str, float]:
+    """`memory_peaks` of the ranks that needed most: stages and slices need not be alike. Collective."""
+    peaks = memory_peaks()
+    highest = torch.tensor([*peaks.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return dict(zip(peaks, highest.tolist(), strict=True))
 
 
-def memory_gib() -> float:
-    """Peak memory of this process's device since the last call, GiB; on a CPU the process's peak resident size."""
+def memory_peaks() -> dict[str, float]:
+    """Peak memory of this process since the last call, GiB: on a GPU what its tensors took, and what was reserved for
+    them; on a CPU its peak resident size."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    peak = accelerator.max_memory_allocated() / 2**30
+        return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    allocated, reserved = accelerator.max_memory_allocated(), accelerator.max_memory_reserved()
     accelerator.reset_peak_memory_stats()
-    return peak
+    return {"memory_gib": allocated / 2**30, "reserved_memory_gib": reserved / 2**30}

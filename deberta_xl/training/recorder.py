@@ -21,7 +21,7 @@ from deberta_xl.run.stragglers import NodeTimes
 from deberta_xl.run.timing import StepTimer
 from deberta_xl.settings.pretraining import TrainSection
 from deberta_xl.training.divergence import Explosion, SkippedSteps
-from deberta_xl.training.engine import highest_memory_gib, loss_scale
+from deberta_xl.training.engine import highest_memory, loss_scale
 from deberta_xl.training.state import TrainState
 
 
@@ -136,7 +136,7 @@ class Recorder:
             "samples_per_second": samples / seconds,
             **self.work(seconds),
             **split,
-            "memory_gib": highest_memory_gib(self.engine.device),
+            **highest_memory(self.engine.device),
             "consumed_samples": consumed,
             "consumed_tokens": consumed * per_sample if per_sample else None,
             "epoch": consumed / self.objective.num_samples,

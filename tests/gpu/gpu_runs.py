@@ -120,8 +120,8 @@ def check_trained(folder: Path, *, falls_by: float = 0.1) -> str:
     device = json.loads((folder / "environment.json").read_text())["device"]
     assert device == torch.cuda.get_device_name()
     last = lines[steps[-1]]
-    assert last["memory_gib"] > 0
+    assert 0 < last["memory_gib"] <= last["reserved_memory_gib"]
     return (
         f"{device}: loss {losses[0]:.4f} … {losses[-1]:.4f} in {steps[-1]} steps, "
-        f"{last['step_seconds']:.3f} s each, {last['memory_gib']:.3f} GiB"
+        f"{last['step_seconds']:.3f} s each, {last['memory_gib']:.3f} GiB, {last['reserved_memory_gib']:.3f} reserved"
     )
