@@ -24,11 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deberta_xl.kernels.registry import STRIDED_TILE
+from deberta_xl.kernels.registry import STRIDED_TILE, strided_columns
+
+SPARE_ROWS = strided_columns(1, 2)
+"""Of a band, behind its last offset, so that there are as many rows as a tile takes."""
 
 
 class Bands(NamedTuple):
-    """The relative rows laid out by offset, [N, W, H] each; W = 2 L − 1 offsets of the longest block."""
+    """The relative rows laid out by offset, [N, W, H] each: 2 L − 1 offsets of the longest block, and spare rows of
+    which nothing is taken."""
 
     key_NWH: Tensor | None
     """From offset L − 1 down."""
@@ -37,8 +41,9 @@ class Bands(NamedTuple):
 
 
 def laid_out(table_NRH: Tensor, rows_W: Tensor) -> Tensor:
-    """Rows of the table one after another, [N, W, H]."""
+    """Rows of the table one after another, and spare ones, [N, W, H]."""
     table_RD = table_NRH.transpose(0, 1).flatten(1)
+    rows_W = F.pad(rows_W, (0, SPARE_ROWS))
     laid_WNH = F.embedding(rows_W, table_RD).unflatten(1, (len(table_NRH), -1))
     return laid_WNH.transpose(0, 1).contiguous()
 
@@ -47,7 +52,8 @@ def scores(query_NSH: Tensor, key_NTH: Tensor, bands: Bands, position_S: Tensor 
     """Eq. (4) for one block, [N, S, T]; of queries at `position_S` among the keys, of all in order without."""
     length = key_NTH.shape[1]
     scores_NST = query_NSH.new_empty(*query_NSH.shape[:2], length)
-    room = query_NSH.new_empty(len(query_NSH) * min(STRIDED_TILE, length) * (length + STRIDED_TILE))
+    highest = min(STRIDED_TILE, length)
+    room = query_NSH.new_empty(len(query_NSH) * highest * strided_columns(length, highest))
     if bands.key_NWH is None:
         torch.bmm(query_NSH, key_NTH.transpose(1, 2), out=scores_NST)
     else:
@@ -82,7 +88,7 @@ def add_position_gradients(
         add_gradients(d_scores_NST, query_NSH, bands.key_NWH, d_query_NSH, d_bands.key_NWH)
     elif bands.key_NWH is not None:
         every_offset = (slice(0, length), length)
-        d_products_NSW = d_scores_NST.new_zeros(*d_scores_NST.shape[:2], 2 * length - 1)
+        d_products_NSW = d_scores_NST.new_zeros(*d_scores_NST.shape[:2], strided_columns(length, length))
         d_products_NSW.scatter_(2, columns(position_S, length).expand_as(d_scores_NST), d_scores_NST)
         d_query_NSH.baddbmm_(d_products_NSW, window(bands.key_NWH, *every_offset))
         window(d_bands.key_NWH, *every_offset).baddbmm_(d_products_NSW.transpose(1, 2), query_NSH)
@@ -105,16 +111,16 @@ def tiles(length: int) -> Iterator[slice]:
 
 
 def window(band_NWH: Tensor, tile: slice, length: int) -> Tensor:
-    """Of a band, the offsets that a tile has to all of `length` tokens, [N, length + C − 1, H]."""
-    first = (band_NWH.shape[1] + 1) // 2 - tile.stop
-    return band_NWH[:, first : first + length + tile.stop - tile.start - 1]
+    """Of a band, the offsets that a tile has to all of `length` tokens, and a few more; [N, W, H]."""
+    first = (band_NWH.shape[1] - SPARE_ROWS + 1) // 2 - tile.stop
+    return band_NWH[:, first : first + strided_columns(length, tile.stop - tile.start)]
 
 
 def skewed(products_NCW: Tensor, length: int) -> Tensor:
-    """View [N, C, length] of contiguous products [N, C, length + C − 1]: row t begins at its column C − 1 − t."""
-    num_heads, height, width = products_NCW.shape
+    """View [N, C, length] of contiguous products with a window: row t begins at its column C − 1 − t."""
+    num_heads, height, num_columns = products_NCW.shape
     first = products_NCW.storage_offset() + height - 1
-    return products_NCW.as_strided((num_heads, height, length), (height * width, width - 1, 1), first)
+    return products_NCW.as_strided((num_heads, height, length), (height * num_columns, num_columns - 1, 1), first)
 
 
 def put_products(
@@ -146,7 +152,7 @@ def add_gradients(
     for tile in tiles(length):
         height = tile.stop - tile.start
         if d_products_NCW.shape[1] != height:  # zero beside what is written, and stays so
-            d_products_NCW = x_NSH.new_zeros(num_heads, height, length + height - 1)
+            d_products_NCW = x_NSH.new_zeros(num_heads, height, strided_columns(length, height))
         if position_T is None:
             skewed(d_products_NCW, length).copy_(d_scores_NST[:, tile])
         else:
