@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deberta_xl.kernels.dropout import DropoutRule, Places
-from deberta_xl.kernels.relative_index import Buckets, relative_index
+from deberta_xl.kernels.relative_index import Buckets, relative_index, rows_in_reach
 
 
 class Memory(NamedTuple):
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 
 
 class RelativeRows(NamedTuple):
-    """The relative table as the heads project it."""
+    """The relative table as the heads project it; rows that no pair falls into (`Where.relative_rows`) may be zeros."""
 
     key_NRH: Tensor | None = None
     """None where content-to-position is not used."""
@@ -145,6 +145,15 @@ class Where:
             if segment:
                 spans.append(Span(row, start, end - start, segment))
         return spans
+
+    @cached_property
+    def relative_rows(self) -> slice:
+        """The rows of the relative table that a pair may fall into: those of the longest document. On a GPU, which
+        would have to be waited for, and under a mask of pairs: those of a whole row."""
+        length = self.segments_BT.shape[1]
+        if self.mask_BST is None and self.segments_BT.device.type == "cpu":
+            length = max((span.length for span in self.spans), default=1)
+        return rows_in_reach(length, self.buckets)
 
     @cached_property
     def notes(self) -> dict[str, Any]:

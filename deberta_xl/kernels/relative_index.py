@@ -68,6 +68,13 @@ def offset_rows(length: int, buckets: Buckets, device: torch.device) -> Tensor:
     return (row_W + buckets.span).clamp(0, 2 * buckets.span - 1).to(device)
 
 
+@lru_cache(maxsize=4096)
+def rows_in_reach(length: int, buckets: Buckets) -> slice:
+    """The rows of the relative table that offsets in a sequence of `length` tokens fall into."""
+    rows_W = offset_rows(length, buckets, torch.device("cpu"))
+    return slice(int(rows_W[0]), int(rows_W[-1]) + 1)
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def relative_index(length: int, buckets: Buckets, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deberta_xl.kernels.contract import Attend, Memory, RelativeRows
@@ -79,23 +80,29 @@ class DisentangledAttention(nn.Module):
         """Keys and values of states that have passed `entry`."""
         return Memory(self.split_heads(self.key_proj(entered_BTD)), self.split_heads(self.value_proj(entered_BTD)))
 
-    def project_positions(self, relative_RD: Tensor | None, key: DropoutKey | None = None) -> RelativeRows:
-        """The relative table's rows as keys for content-to-position, and as queries for position-to-content."""
+    def project_positions(
+        self, relative_RD: Tensor | None, key: DropoutKey | None = None, read: slice | None = None
+    ) -> RelativeRows:
+        """The relative table's rows as keys for content-to-position, and as queries for position-to-content; zeros
+        instead of rows that are not `read`."""
         if relative_RD is None:
             return RelativeRows()
-        relative_RD = self.relative_entry(self.relative_dropout(relative_RD, fold_key(key, "relative")))
+        relative_RD = self.relative_dropout(relative_RD, fold_key(key, "relative"))
+        read = read or slice(0, len(relative_RD))
+        beyond = (0, 0, read.start, len(relative_RD) - read.stop)
+        relative_RD = self.relative_entry(relative_RD[read])
         rows = RelativeRows()
         if self.has_content_to_position:
             to_key = self.key_proj if self.shares_projections else self.pos_key_proj
-            rows = rows._replace(key_NRH=self.split_heads(to_key(relative_RD)))
+            rows = rows._replace(key_NRH=F.pad(self.split_heads(to_key(relative_RD)), beyond))
         if self.has_position_to_content:
             to_query = self.query_proj if self.shares_projections else self.pos_query_proj
-            rows = rows._replace(query_NRH=self.split_heads(to_query(relative_RD)))
+            rows = rows._replace(query_NRH=F.pad(self.split_heads(to_query(relative_RD)), beyond))
         return rows
 
     def forward(self, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
         """The attended and projected context of the scene's queries, [B, S, D]."""
-        relative = scene.projected or self.project_positions(scene.relative_RD, scene.key)
+        relative = scene.projected or self.project_positions(scene.relative_RD, scene.key, scene.where.relative_rows)
         dropout = self.probability_dropout.rule(fold_key(scene.key, "probabilities"))
         dropout = dropout._replace(first_head=self.first_head)
         context_BNSH = self.attend(query_BNSH, memory, relative, scene.where, dropout)

@@ -86,6 +86,18 @@ def no_work(load: Load) -> float:
     return 0.0
 
 
+def rows_in_reach(config: DebertaConfig, length: int) -> int:
+    """Rows of the relative table that pairs of a sequence fall into; others are not projected
+    (`kernels/relative_index.py`, there from the offsets themselves)."""
+    row, middle = length - 1, config.position_buckets // 2
+    if middle:
+        row = min(row, config.relative_reach - 1)
+    if middle and row > middle:
+        share = math.log(row / middle) / math.log((config.relative_reach - 1) / middle)
+        row = math.ceil(share * (middle - 1)) + middle
+    return min(2 * row + 1, config.relative_rows)
+
+
 def attended_flops(config: DebertaConfig, load: Load, queries: float, passes: int) -> float:
     """A layer whose `queries` attend `passes` times to the sequences they stand in, whose keys are computed once."""
     hidden, inner = config.hidden_size, config.attention_size
@@ -95,7 +107,7 @@ def attended_flops(config: DebertaConfig, load: Load, queries: float, passes: in
     query_side = 2 * queries * (2 * hidden * inner + scores + 2 * hidden * config.intermediate_size)
     # Key and value projection, and the position-to-content product.
     key_side = 2 * load.tokens * (2 * hidden * inner + p2c * rows * inner)
-    relative = 2 * (c2p + p2c) * rows * hidden * inner
+    relative = 2 * (c2p + p2c) * rows_in_reach(config, load.length) * hidden * inner
     return key_side + passes * (query_side + relative)
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from deberta_xl.kernels.contract import Where
+from deberta_xl.kernels.relative_index import Buckets, rows_in_reach
+from deberta_xl.model import part_costs
 from deberta_xl.model.embeddings import position_ids
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.settings.architecture import DebertaConfig
@@ -122,3 +126,31 @@ def test_the_padding_label_minus_100_of_transformers_means_the_same_as_0():
     ids, segments, labels = packed()
     foreign = torch.where(labels == 0, -100, labels)
     assert model(ids, segments, labels=foreign).loss == model(ids, segments, labels=labels).loss
+
+
+@pytest.mark.parametrize("kernel", ["reference", "strided"])
+def test_rows_of_the_relative_table_that_no_document_is_long_enough_for_are_not_projected(monkeypatch, kernel):
+    model = build_model()
+    model.use_kernel(kernel)
+    ids, segments, labels = packed()
+
+    def outcome() -> tuple[int, list[torch.Tensor]]:
+        with FlopCounterMode(display=False) as counter:
+            loss = model(ids, segments, labels=labels).loss
+        return counter.get_total_flops(), [loss, *torch.autograd.grad(loss, tuple(model.parameters()))]
+
+    fewer, found = outcome()
+    monkeypatch.setattr(Where, "relative_rows", slice(0, model.config.relative_rows))
+    all_of_them, expected = outcome()
+    # Of the 16 rows, offsets below 17 fall into 13; both kinds of projection, in two layers and two passes of the last.
+    assert all_of_them - fewer == (16 - 13) * 2 * 2 * 32 * 32 * 4
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("buckets", "reach"), [(256, 512), (6, 20), (0, 12)])
+def test_they_are_counted_where_the_operations_are(buckets, reach):
+    config = DebertaConfig(vocab_size=8, position_buckets=buckets, max_relative_positions=reach)
+    for length in (1, 2, 3, 5, 11, 12, 13, 20, 130, 511, 512, 513, 900):
+        rows = rows_in_reach(length, Buckets(buckets, config.relative_reach))
+        assert part_costs.rows_in_reach(config, length) == rows.stop - rows.start
