@@ -98,7 +98,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tasks", nargs="+", choices=TASKS, default=["trec", "sick", "sst2"], help="default: trec sick sst2"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="default: 1 2")
-    parser.add_argument("--steps", type=int, default=600, help="steps of masked_lm (default: 600)")
+    parser.add_argument("--steps", type=int, default=400, help="steps of masked_lm (default: 400)")
     parser.add_argument("--vocab_size", type=int, default=8000, help="default: 8000")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core (default: 2)")
     return parser.parse_args(arguments)
