@@ -13,6 +13,7 @@ import torch.distributed as distributed
 from deberta_xl.base import signs
 from deberta_xl.base.errors import UserError
 from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.parallel.host_group import host_group
 
 Result = TypeVar("Result")
 
@@ -41,17 +42,14 @@ def gathered(action: Callable[[], Result]) -> list[Result]:
     When it raised on any rank, every rank raises, with each distinct reason: CheckpointError when the causes are
     a user's or the system's (UserError, OSError), RuntimeError when one of them is a fault of ours.
     """
-    cause, result = None, None
-    try:
-        result = action()
-    except Exception as error:
-        cause = error
-    outcomes = _gather(
-        Outcome(result, _reason(cause), is_fault=not isinstance(cause, (UserError, OSError, type(None))))
-    )
-    if any(outcome.reason is not None for outcome in outcomes):
-        is_fault = any(outcome.is_fault for outcome in outcomes)
-        raise (RuntimeError if is_fault else CheckpointError)(_summary(outcomes)) from cause
+    outcome, cause = _outcome(action)
+    outcomes = [outcome]
+    if (world_size := rank_and_size()[1]) > 1:
+        outcomes *= world_size
+        signs.waits()
+        distributed.all_gather_object(outcomes, outcome, group=host_group())
+        signs.moved()
+    _raise_failure(outcomes, cause)
     return [outcome.result for outcome in outcomes]
 
 
@@ -64,25 +62,36 @@ def together(action: Callable[[], Result]) -> Result:
 
 def on_rank_zero(action: Callable[[], Result]) -> Result:
     """Run `action` (without collectives) on rank 0 only; its result, or its failure, on every rank. Collective."""
-    rank, _ = rank_and_size()
-    return gathered(lambda: action() if rank == 0 else None)[0]
-
-
-def _gather(outcome: Outcome) -> list[Outcome]:
-    """Every rank's outcome, by rank."""
-    _, world_size = rank_and_size()
-    outcomes = [outcome] * world_size
+    rank, world_size = rank_and_size()
+    outcome, cause = _outcome(action) if rank == 0 else (None, None)
     if world_size > 1:
+        told = [outcome]
         signs.waits()
-        distributed.all_gather_object(outcomes, outcome)
+        distributed.broadcast_object_list(told, src=0, group=host_group())
+        distributed.barrier(group=host_group())  # all have heard: where a rank leaves now, a launcher ends the others
         signs.moved()
-    return outcomes
+        (outcome,) = told
+    _raise_failure([outcome], cause)
+    return outcome.result
 
 
-def _reason(error: Exception | None) -> str | None:
+def _outcome(action: Callable[[], Any]) -> tuple[Outcome, Exception | None]:
+    """How it ended here, and what it raised."""
+    try:
+        return Outcome(action(), None, is_fault=False), None
+    except Exception as error:
+        return Outcome(None, _reason(error), is_fault=not isinstance(error, (UserError, OSError))), error
+
+
+def _raise_failure(outcomes: list[Outcome], cause: Exception | None) -> None:
+    """What `gathered` raises, if there is any failure among the outcomes; `cause` is this rank's own."""
+    if any(outcome.reason is not None for outcome in outcomes):
+        is_fault = any(outcome.is_fault for outcome in outcomes)
+        raise (RuntimeError if is_fault else CheckpointError)(_summary(outcomes)) from cause
+
+
+def _reason(error: Exception) -> str:
     """An error in words: ours for users speak for themselves, others need their type."""
-    if error is None:
-        return None
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
@@ -92,4 +101,5 @@ def _summary(outcomes: list[Outcome]) -> str:
     for rank, outcome in enumerate(outcomes):
         if outcome.reason is not None:
             first.setdefault(outcome.reason, rank)
-    return "; ".join(reason if len(outcomes) == 1 else f"rank {rank}: {reason}" for reason, rank in first.items())
+    is_alone = rank_and_size()[1] == 1
+    return "; ".join(reason if is_alone else f"rank {rank}: {reason}" for reason, rank in first.items())

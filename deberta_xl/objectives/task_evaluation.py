@@ -15,6 +15,7 @@ from deberta_xl.model.trunk import Perturb
 from deberta_xl.objectives.evaluation import Evaluator
 from deberta_xl.objectives.micro_batch import on_device
 from deberta_xl.objectives.task_batches import TaskMicroBatch
+from deberta_xl.parallel.host_group import host_group
 from deberta_xl.tasks.features import TaskData
 from deberta_xl.tasks.length_batches import length_batches
 
@@ -41,7 +42,7 @@ def feature_batches(data: TaskData, batches: Sequence[np.ndarray], *, rank: int,
 def task_logits(
     run: Evaluator, data: TaskData, *, micro_batch_tokens: int, entry: Perturb | None = None
 ) -> dict[int, np.ndarray]:
-    """The logits of every feature by number, on every rank. Collective over the ranks of `run`.
+    """The logits of every feature by number, on every rank. Collective.
 
     `micro_batch_tokens` is the most that one forward takes, but for a feature that has more alone. `entry` is what
     SiFT's original variant changes in clean passes.
@@ -61,6 +62,6 @@ def task_logits(
             found[number] = of_feature[: len(rows[0].input_ids)] if per_token else of_feature
     if run.size == 1:
         return found
-    parts: list[dict[int, np.ndarray]] = [{}] * run.size
-    dist.all_gather_object(parts, found, group=run.group)
+    parts: list[dict[int, np.ndarray]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, found, group=host_group())
     return {number: logits for part in parts for number, logits in part.items()}

@@ -1,14 +1,17 @@
-"""The process groups of a run. megatron-core keeps them in globals: they are fed here, and nowhere else."""
+"""The process groups of a run: those that are used, each made once. megatron-core is fed its global one here, and
+nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.host_group import patience
 
 
 class Groups(NamedTuple):
@@ -16,11 +19,15 @@ class Groups(NamedTuple):
 
     grid: Grid
     data_group: ProcessGroup | None = None
-    """Ranks with the same part of the model and other data."""
+    """Ranks with the same part of the model and other data; this one alone, where there is one replica."""
     tensor_group: ProcessGroup | None = None
-    """Ranks with other slices of the same layers and the same data."""
+    """Ranks with other slices of the same layers and the same data; None where layers are whole."""
     pipeline_group: ProcessGroup | None = None
-    """Ranks with other layers, the same slices of them, and the same data."""
+    """Ranks with other layers, the same slices of them, and the same data; None without stages."""
+    replica_group: ProcessGroup | None = None
+    """Ranks that hold the whole model together."""
+    ends_group: ProcessGroup | None = None
+    """The first and the last stage of this pipeline, which share the word table; None on the stages between."""
 
     def model_parallel_unit(self) -> ModelParallelUnit | None:
         """What DeepSpeed asks for its groups (its `mpu` argument); a pipeline brings its own."""
@@ -28,55 +35,73 @@ class Groups(NamedTuple):
         return ModelParallelUnit(self) if is_needed else None
 
 
-FAMILIES: Sequence[Callable[[Grid], Grid]] = (
-    lambda place: place._replace(data_parallel_rank=0),
-    lambda place: place._replace(tensor_parallel_rank=0),
-    lambda place: place._replace(stage=0),
-)
-"""What the ranks of a data, a tensor and a pipeline group have in common: everything but one."""
+Partition = tuple[tuple[int, ...], ...]
+"""Ranks, ascending, of each of several groups that have none in common."""
 
 
 def build_groups(grid: Grid) -> Groups:
     """Make the groups. Collective."""
     if grid.tensor_parallel_size == grid.num_stages == 1:
         return Groups(grid)
-    make = megatron_groups if grid.tensor_parallel_size > 1 else own_groups
-    groups = Groups(grid, *make(grid))
-    for group, family in zip(groups[1:], FAMILIES, strict=True):
-        assert dist.get_process_group_ranks(group) in families(grid, family)
+    is_divided, has_stages = grid.tensor_parallel_size > 1, grid.num_stages > 1
+    made: dict[Partition, ProcessGroup | None] = {(tuple(range(grid.world_size)),): dist.group.WORLD}
+
+    def own(common: Callable[[Grid], Grid | None]) -> ProcessGroup | None:
+        partition = families(grid, common)
+        if partition not in made:
+            made[partition] = own_group(partition)
+        return made[partition]
+
+    groups = Groups(
+        grid,
+        # ZeRO asks for a group of one rank, too.
+        data_group=own(lambda place: place._replace(data_parallel_rank=0)),
+        tensor_group=own(lambda place: place._replace(tensor_parallel_rank=0)) if is_divided else None,
+        pipeline_group=own(lambda place: place._replace(stage=0)) if has_stages else None,
+        replica_group=own(lambda place: place._replace(tensor_parallel_rank=0, stage=0)),
+        ends_group=own(pipeline_of_ends) if has_stages else None,
+    )
+    if is_divided:
+        feed_megatron(groups)
     return groups
 
 
-def families(grid: Grid, family: Callable[[Grid], Grid]) -> list[list[int]]:
-    """The ranks of each group of a kind."""
+def pipeline_of_ends(place: Grid) -> Grid | None:
+    """What the two ends of a pipeline have in common; None for a stage between."""
+    return place._replace(stage=0) if place.stage in (0, place.num_stages - 1) else None
+
+
+def families(grid: Grid, common: Callable[[Grid], Grid | None]) -> Partition:
+    """The ranks with the same `common`, for each value of it but None."""
     members: dict[Grid, list[int]] = {}
-    for rank in range(dist.get_world_size()):
-        place = Grid.of(rank, dist.get_world_size(), grid.tensor_parallel_size, grid.num_stages)
-        members.setdefault(family(place), []).append(rank)
-    return list(members.values())
+    for rank in range(grid.world_size):
+        place = Grid.of(rank, grid.world_size, grid.tensor_parallel_size, grid.num_stages)
+        if (family := common(place)) is not None:
+            members.setdefault(family, []).append(rank)
+    return tuple(map(tuple, members.values()))
 
 
-def own_groups(grid: Grid) -> list[ProcessGroup]:
-    """This rank's data, tensor and pipeline group. Every rank takes part in making every group."""
-    return [dist.new_subgroups_by_enumeration(families(grid, family))[0] for family in FAMILIES]
+def own_group(partition: Partition) -> ProcessGroup | None:
+    """This rank's group of a partition, None if it is in no part. Every rank takes part.
+
+    Once a device is bound to the ranks, torch makes a group by splitting NCCL's communicator of all ranks, those that
+    are no members included: group by group that takes as many splits as there are groups, together one.
+    """
+    if dist.group.WORLD.bound_device_id is not None:
+        return dist.split_group(split_ranks=[list(part) for part in partition], timeout=patience())
+    made = [dist.new_group(list(part), timeout=patience()) for part in partition]
+    own = [group for group, part in zip(made, partition, strict=True) if dist.get_rank() in part]
+    return own[0] if own else None
 
 
-def megatron_groups(grid: Grid) -> list[ProcessGroup]:
-    """The same, made by megatron-core, some of whose functions know no others: a rank has one of each kind.
+def feed_megatron(groups: Groups) -> None:
+    """Some of its functions (the loss over a divided vocabulary) know no group but its global one.
 
-    It is imported only when layers are divided, since that costs seconds.
+    Its own way to set that makes a thousand groups over 128 ranks. It is imported only here, since that costs seconds.
     """
     from megatron.core import parallel_state
 
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            grid.tensor_parallel_size, grid.num_stages, create_gloo_process_groups=False
-        )
-    return [
-        parallel_state.get_data_parallel_group(),
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    ]
+    parallel_state._TENSOR_MODEL_PARALLEL_GROUP = groups.tensor_group
 
 
 class ModelParallelUnit:

@@ -11,14 +11,12 @@ Shape suffixes of this file:
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from deberta_xl.base import signs
@@ -26,6 +24,7 @@ from deberta_xl.model.dropout import DropoutKey
 from deberta_xl.model.masked_lm import LabelledPositions, MaskedLanguageModel
 from deberta_xl.model.parts import parts_by_parameter, shapes_of
 from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.pipeline_grid import PipelineGrid
 from deberta_xl.parallel.stages import Split
 from deberta_xl.settings.architecture import DebertaConfig
 
@@ -108,57 +107,44 @@ class PipelinedModel(PipelineModule):
     """This rank's stage, as DeepSpeed's pipeline engine runs it."""
 
     def __init__(self, stage_model: MaskedLanguageModel, split: Split, groups: Groups):
-        """`stage_model` comes from `build_stage`, and may be divided over tensor-parallel ranks. Two stages or more."""
+        """`stage_model` comes from `build_stage`, and may be divided over tensor-parallel ranks. Two stages or more.
+
+        Sets what DeepSpeed's constructor does as far as it is asked for: that one cuts a list of layers into stages
+        and makes groups of its own.
+        """
         grid = groups.grid
         assert grid.num_stages > 1, "without stages the plain model goes into the engine"
-        topology = PipeModelDataParallelTopology(
-            num_pp=grid.num_stages, num_mp=grid.tensor_parallel_size, num_dp=grid.data_parallel_size
-        )
-        object.__setattr__(self, "split", split)  # `_partition_layers` runs inside the next call
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds
-            super().__init__([stage_model], topology=topology)
-        self.grid = grid
+        nn.Module.__init__(self)
+        self.stage_model, self.split, self.grid = stage_model, split, grid
         self.num_relative = stage_model.config.relative_rows
         self.logical_shapes = shapes_of(stage_model.parts)
         self.inputs: Iterator[StageInput] = iter(())
         self.losses: list[Tensor] = []
         self.guesses: list[Tensor] = []
-        assert (self.global_rank, self.stage_id) == (grid.rank, grid.stage)
-
-    def _partition_layers(self, method: str = "ours") -> None:
-        """Called by DeepSpeed: which units are here."""
-        self.parts = list(self.split.borders)
-        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
-
-    def _build(self) -> None:
-        """Called by DeepSpeed: take the model as it is, instead of building layers from specifications."""
-        (self.stage_model,) = self._layer_specs
-        for parameter in self.stage_model.parameters():
+        self._grid = PipelineGrid(groups)
+        self.global_rank, self.stage_id, self.num_stages = grid.rank, grid.stage, grid.num_stages
+        self._local_start, self._local_stop = split.borders[grid.stage : grid.stage + 2]
+        self.loss_fn, self.dynamic_shape, self.activation_checkpoint_interval = None, False, 0
+        for parameter in stage_model.parameters():
             parameter.ds_pipe_replicated = False
-        if self.stage_id in (0, self.num_stages - 1):
-            self.tied_modules[WORD_TABLE] = self.stage_model.embeddings.word
-            self.tied_weight_attrs[WORD_TABLE] = ["weight"]
+        self.to(get_accelerator().current_device_name())
+        self.tied_comms = self.share_word_table(groups)
+        self._synchronize_tied_weights()
 
-    def _index_tied_modules(self) -> dict[str, dict]:
-        """Called by DeepSpeed: the first and the last stage share the word table and sum its gradients.
+    def share_word_table(self, groups: Groups) -> dict[str, dict]:
+        """As DeepSpeed keeps it: the first and the last stage have the word table, and sum its gradients.
 
         Of the two copies the gradient norm, and a checkpoint, count the first stage's.
         """
-        grid, last = self._grid, self.num_stages - 1
-        tied = {}
-        for data in range(grid.data_parallel_size):
-            for model in range(grid.get_slice_parallel_world_size()):
-                ranks = [self._topo.get_rank(pipe=stage, data=data, model=model) for stage in (0, last)]
-                group = torch.distributed.new_group(ranks)
-                if self.global_rank in ranks:
-                    module = self.tied_modules[WORD_TABLE]
-                    tied[WORD_TABLE] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": module}
-                    module.weight.ds_pipe_replicated = self.stage_id == last
-        return tied
+        if groups.ends_group is None:
+            return {}
+        ranks, module = torch.distributed.get_process_group_ranks(groups.ends_group), self.stage_model.embeddings.word
+        module.weight.ds_pipe_replicated = self.grid.is_last_stage
+        return {WORD_TABLE: {"ranks": ranks, "group": groups.ends_group, "weight_attr": ["weight"], "module": module}}
 
     def get_tied_weights_and_groups(self) -> list[tuple[TiedWeight, torch.distributed.ProcessGroup]]:
         """Called by DeepSpeed: what to sum over the stages that share it, after the last micro-batch."""
-        return [(TiedWeight(weight), group) for weight, group in super().get_tied_weights_and_groups()]
+        return [(TiedWeight(tied["module"].weight), tied["group"]) for tied in self.tied_comms.values()]
 
     def feed(self, inputs: Iterable[StageInput]) -> None:
         """What the coming forwards are of, in order."""

@@ -15,6 +15,7 @@ from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.launch import TORCH, Launch, ranks_of_node, whole_number
 
 SLURM_PORTS = range(20000, 30000)
+MANY_RANKS = 256
 SIOCGIFADDR = 0x8915
 """Linux: ask for the address of an interface."""
 
@@ -31,6 +32,9 @@ def export_launch(launch: Launch, environment: MutableMapping[str, str] = os.env
     # Gloo listens on what this machine's own name stands for: often loopback, and nothing where names do not resolve.
     if "GLOO_SOCKET_IFNAME" not in environment and (interface := interface_towards(address, port)):
         environment["GLOO_SOCKET_IFNAME"] = interface
+    if launch.world_size > MANY_RANKS:
+        # Gloo would connect every two ranks at once; so those that exchange something, when they do.
+        environment.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 def meeting_point(launch: Launch, environment: Mapping[str, str] = os.environ) -> tuple[str, int]:

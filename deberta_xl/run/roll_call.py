@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ SAID_EVERY_SECONDS = 30.0
 PATIENCE_SECONDS = 1800.0
 """As long as torch would wait."""
 CONNECT_SECONDS = 5.0
+MOST_FILES = 2**16
 SHOWN_RANKS = 10
 PREFIX = "roll_call"
 
@@ -72,11 +74,21 @@ def all_ranks_here(launch: Launch) -> Iterator[None]:
     if launch.world_size == 1 or dist.is_initialized():
         yield
         return
+    allow_open_files()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     waiting = Waiting(launch, f"{address}:{port}")
     store = open_store(launch, address, port, waiting)
     call_roll(dist.PrefixStore(f"{PREFIX}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), launch, waiting)
     yield  # while the store lives, its port stays open for the process group
+
+
+def allow_open_files() -> None:
+    """Let this process have as many open files as it may ask for: rank 0 has a connection to every other rank, and the
+    usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def open_store(launch: Launch, address: str, port: int, waiting: Waiting) -> dist.TCPStore:

@@ -22,19 +22,20 @@ SLOW = 1.15
 class NodeTimes:
     """Compares the nodes' forward times; to be made, and asked, by all ranks together."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, group: dist.ProcessGroup):
+        """`group` has all ranks, on the host."""
+        self.group = group
         self.nodes: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(self.nodes, node_name())
+        dist.all_gather_object(self.nodes, node_name(), group=group)
         self.suspect: str | None = None
 
     def metrics(self, step: int, seconds: float) -> dict[str, float]:
         """The spread over nodes of this rank's `seconds` in `step`; nothing on a single node. Collective."""
         if len(set(self.nodes)) < 2:
             return {}
-        every = torch.zeros(len(self.nodes), dtype=torch.float64, device=self.device)
+        every = torch.zeros(len(self.nodes), dtype=torch.float64)
         every[dist.get_rank()] = seconds
-        dist.all_reduce(every)
+        dist.all_reduce(every, group=self.group)
         by_node: dict[str, list[float]] = defaultdict(list)
         for node, value in zip(self.nodes, every.tolist(), strict=True):
             by_node[node].append(value)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from deberta_xl.base.log import logger
 from deberta_xl.base.stop_request import StopRequest
+from deberta_xl.parallel.host_group import host_group
 
 Batch = TypeVar("Batch")
 
@@ -19,12 +20,10 @@ class StopRequested(Exception):
 
 
 class Agreement:
-    """Sums and decisions over all ranks, on the host: a gloo group, so that no device has to be waited for."""
+    """Sums and decisions over all ranks, on the host, so that no device has to be waited for."""
 
     def __init__(self) -> None:
-        is_gloo = dist.get_backend() == "gloo"
         self.has_told = False
-        self.group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
 
     def before_step(self, counts: Sequence[int], stop: StopRequest) -> tuple[list[int], bool]:
         """The sums of what every rank counts of the step, and whether any was asked to stop."""
@@ -34,7 +33,7 @@ class Agreement:
             logger.warning("received %s: saving a checkpoint and stopping", signal.name)
             self.has_told = True
         votes = torch.tensor([*counts, int(signal is not None)], dtype=torch.int64)
-        dist.all_reduce(votes, group=self.group)
+        dist.all_reduce(votes, group=host_group())
         *sums, num_stopping = votes.tolist()
         return sums, num_stopping > 0
 

@@ -32,6 +32,7 @@ from deberta_xl.base.errors import ConfigError, Diverged
 from deberta_xl.base.launch import Launch, device_number, ranks_of_node
 from deberta_xl.base.log import logger
 from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.host_group import patience
 from deberta_xl.parallel.pipeline import PipelinedModel
 from deberta_xl.run.rendezvous import export_launch
 from deberta_xl.run.roll_call import all_ranks_here
@@ -58,8 +59,9 @@ def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    backend = accelerator.communication_backend_name()
     with all_ranks_here(launch):
-        deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience())
 
 
 def quieten_engine() -> None:
@@ -106,6 +108,8 @@ def build_engine(
     if isinstance(model, PipelinedModel):
         # DeepSpeed would cut what travels over the tensor-parallel ranks and gather it again at every border.
         settings = settings | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+    # Where layers are whole it would make a second group of all ranks, with a timeout of its own.
+    deepspeed.utils.groups._WORLD_GROUP = dist.group.WORLD
     # Some of DeepSpeed's optimizers print their memory use when they are built.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(

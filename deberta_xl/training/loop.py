@@ -18,6 +18,7 @@ from deberta_xl.objectives.evaluation import Sums
 from deberta_xl.objectives.micro_batch import MicroBatch, pinned
 from deberta_xl.objectives.objective import KeepsBest, Losses, Objective, Reports
 from deberta_xl.parallel.groups import Groups
+from deberta_xl.parallel.host_group import host_group
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.metrics import MetricsWriter
 from deberta_xl.run.ownership import Ownership
@@ -224,7 +225,7 @@ class Training:
         self.profiler.finish()
         ended: State = "done" if self.is_finished and not self.evaluations.is_owed and self.conclude() else "stopped"
         self.heartbeat.mark(self.state.step, ended)
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=host_group())
         if self.writer is not None:
             self.writer.close()
             self.evaluations.draw_curves()

@@ -15,6 +15,7 @@ from torch import Tensor
 from deberta_xl.objectives.evaluation import Sums
 from deberta_xl.objectives.objective import Mean, Objective, Ratio
 from deberta_xl.parallel.grid import Grid
+from deberta_xl.parallel.host_group import host_group
 from deberta_xl.planning.hardware import peak_flops
 from deberta_xl.run.metrics import MetricsWriter
 from deberta_xl.run.stragglers import NodeTimes
@@ -48,7 +49,7 @@ class Recorder:
         self.train, self.total_steps, self.state = train, total_steps, state
         self.reports, self.guessing = objective.reports, objective.guessing
         self.timer = StepTimer(engine.device)
-        self.node_times = NodeTimes(engine.device)
+        self.node_times = NodeTimes(host_group())
         self.peak = self.device_peak()
         self.explosion = Explosion(self.guessing.loss) if self.guessing else None
         self.skipped = SkippedSteps(state)

@@ -166,8 +166,9 @@ prepare_environment() {
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 10000))
   MASTER_ADDR=$(address_of "${NODE_NAMES%% *}")
   : "${OMP_NUM_THREADS:=${SLURM_CPUS_PER_TASK:-1}}"
+  : "${WATCHDOG_SECONDS:=900}" # the ranks' own patience is longer
   NUM_RANKS=$SLURM_NTASKS
-  export NUM_RANKS NODE_NAMES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+  export NUM_RANKS NODE_NAMES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS WATCHDOG_SECONDS
 }
 
 address_of() { # address_of NODE: its name where that can be looked up, else the address slurm uses
@@ -247,7 +248,7 @@ finish() { # finish PID: wait for a child; its status. A signal that is trapped 
 train() { # train ENTRY_POINT ARGUMENT...
   ranks python "$@" &
   training_pid=$!
-  "${CONTAINER[@]}" python -m deberta_xl.run.watchdog "$run_folder/heartbeat" --limit "${WATCHDOG_SECONDS:-900}" \
+  "${CONTAINER[@]}" python -m deberta_xl.run.watchdog "$run_folder/heartbeat" --limit "$WATCHDOG_SECONDS" \
     --since "$run_folder/slurm/probe" &
   local watchdog_pid=$!
   while kill -0 "$training_pid" 2>/dev/null; do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -295,3 +296,17 @@ def test_gloo_is_told_the_interface_that_leads_to_the_first_node():
     export_launch(Launch(1, 2, 1), environment)
     assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
     assert interface_towards("no.such.name.invalid", 5) is None
+
+
+def test_thousands_of_ranks_connect_when_they_exchange_something_and_may_have_the_files_for_it(monkeypatch):
+    for world_size, is_lazy in ((8, False), (4096, True)):
+        environment = {"MASTER_ADDR": "127.0.0.2", "MASTER_PORT": "5"}
+        export_launch(Launch(1, world_size, 1), environment)
+        assert ("TORCH_GLOO_LAZY_INIT" in environment) is is_lazy
+    infinite = resource.RLIM_INFINITY
+    for limits, most in (((1024, 4096), 4096), ((1024, infinite), 2**16), ((infinite, infinite), None)):
+        asked = []
+        monkeypatch.setattr(roll_call.resource, "getrlimit", lambda kind, limits=limits: limits)
+        monkeypatch.setattr(roll_call.resource, "setrlimit", lambda kind, limits, asked=asked: asked.append(limits))
+        roll_call.allow_open_files()
+        assert asked == ([] if most is None else [(most, limits[1])])
