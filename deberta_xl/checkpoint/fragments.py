@@ -58,7 +58,7 @@ def engine_fragments(engine: DeepSpeedEngine, names: NamedParameters) -> list[Fr
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         by_parameter = _stage_3_fragments(optimizer)
     else:
-        by_parameter = _group_fragments(optimizer)
+        by_parameter = group_fragments(optimizer)
     left_out = [name for name, parameter in names if parameter not in by_parameter]
     if left_out:
         raise CheckpointError(f"these parameters are in no optimizer group: {', '.join(left_out)}")
@@ -119,7 +119,7 @@ def flat_masters(engine: DeepSpeedEngine) -> list[Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def _group_fragments(
+def group_fragments(
     optimizer: DeepSpeedZeroOptimizer | BF16_Optimizer,
 ) -> dict[nn.Parameter, tuple[int, int, Tensor, int]]:
     """Parameter → (offset, numel, flat, start), where each rank holds one slice of the group's parameters in a row.

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: how it is started, built and asked.
 
-Its other ways are known to training/step.py (how it is stepped), parallel/pipeline.py and training/pipelined.py (its
-pipeline) and checkpoint/fragments.py (where it keeps the optimizer's state). To all others it is a type with a device,
-some counters and a call.
+Its other ways are known to training/step.py (how it is stepped), training/zero1/update.py (ZeRO-1's update),
+parallel/pipeline.py and training/pipelined.py (its pipeline) and checkpoint/fragments.py (where it keeps the
+optimizer's state). To all others it is a type with a device, some counters and a call.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from deberta_xl.run.rendezvous import export_launch
 from deberta_xl.run.roll_call import all_ranks_here
 from deberta_xl.settings.pretraining import OptimizerSection
 from deberta_xl.training.optimizer import ONE_LEARNER, build_optimizer
+from deberta_xl.training.zero1.update import PartitionedUpdate, is_for, portion_elements
 
 
 def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool) -> None:
@@ -105,7 +106,9 @@ def build_engine(
     `settings` is DeepSpeed's complete configuration; `learners` are as `Objective.learners` has them.
     """
     unit = groups.model_parallel_unit() if groups else None
+    portion = portion_elements(settings)
     if isinstance(model, PipelinedModel):
+        portion = None  # its sums are complete when all of its backward passes are over
         # DeepSpeed would cut what travels over the tensor-parallel ranks and gather it again at every border.
         settings = settings | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
     # Where layers are whole it would make a second group of all ranks, with a timeout of its own.
@@ -114,11 +117,13 @@ def build_engine(
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, optimizer, learners),
+            optimizer=build_optimizer(model, optimizer, learners, portion),
             config=settings,
             mpu=unit,
             dist_init_required=False,
         )
+    if is_for(settings):
+        PartitionedUpdate.take_over(engine)
     return engine
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,16 @@ PART_ELEMENTS = 2**24
 
 
 def parameter_groups(
-    model: nn.Module, section: OptimizerSection, learners: Mapping[str, float] = ONE_LEARNER
+    model: nn.Module,
+    section: OptimizerSection,
+    learners: Mapping[str, float] = ONE_LEARNER,
+    portion: int | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of one learner and equal depth: matrices and tables with decay; biases and norms, vectors, without.
 
     `rate_share` is the share of the schedule's rate at which a group learns: the learner's, times what layer-wise decay
-    leaves of it. Without either there are two groups, and it is 1.
+    leaves of it. Without either there are two groups, and it is 1. Where `portion` is given, a group that has more
+    elements is divided into several, in the model's order.
     """
     shares = rate_shares(model, section.layer_decay) if isinstance(section, FinetuneOptimizerSection) else {}
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
@@ -42,13 +46,29 @@ def parameter_groups(
             groups.setdefault((learner, share, parameter.dim() >= 2), []).append(parameter)
     return [
         {
-            "params": groups[learner, share, decays],
+            "params": parameters,
             "weight_decay": section.weight_decay * decays,
             "rate_share": share,
             "learner": learner,
         }
         for learner, share, decays in sorted(groups, key=lambda key: (key[0], -key[1], not key[2]))
+        for parameters in portions(groups[learner, share, decays], portion)
     ]
+
+
+def portions(parameters: Sequence[nn.Parameter], num_elements: int | None) -> list[list[nn.Parameter]]:
+    """Runs of the parameters of at most `num_elements`, or of one that is larger; without it, all."""
+    if num_elements is None:
+        return [[*parameters]]
+    found: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if parameter.numel() > room:
+            found.append([])
+            room = num_elements
+        found[-1].append(parameter)
+        room -= parameter.numel()
+    return found
 
 
 def rate_shares(model: Trunk, layer_decay: float) -> dict[str, float]:
@@ -58,10 +78,16 @@ def rate_shares(model: Trunk, layer_decay: float) -> dict[str, float]:
 
 
 def build_optimizer(
-    model: nn.Module, section: OptimizerSection, learners: Mapping[str, float] = ONE_LEARNER
+    model: nn.Module,
+    section: OptimizerSection,
+    learners: Mapping[str, float] = ONE_LEARNER,
+    portion: int | None = None,
 ) -> LearnsInTurns:
-    """torch's AdamW, or the original's form without bias correction (for continuing released weights)."""
-    groups = parameter_groups(model, section, learners)
+    """torch's AdamW, or the original's form without bias correction (for continuing released weights).
+
+    Of `parameter_groups` with these learners and this portion.
+    """
+    groups = parameter_groups(model, section, learners, portion)
     options = {"lr": section.learning_rate, "betas": (section.beta1, section.beta2), "eps": section.epsilon}
     if not section.bias_correction:
         return AdamWithoutBiasCorrection(groups, **options)

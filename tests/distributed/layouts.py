@@ -121,6 +121,8 @@ def engine_settings(case: Case) -> dict[str, Any]:
     if case.offload:
         zero |= {"offload_optimizer": {"device": "cpu"}}
     precision, _, sums = case.precision.partition("_fp32_")
+    if sums == "sums_at_once":
+        zero["overlap_comm"] = True
     settings: dict = {"zero_optimization": zero}
     if precision == "bf16":
         settings["bf16"] = {"enabled": True, "immediate_grad_update": sums == "sums_at_once"}

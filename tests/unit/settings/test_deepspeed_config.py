@@ -353,9 +353,10 @@ def sums_over_ranks(paths: dict[str, str]) -> dict[str, tuple[str, float]]:
 
     Each element's gradient is 256 on one rank and 1 on the other, so the mean is 128.5; in bfloat16 257 is 256.
     """
-    import deepspeed
     import torch
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    from deberta_xl.training.engine import build_engine
 
     CPU_Accelerator.is_fp16_supported = lambda self: True
     run = run_config("train.global_batch_size=2", "train.micro_batch_size=1")
@@ -364,9 +365,7 @@ def sums_over_ranks(paths: dict[str, str]) -> dict[str, tuple[str, float]]:
         settings = load_deepspeed_config(path, run).engine_dict(2, run)
         if "fp16" in settings:
             settings["fp16"]["initial_scale_power"] = 0  # its first step is not to be skipped
-        model = torch.nn.Linear(4, 4, bias=False)
-        optimizer = torch.optim.AdamW(model.parameters())
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        engine = build_engine(torch.nn.Linear(4, 4, bias=False), run.optimizer, settings)
         gradient = 256.0 if torch.distributed.get_rank() == 0 else 1.0
         engine.backward(engine(torch.full((1, 4), gradient, dtype=engine.get_data_types()[0])).float().sum())
         engine.step()
