@@ -8,7 +8,7 @@ from deberta_xl.model.part_costs import Division
 from deberta_xl.model.parts import num_parameters
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.stages import Split
-from deberta_xl.planning.cost import MASTER_AND_MOMENTS
+from deberta_xl.planning.engine_memory import Held, engine_memory
 from deberta_xl.planning.workload import Workload
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
 from deberta_xl.settings.finetuning import FinetuneConfig
@@ -26,15 +26,22 @@ class RankMemory(NamedTuple):
     gradients: float
     optimizer: float
     activations: float
+    buffers: float
+    """What is reduced and gathered beside the activations."""
+    update: float
+    """What an update copies, when activations and buffers are gone."""
 
     @property
     def total(self) -> float:
-        """All of it; libraries and fragmentation take 1–3 GiB more on a GPU."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """All of it at its fullest; libraries and fragmentation take 1–3 GiB more on a GPU."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations + self.buffers, self.update)
 
     def describe(self) -> str:
-        """`1,566,915,075 parameters, 48.22 GiB (weights 2.92, gradients 5.84, optimizer 17.51, activations 21.96)`."""
-        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in self._fields[1:])
+        """`1,566,915,075 parameters, 48.59 GiB (weights 2.92, gradients 5.84, optimizer 17.51, activations 21.96,
+        buffers 0.37)`; with `update` in the place of the last two where that is more."""
+        at_its_fullest = ("update",) if self.update > self.activations + self.buffers else ("activations", "buffers")
+        names = ("weights", "gradients", "optimizer", *at_its_fullest)
+        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
         return f"{self.num_parameters:,} parameters, {self.total / GIB:.2f} GiB ({parts})"
 
 
@@ -42,22 +49,14 @@ def estimate_memory(
     work: Workload, run: RunConfig | FinetuneConfig, engine: DeepSpeedConfig, grid: Grid, split: Split, kernel: str
 ) -> RankMemory:
     """What a rank of `grid`'s stage needs, if that kernel computes attention."""
-    zero, replicas = engine.settings.zero_optimization, grid.data_parallel_size
-    weight_bytes, ranks = engine.weight_bytes, grid.tensor_parallel_size
-    division = Division(weight_bytes, kernel, ranks, ranks if run.parallel.sequence_parallel else 1)
-    sum_bytes = 4 if engine.settings.data_types.grad_accum_dtype == "fp32" else weight_bytes
-    offloads_optimizer = zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu"
-    offloads_weights = zero.offload_param is not None and zero.offload_param.device == "cpu"
+    ranks = grid.tensor_parallel_size
+    division = Division(engine.weight_bytes, kernel, ranks, ranks if run.parallel.sequence_parallel else 1)
     units = split.units(grid.stage)
     parts = [part for part in work.parts if any(unit in units for unit in part.units)]
     numel = num_parameters(parts, ranks)
-    return RankMemory(
-        numel,
-        weights=0 if offloads_weights else weight_bytes * numel / (replicas if zero.stage == 3 else 1),
-        gradients=sum_bytes * numel / (replicas if zero.stage > 1 else 1),
-        optimizer=0 if offloads_optimizer else MASTER_AND_MOMENTS * numel / replicas,
-        activations=stage_activations(work, run, grid, split, division),
-    )
+    largest = max(parameter.numel(ranks) for part in parts for _, parameter in part.named_parameters())
+    held = engine_memory(engine, Held(numel, largest, grid.data_parallel_size))
+    return RankMemory(numel, **held._asdict(), activations=stage_activations(work, run, grid, split, division))
 
 
 def stage_activations(

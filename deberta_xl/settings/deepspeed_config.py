@@ -75,6 +75,18 @@ class DeepSpeedConfig:
         """Of a number in that precision."""
         return 4 if self.precision == "fp32" else 2
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether master weights, moments and gradients rest in the host's memory."""
+        offload = self.settings.zero_optimization.offload_optimizer
+        return offload is not None and offload.device == "cpu"
+
+    @property
+    def offloads_weights(self) -> bool:
+        """Whether the weights rest there."""
+        offload = self.settings.zero_optimization.offload_param
+        return offload is not None and offload.device == "cpu"
+
     def agree(self, data_parallel_size: int, run: RunConfig | FinetuneConfig) -> None:
         """Check every fact that the JSON states too against the run configuration.
 

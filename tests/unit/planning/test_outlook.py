@@ -71,7 +71,7 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(small_dataset, t
         trial = replace(inputs.config, train=replace(inputs.config.train, micro_batch_size=size))
         return inputs.outlook._replace(config=trial).memory()[0].total / GIB
 
-    device, outlook = 1.05 * needed(8) / FITTING, inputs.outlook
+    device, outlook = (needed(8) + needed(16)) / 2 / FITTING, inputs.outlook
     assert outlook.largest_micro_batch(device, recomputes=False) == 8
     assert outlook.largest_micro_batch(device, recomputes=True) > 8
     assert f"GPU_MEMORY_GIB={device:g}: 8 with train.activation_checkpointing=false" in describe_fit(outlook, device)
