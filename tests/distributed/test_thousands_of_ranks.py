@@ -94,7 +94,7 @@ def groups_of_a_start(size: int, rank: int) -> list[tuple[Grid, list[Made], list
     return found
 
 
-@pytest.mark.parametrize(("size", "rank"), [(128, 0), (1024, 513), (4096, 4095)])
+@pytest.mark.parametrize(("size", "rank"), [(128, 127), (1024, 513), (4096, 1)])
 def test_a_rank_joins_few_groups_and_none_that_nobody_uses(size, rank):
     (found,) = run_ranks(groups_of_a_start, 1, size, rank, backend=None)
     for grid, joined, used in found:
@@ -118,6 +118,7 @@ def test_where_there_is_one_replica_only_zero_has_a_group_of_one_rank():
 def ranks_of_groups(tensor: int, stages: int) -> dict[str, list[int]]:
     """The ranks of each group that this rank has."""
     groups = build_groups(Grid.of(dist.get_rank(), dist.get_world_size(), tensor, stages))
+    dist.barrier()  # where rank 0 ends, the others cannot make groups any more
     made = {name: group for name, group in groups._asdict().items() if name != "grid" and group is not None}
     return {name: dist.get_process_group_ranks(group) for name, group in made.items()}
 
