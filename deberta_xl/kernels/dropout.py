@@ -93,8 +93,13 @@ def drop(x: Tensor, rule: DropoutRule, row: Tensor | None = None) -> Tensor:
 
         return drop_states(x, rule, row)
     if row is None:
-        row = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
+        row = row_numbers(x)
     return (x * keep_mask(row, x.shape[-1], rule)).mul_(rule.scale)
+
+
+def row_numbers(x: Tensor) -> Tensor:
+    """The number of each row of `x` in order, int64 [*x.shape[:-1]]."""
+    return torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
 
 
 def keep_mask(row: Tensor, width: int, rule: DropoutRule) -> Tensor:

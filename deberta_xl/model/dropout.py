@@ -48,9 +48,9 @@ class Dropout(nn.Module):
         """What is dropped under `key`: nothing in evaluation."""
         return DropoutRule(self.probability if self.training else 0.0, None if key is None else key.seed)
 
-    def forward(self, x: Tensor, key: DropoutKey | None = None, row: Tensor | None = None) -> Tensor:
-        """`x` with the mask of `key`, its rows numbered as in `drop`; without one torch's global generator draws."""
-        return drop(x, self.rule(key), row)
+    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """`x` with the mask of `key`; without a key the mask comes from torch's global generator."""
+        return drop(x, self.rule(key))
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

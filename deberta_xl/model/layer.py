@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deberta_xl.kernels.add_norm import add_norm
 from deberta_xl.kernels.contract import Memory
+from deberta_xl.kernels.dropout import DropoutRule
 from deberta_xl.model.disentangled_attention import DisentangledAttention
 from deberta_xl.model.dropout import Dropout, fold_key
 from deberta_xl.model.scene import Scene
@@ -44,15 +46,24 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.up(self.entry(x_BSD))))
 
 
+class AddNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x)), which ends each half of a layer."""
+
+    def forward(self, x_BSD: Tensor, residual_BSD: Tensor, rule: DropoutRule, row_BS: Tensor | None) -> Tensor:
+        """[B, S, D] both -> [B, S, D]; the rule says what of `x` is dropped, whose states have the numbers `row_BS`, or
+        are in order."""
+        return add_norm(x_BSD, residual_BSD, self.weight, self.bias, self.eps, rule, row_BS)
+
+
 class EncoderLayer(nn.Module):
     """A post-norm transformer layer with disentangled attention."""
 
     def __init__(self, config: DebertaConfig):
         super().__init__()
         self.attention = DisentangledAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention_norm = AddNorm(config.hidden_size, config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.feed_forward_norm = AddNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden_BSD: Tensor, scene: Scene) -> Tensor:
@@ -67,9 +78,9 @@ class EncoderLayer(nn.Module):
         return self.finish(source_BSD, query_BNSH, memory, scene)
 
     def finish(self, residual_BSD: Tensor, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
-        """Attend, add the residual, and the feed-forward block."""
+        """Attend, and the feed-forward block; each behind dropout, added to what it has read, and normalised."""
         attended_BSD = self.attention(query_BNSH, memory, scene.within("attention"))
-        key, row_BS = fold_key(scene.key, "attention_output"), scene.row_BS
-        u_BSD = self.attention_norm(residual_BSD + self.dropout(attended_BSD, key, row_BS))
-        inner_BSD = self.dropout(self.feed_forward(u_BSD), fold_key(scene.key, "feed_forward_output"), row_BS)
-        return self.feed_forward_norm(u_BSD + inner_BSD)
+        dropout = self.dropout.rule(fold_key(scene.key, "attention_output"))
+        u_BSD = self.attention_norm(attended_BSD, residual_BSD, dropout, scene.row_BS)
+        dropout = self.dropout.rule(fold_key(scene.key, "feed_forward_output"))
+        return self.feed_forward_norm(self.feed_forward(u_BSD), u_BSD, dropout, scene.row_BS)

@@ -38,11 +38,10 @@ LAYER_PLAN = {
 SLICED_LAYER_PLAN = {
     "attention.entry": "join_apart",
     "attention.out_proj": "row_to_slice",
-    "attention_norm": "norm_of_slice",
+    "attention_norm": "add_norm_of_slice",
     "feed_forward.entry": "join_apart",
     "feed_forward.down": "row_to_slice",
-    "feed_forward_norm": "norm_of_slice",
-    "dropout": "dropout_of_slice",
+    "feed_forward_norm": "add_norm_of_slice",
 }
 
 #: … and around them.
@@ -108,7 +107,7 @@ def divide_trunk(model: Trunk, groups: Groups, *, sequence_parallel: bool) -> No
         "join_alike": lambda _: sequence.JoinSequence(groups, apart=False),
         "slice": lambda _: sequence.TakeSlice(groups),
         "norm_of_slice": lambda plain: sequence.SliceNorm(plain, groups),
-        "dropout_of_slice": lambda plain: sequence.SliceDropout(plain, groups),
+        "add_norm_of_slice": lambda plain: sequence.SliceAddNorm(plain, groups),
     }
     for name, style in plan_of(model, sequence_parallel=sequence_parallel).items():
         plain = model.get_submodule(name)

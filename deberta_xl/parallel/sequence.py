@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deberta_xl.kernels.dropout import drop
-from deberta_xl.model.dropout import Dropout, DropoutKey
+from deberta_xl.kernels.add_norm import add_norm
+from deberta_xl.kernels.dropout import DropoutRule
 from deberta_xl.parallel.groups import Groups
 
 Exchange = Callable[[Tensor, Groups], Tensor]
@@ -150,15 +150,13 @@ class SliceNorm(nn.LayerNorm):
         return nn.functional.layer_norm(x_BPD, self.normalized_shape, weight, bias, self.eps)
 
 
-class SliceDropout(Dropout):
-    """Dropout of slices, with the mask that the whole sequence has there."""
+class SliceAddNorm(SliceNorm):
+    """The same of slices' sums, with the dropout mask that the whole sequence has there."""
 
-    def __init__(self, plain: Dropout, groups: Groups):
-        super().__init__(plain.probability)
-        self.groups = groups
-
-    def forward(self, x_BPD: Tensor, key: DropoutKey | None = None, row: None = None) -> Tensor:
-        """[B, P, D] -> [B, P, D]; the rows are in order."""
+    def forward(self, x_BPD: Tensor, residual_BPD: Tensor, rule: DropoutRule, row: None) -> Tensor:
+        """[B, P, D] both -> [B, P, D]; the rows are in order."""
+        weight, bias = _SumGradients.apply(self.groups, self.weight, self.bias)
         num_sequences, length = x_BPD.shape[0], x_BPD.shape[1] * self.groups.grid.tensor_parallel_size
         row_BS = torch.arange(num_sequences * length, device=x_BPD.device).view(num_sequences, length)
-        return drop(x_BPD, self.rule(key), own_slice(row_BS, self.groups))
+        row_BP = own_slice(row_BS, self.groups)
+        return add_norm(x_BPD, residual_BPD, weight, bias, self.eps, rule, row_BP)

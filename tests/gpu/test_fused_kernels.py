@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deberta_xl.kernels import reference
+from deberta_xl.kernels.add_norm import add_norm
 from deberta_xl.kernels.contract import Attend, Memory, RelativeRows, Where
 from deberta_xl.kernels.dropout import DropoutRule, drop
 from deberta_xl.kernels.fused import attention as fused
@@ -206,3 +208,22 @@ def test_states_are_dropped_as_on_a_cpu(width, dtype):
         sent = torch.randn_like(x)
         gradients = (torch.autograd.grad(y, z, sent.to(y.device))[0] for y, z in ((found, ours), (wanted, theirs)))
         assert torch.equal(*(gradient.cpu() for gradient in gradients))
+
+
+@pytest.mark.parametrize("rule", [NO_DROPOUT, DROPOUT], ids=["", "dropout"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("width", [1536, 7])
+def test_a_normalised_sum_and_its_gradients_are_those_of_torchs_operators(width, dtype, rule):
+    def by_operators(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *_: object) -> Tensor:
+        return F.layer_norm(residual + drop(x, rule), (width,), weight, bias, 1e-7)
+
+    shapes = [(3, 50, width)] * 2 + [(width,)] * 2
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+    sent = torch.randn(shapes[0], device="cuda", dtype=dtype)
+    outcomes = []
+    for way in (add_norm, by_operators):
+        normed = way(*inputs, 1e-7, rule, None)
+        outcomes.append([normed, *torch.autograd.grad(normed, inputs, sent)])
+    for found, wanted in zip(*outcomes, strict=True):
+        # The order of sums over a row differs, which moves a number by its last bit here and there.
+        assert (found - wanted).float().norm() <= 2 * torch.finfo(dtype).eps * wanted.float().norm()

@@ -1,9 +1,10 @@
-"""The masks of `dropout.py`'s attention probabilities inside a Triton kernel, bit for bit.
+"""The masks of `dropout.py` inside a Triton kernel, bit for bit.
 
-They follow from (seed, document, head, query, key) alone, so no tiling, packing or rank is in them.
+Those of attention's probabilities follow from (seed, document, head, query, key) alone, those of states from (seed,
+row, column), so no tiling, packing or rank is in them.
 
 Shape suffixes of this file:
-    I queries of a tile   J keys of a tile
+    I queries of a tile   J keys of a tile   P pairs of columns, which share a word
 """
 
 from typing import NamedTuple
@@ -72,3 +73,16 @@ def is_kept(
     word_IJ = hash_word(start_I[:, None] + ((j0 >> 1) + (j >> 1)).to(tl.uint32)[None, :] * stride_I[:, None])
     upper_IJ = tl.where((j & 1)[None, :] == 0, word_IJ << 16, word_IJ)
     return upper_IJ.to(tl.int32, bitcast=True) >= draw.lowest_kept
+
+
+@triton.jit
+def is_kept_column(
+    draw: Draw, row: tl.tensor, width: tl.tensor, first_pair: tl.tensor, pairs: tl.constexpr
+) -> tl.tensor:
+    """Which columns of a numbered row (int64) of states stay, bool: those of `pairs` pairs from `first_pair` on."""
+    pair_P = first_pair + tl.arange(0, pairs)
+    number_P = (row * ((width + 1) // 2) + pair_P).to(tl.uint32)
+    stride = 2 * join_halves(draw.seed_2, draw.seed_3) + 1
+    word_P = hash_word(number_P * stride + join_halves(draw.seed_0, draw.seed_1))
+    half_P2 = tl.reshape(tl.join(word_P << 16, word_P), [2 * pairs])
+    return half_P2.to(tl.int32, bitcast=True) >= draw.lowest_kept

@@ -50,8 +50,8 @@ def run_alone(*arguments: str, **environment: str) -> str:
 
 
 def run_interpreted(examples: int) -> None:
-    """The tests of `interpreted_fused.py`, with so many of each property's examples."""
-    tests = [str(HERE / "interpreted_fused.py"), "-q", "-x", "-p", "no:cacheprovider"]
+    """The tests of the files `interpreted_…`, with so many of each property's examples."""
+    tests = [*map(str, sorted(HERE.glob("interpreted_*.py"))), "-q", "-x", "-p", "no:cacheprovider"]
     run_alone("-m", "pytest", *tests, TRITON_INTERPRET="1", FUSED_EXAMPLES=str(examples))
 
 
