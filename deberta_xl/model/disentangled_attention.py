@@ -90,15 +90,20 @@ class DisentangledAttention(nn.Module):
         relative_RD = self.relative_dropout(relative_RD, fold_key(key, "relative"))
         read = read or slice(0, len(relative_RD))
         beyond = (0, 0, read.start, len(relative_RD) - read.stop)
-        relative_RD = self.relative_entry(relative_RD[read])
+        relative_RD = self.relative_entry(relative_RD[read] if any(beyond) else relative_RD)
         rows = RelativeRows()
         if self.has_content_to_position:
             to_key = self.key_proj if self.shares_projections else self.pos_key_proj
-            rows = rows._replace(key_NRH=F.pad(self.split_heads(to_key(relative_RD)), beyond))
+            rows = rows._replace(key_NRH=self.project_rows(to_key, relative_RD, beyond))
         if self.has_position_to_content:
             to_query = self.query_proj if self.shares_projections else self.pos_query_proj
-            rows = rows._replace(query_NRH=F.pad(self.split_heads(to_query(relative_RD)), beyond))
+            rows = rows._replace(query_NRH=self.project_rows(to_query, relative_RD, beyond))
         return rows
+
+    def project_rows(self, projection: nn.Module, read_RD: Tensor, beyond: tuple[int, ...]) -> Tensor:
+        """Rows of the table that are read, as the heads have them, [N, R, H], with zeros `beyond` (as of `F.pad`)."""
+        rows_NRH = self.split_heads(projection(read_RD))
+        return F.pad(rows_NRH, beyond) if any(beyond) else rows_NRH
 
     def forward(self, query_BNSH: Tensor, memory: Memory, scene: Scene) -> Tensor:
         """The attended and projected context of the scene's queries, [B, S, D]."""

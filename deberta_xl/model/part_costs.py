@@ -95,7 +95,8 @@ def rows_in_reach(config: DebertaConfig, length: int) -> int:
     if middle and row > middle:
         share = math.log(row / middle) / math.log((config.relative_reach - 1) / middle)
         row = math.ceil(share * (middle - 1)) + middle
-    return min(2 * row + 1, config.relative_rows)
+    rows = min(2 * row + 1, config.relative_rows)
+    return rows if 8 * rows <= 7 * config.relative_rows else config.relative_rows
 
 
 def attended_flops(config: DebertaConfig, load: Load, queries: float, passes: int) -> float:
