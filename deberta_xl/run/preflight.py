@@ -41,6 +41,8 @@ SHARED_MEMORY_MIB = 64.0
 BAD_NODES = 3
 """Exit status when nodes are to blame."""
 GPU_SIZE, CPU_SIZE = 4096, 256
+SUMMED = 2**20
+"""Elements of the sum over all ranks: 8 MiB."""
 SLOW = 0.7
 """A device that multiplies at less than this share of the median is pointed out."""
 
@@ -160,9 +162,10 @@ def sum_over_all(store: dist.TCPStore, launch: Launch) -> None:
     dist.init_process_group(
         backend, store=dist.PrefixStore("sum", store), rank=launch.rank, world_size=launch.world_size, timeout=PATIENCE
     )
-    values = torch.full((2**20,), float(launch.rank), device=device)
+    # Whole numbers: a sum of ranks in float32 is no longer exact above 5,793 of them.
+    values = torch.full((SUMMED,), launch.rank, dtype=torch.int64, device=device)
     dist.all_reduce(values)
-    expected = launch.world_size * (launch.world_size - 1) / 2
+    expected = launch.world_size * (launch.world_size - 1) // 2
     if not bool((values == expected).all()):
         raise ArithmeticError(f"a sum over all ranks is wrong: {values[0].item()}, not {expected}")
     dist.barrier()

@@ -9,11 +9,14 @@ from collections import namedtuple
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import free_port, rank_environment
+from torch import Tensor
 
 from deberta_xl.base.launch import Launch
 from deberta_xl.run import preflight
-from deberta_xl.run.preflight import judge, look, multiply
+from deberta_xl.run.preflight import judge, look, multiply, sum_over_all
 
 
 def report(rank: int, **changes: Any) -> dict[str, Any]:
@@ -68,6 +71,25 @@ def test_a_wrong_product_is_noticed(monkeypatch):
     monkeypatch.setattr(preflight.torch, "ones", lambda *size, device: preflight.torch.torch.full(size, 1.5))
     with pytest.raises(ArithmeticError, match="wrong"):
         multiply("cpu")
+
+
+@pytest.mark.parametrize("world_size", [2, 6144])
+def test_a_right_sum_over_thousands_of_ranks_is_taken_for_right_and_a_wrong_one_for_wrong(monkeypatch, world_size):
+    def all_reduce(values: Tensor) -> None:
+        own, total = values.clone(), torch.zeros_like(values)
+        for rank in range(world_size):
+            total += own.new_full(own.shape, rank)
+        values.copy_(total + lost)
+
+    monkeypatch.setattr(preflight, "SUMMED", 2)
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(preflight.dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(preflight.dist, "all_reduce", all_reduce)
+    lost = 0
+    sum_over_all(dist.HashStore(), Launch(world_size - 1, world_size, 0))
+    lost = -1
+    with pytest.raises(ArithmeticError, match="a sum over all ranks is wrong"):
+        sum_over_all(dist.HashStore(), Launch(world_size - 1, world_size, 0))
 
 
 def test_two_ranks_pass(tmp_path):
