@@ -154,10 +154,13 @@ def report_hopeless(run: Any, rank: int, error: HopelessRunError) -> None:
 def choose_accelerator() -> None:
     """Tell DeepSpeed what to run on before it is imported: it warns at length when it has to guess.
 
-    Raises ConfigError when DS_ACCELERATOR asks for what is not here.
+    Raises ConfigError when DS_ACCELERATOR asks for what is not here, and for GPUs that torch cannot use.
     """
     import torch
 
+    from deberta_xl.run.devices import refuse_unusable_gpus
+
+    refuse_unusable_gpus()
     here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     chosen = os.environ.setdefault("DS_ACCELERATOR", here[-1])
     if chosen not in here:

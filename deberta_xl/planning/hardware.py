@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.settings.deepspeed_config import DeepSpeedConfig
-from deberta_xl.settings.platform import Device, Platform
+from deberta_xl.settings.platform import NVIDIA_DRIVER, Device, Platform, asks_for_cpu
 
 #: Dense bf16 peak, FLOP/s, by the whole name that the driver gives, without the maker (vendors' data sheets, without
 #: sparsity; the V100's is fp16). A slice of a device (MIG) has a longer name, and is not known.
@@ -23,7 +23,7 @@ PEAK_FLOPS = {
     r"V100-PCIE-\d+GB": 112e12,
 }
 
-DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+DRIVERS = (NVIDIA_DRIVER, "/dev/kfd", "/dev/dxg")
 """What the drivers of GPUs show themselves by: NVIDIA's, AMD's, that of Windows."""
 
 
@@ -37,8 +37,7 @@ def planned_device(precision: str) -> Device:
     run is planned for one elsewhere if GPU_MEMORY_GIB is given, or numbers of 16 bits, in which a CPU gains nothing."""
     if chosen := os.environ.get("DS_ACCELERATOR"):
         return "cpu" if chosen == "cpu" else "cuda"
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if not is_hidden and any(Path(driver).exists() for driver in DRIVERS):
+    if not asks_for_cpu(os.environ) and any(Path(driver).exists() for driver in DRIVERS):
         return "cuda"
     return "cuda" if os.environ.get("GPU_MEMORY_GIB") or precision != "fp32" else "cpu"
 

@@ -13,13 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from deberta_xl.base.durable import remove, replace_file
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.base.log import logger
 from deberta_xl.base.small_file import read_small
 from deberta_xl.data.tokenizer import Tokenizer
+from deberta_xl.run.devices import device_name, device_versions
 from deberta_xl.settings.finetuning import FinetuneConfig
 from deberta_xl.settings.presets import load_config, to_toml
 from deberta_xl.settings.pretraining import RunConfig
@@ -141,13 +140,13 @@ def report_changes(before: RunConfig | FinetuneConfig, now: RunConfig | Finetune
 
 def environment(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Versions, revision and hardware of this start, with the caller's `facts` (layout, command, …)."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "git_revision": git_revision(),
         "host": platform.node(),
-        "device": device,
+        "device": device_name(),
+        **device_versions(),
         "cores": os.cpu_count(),
         **facts,
     }

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 Device = Literal["cpu", "cuda"]
 """`cuda` is any GPU that torch calls so."""
+
+NVIDIA_DRIVER = "/dev/nvidiactl"
+"""What NVIDIA's driver shows itself by."""
+
+
+def asks_for_cpu(environment: Mapping[str, str]) -> bool:
+    """Whether GPUs, where there are any, are to be left alone: DS_ACCELERATOR says so, or they are hidden."""
+    return environment.get("DS_ACCELERATOR") == "cpu" or environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 class Platform(NamedTuple):

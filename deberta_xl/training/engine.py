@@ -34,11 +34,15 @@ from deberta_xl.base.log import logger
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.host_group import patience
 from deberta_xl.parallel.pipeline import PipelinedModel
+from deberta_xl.run.devices import device_name
 from deberta_xl.run.rendezvous import export_launch
 from deberta_xl.run.roll_call import all_ranks_here
 from deberta_xl.settings.pretraining import OptimizerSection
 from deberta_xl.training.optimizer import ONE_LEARNER, build_optimizer
 from deberta_xl.training.zero1.update import PartitionedUpdate, is_for, portion_elements
+
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+"""Where DeepSpeed looks for the number of a rank's device; it refuses to start where both are there and differ."""
 
 
 def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool) -> None:
@@ -47,13 +51,14 @@ def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool)
     quieten_engine()
     # DeepSpeed still calls the collectives by names that torch has begun to rename.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # Used by inference only, but compiled (50 s, needs g++ and ninja) whenever a process group is made on a CPU.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
+        # Used by inference only, but compiled (50 s, needs g++ and ninja) whenever a process group is made on a CPU.
+        # To ask for it probes every operator; on a GPU without CUDA's toolkit, where nothing needs it, each complains.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         share_cores(launch)
     else:
-        accelerator.set_device(device_number(launch.local_rank, accelerator.device_count()))
+        take_device(device_number(launch.local_rank, accelerator.device_count()))
     if precision != "fp32" and accelerator.device_name() != "cpu":
         # For the float32 products of attention scores: TF32 holds every bit of the bf16 or fp16 values they are of.
         torch.set_float32_matmul_precision("high")
@@ -63,6 +68,15 @@ def start_engine_runtime(launch: Launch, precision: str, *, deterministic: bool)
     backend = accelerator.communication_backend_name()
     with all_ranks_here(launch):
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience())
+
+
+def take_device(number: int) -> None:
+    """Make the visible device of this number this rank's, for DeepSpeed, too: it takes LOCAL_RANK for the number, and a
+    launcher may show each rank its own device only (srun --gpus-per-task=1)."""
+    get_accelerator().set_device(number)
+    for variable in LOCAL_RANKS:
+        if variable in os.environ:
+            os.environ[variable] = str(number)
 
 
 def quieten_engine() -> None:
@@ -80,18 +94,18 @@ def share_cores(launch: Launch) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Refuse a precision that the device does not have."""
+    """Refuse a precision that the device does not have. Raises ConfigError."""
     accelerator = get_accelerator()
+    is_gpu = accelerator.device_name() == "cuda"
     supported = {
         "fp32": True,
-        "bf16": accelerator.is_bf16_supported(),
+        # A GPU older than Ampere has bfloat16 only as float32 numbers that are cut, slower than those.
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if is_gpu else accelerator.is_bf16_supported(),
         "fp16": accelerator.is_fp16_supported(),
     }
     if not supported[precision]:
         allowed = ", ".join(name for name, is_supported in supported.items() if is_supported)
-        raise ConfigError(
-            f"{precision} is not supported on this device ({accelerator.device_name()}); it has: {allowed}"
-        )
+        raise ConfigError(f"{precision} is not supported on this device ({device_name()}); it has: {allowed}")
 
 
 def build_engine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,12 +18,13 @@ from deberta_xl.base.launch import Launch
 from deberta_xl.base.log import log_to_file, rank_zero
 from deberta_xl.checkpoint.fragments import canonical_parameters, set_master_weights
 from deberta_xl.checkpoint.store import load_checkpoint
-from deberta_xl.checkpoint.together import on_rank_zero, rank_and_size
+from deberta_xl.checkpoint.together import gathered, on_rank_zero, rank_and_size
 from deberta_xl.model.trunk import Trunk
 from deberta_xl.parallel.grid import Grid
 from deberta_xl.parallel.groups import Groups, build_groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.stages import Split
+from deberta_xl.run.devices import describe_devices, device_name, device_versions, refuse_gpu_without_kernels
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.ownership import Ownership
 from deberta_xl.run.run_folder import RunFolder
@@ -86,13 +88,17 @@ def start_run(inputs: RunInputs, fingerprints: Mapping[str, Any]) -> Start:
     """
     config, launch, engine = inputs.config, inputs.launch, inputs.engine
     start_engine_runtime(launch, engine.precision, deterministic=config.train.deterministic)
+    refuse_gpu_without_kernels()
     check_precision(engine.precision)
+    devices = gathered(device_name)
+    rank_zero("devices: %s", describe_devices(devices, device_versions()))
     folder = RunFolder(config.run.folder)
     facts = {
         "command": sys.argv,
         "world_size": launch.world_size,
         "zero_stage": engine.zero_stage,
         "precision": engine.precision,
+        "devices": Counter(devices),
     }
     is_first = on_rank_zero(folder.is_unused)
     taken = take_over(
