@@ -79,5 +79,5 @@ def outcome(vector: SiftVector, predict: object) -> Outcome:
     """One step from the given noise."""
     clean = predict(perturb=vector.sift.entry())
     loss = task_loss(vector.kind, clean, vector.labels) / len(clean)
-    adversarial = vector.sift.term(predict, clean, vector.labels, vector.delta, None) / len(clean)
+    adversarial = vector.sift.term(predict, clean, None, vector.delta, None) / len(clean)
     return Outcome(clean, loss, adversarial)

@@ -15,7 +15,16 @@ from deberta_xl.settings.architecture import IGNORED, HeadKind
 
 def count_items(kind: HeadKind, labels: Tensor) -> int:
     """What the mean of the loss is over: labelled tokens, or examples. The host's labels spare a synchronisation."""
-    return int((labels != IGNORED).sum()) if kind == "token" else len(labels)
+    place_I = labelled_places(kind, labels)
+    return len(labels if place_I is None else place_I)
+
+
+def labelled_places(kind: HeadKind, labels: Tensor) -> Tensor | None:
+    """Where something is asked among all positions of the rows, one after the other [I], of token; None elsewhere.
+
+    From the host's labels: a device would have to be waited for, since nobody else knows how many there are.
+    """
+    return (labels.flatten() != IGNORED).nonzero().squeeze(1) if kind == "token" else None
 
 
 def task_loss(kind: HeadKind, logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -47,13 +56,13 @@ def hide_padding(kind: HeadKind, logits: Tensor, is_token_BS: Tensor) -> Tensor:
     return logits.masked_fill(~is_token_BS.unsqueeze(-1), torch.finfo(logits.dtype).min)
 
 
-def distribution_logits(kind: HeadKind, logits: Tensor, labels: Tensor) -> Tensor:
+def distribution_logits(kind: HeadKind, logits: Tensor, place_I: Tensor | None) -> Tensor:
     """The logits as rows [I, C] of independent categorical distributions; multi_label has one of two classes a label.
 
-    Not for regression, whose outputs are no probabilities.
+    `place_I` are `labelled_places`. Not for regression, whose outputs are no probabilities.
     """
     if kind == "token":
-        return logits[labels != IGNORED]
+        return logits.flatten(0, 1)[place_I]
     if kind == "span":
         return logits.transpose(1, 2).flatten(0, 1)
     if kind == "multi_label":

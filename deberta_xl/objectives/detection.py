@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
 
 class DetectionEvaluation:
-    """Sums over held-out batches, on the device until the end."""
+    """Sums over held-out batches, on the device until the end, when it is waited for once."""
 
     def __init__(self, run: Evaluator, reports: Reports, counts: Sequence[str]):
         self.run, self.reports, self.count_names = run, reports, counts
@@ -47,7 +47,8 @@ class DetectionEvaluation:
         self.counts = torch.zeros(len(counts), dtype=torch.float64)
         self.bins_2K = torch.zeros(2 * BINS, dtype=torch.int64, device=run.device)
         """Tokens by their logit: originals, then replaced ones."""
-        self.examples: list[Example] = []
+        self.shown: list[list[Tensor]] = []
+        """The beginnings of the first rows of some batches; each but padding has at least one with text."""
 
     def take(
         self, counts: Sequence[int], figures: Sums, proposal: Proposal, logits_BS: Tensor, rows: MaskedRows
@@ -59,29 +60,32 @@ class DetectionEvaluation:
         # What is no number has no bin; the loss is no number then, either, and nothing is made of the bins.
         bin_BS = ((logits_BS.nan_to_num().clamp(-LIMIT, LIMIT) + LIMIT) * ((BINS - 1) / (2 * LIMIT))).long()
         bin_BS = torch.where(proposal.is_replaced_BS, bin_BS + BINS, bin_BS)
-        self.bins_2K += torch.bincount(bin_BS[segments_BS > 0], minlength=2 * BINS)
-        if self.run.is_first and len(self.examples) < EXAMPLES:
+        # Padding counts as nothing: to leave it out, the device would have to say how many tokens there are.
+        self.bins_2K.index_add_(0, bin_BS.flatten(), (segments_BS > 0).flatten().to(self.bins_2K.dtype))
+        if self.run.is_first and len(self.shown) < EXAMPLES:
             labelled = rows.labelled.without_padding()
             place_L = labelled.place_L(segments_BS.shape[1])
             original_BS = rows.input_ids_BS.flatten().scatter(0, place_L, labelled.label_L).view_as(segments_BS)
             of_rows = (original_BS, proposal.corrupted_BS, proposal.is_replaced_BS, logits_BS > 0, segments_BS > 0)
-            new = examples_of(*(row_BS[:EXAMPLES, :EXAMPLE_TOKENS].cpu() for row_BS in of_rows))
-            self.examples += itertools.islice(new, EXAMPLES - len(self.examples))
+            self.shown.append([self.run.fetch(row_BS[:EXAMPLES, :EXAMPLE_TOKENS]) for row_BS in of_rows])
 
     def conclude(
         self, derived: Callable[[Mapping[str, float]], Mapping[str, float | None]], tokenizer: Tokenizer
     ) -> Evaluation:
         """Means over all ranks' batches, and the panel of examples. Collective."""
         run = self.run
-        totals = dict(zip(self.reports, run.add_up(self.sums).tolist(), strict=True))
-        count_of = dict(zip(self.count_names, run.add_up(self.counts.to(run.device)).tolist(), strict=True))
+        sums, counts, bins_2K = run.totals(self.sums, self.counts, self.bins_2K)
+        totals = dict(zip(self.reports, sums.tolist(), strict=True))
+        count_of = dict(zip(self.count_names, counts.tolist(), strict=True))
         told = {name: report.count for name, report in self.reports.items() if not isinstance(report, Tally)}
         values = {name: totals[name] / count_of[count] if count_of[count] else None for name, count in told.items()}
-        auc = area_under_curve(*run.add_up(self.bins_2K).cpu().view(2, BINS))
+        auc = area_under_curve(*bins_2K.view(2, BINS))
         values |= {**derived(totals), "auc": auc if math.isfinite(totals["discriminator_loss"]) else None}
         shown = ("generator_loss", "discriminator_loss", "f1", "auc")
         line = "  ".join(f"{name.replace('_', ' ')} {values[name]:.4f}" for name in shown if values[name] is not None)
-        panel = {"replaced_tokens": table(self.examples, tokenizer)} if self.examples else {}
+        rows = itertools.chain.from_iterable(examples_of(*of_rows) for of_rows in self.shown)
+        examples = [*itertools.islice(rows, EXAMPLES)]
+        panel = {"replaced_tokens": table(examples, tokenizer)} if examples else {}
         return Evaluation(values, f"validation {line}", panel)
 
 

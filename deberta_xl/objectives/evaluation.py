@@ -63,6 +63,26 @@ class Evaluator:
         ready = (pinned(batch) for batch in batches) if self.device.type == "cuda" else batches
         return tracked(self.guard(prefetch(ready, BATCHES_AHEAD)), does, count, "batches")
 
+    @staticmethod
+    def fetch(tensor: Tensor) -> Tensor:
+        """A copy on the host, which is whole once the device has been waited for (`wait`, `totals`)."""
+        return tensor.to("cpu", non_blocking=True)
+
+    def wait(self) -> None:
+        """Until the device has done all that it was told: once, when an evaluation comes to its end."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def totals(self, *of_rank: Tensor) -> list[Tensor]:
+        """The sums of these over all data, on the host in float64, which counts exactly up to 2⁵³. Collective.
+
+        One exchange between the ranks, and one wait for the device.
+        """
+        numbers = [part.to(self.device, torch.float64, non_blocking=True).flatten() for part in of_rank]
+        found = self.fetch(self.add_up(torch.cat(numbers)))
+        self.wait()
+        return [part.view(own.shape) for part, own in zip(found.split([*map(len, numbers)]), of_rank, strict=True)]
+
     def add_up(self, sums: Tensor) -> Tensor:
         """In place: the sum of `sums` over all data. Collective."""
         if self.size > 1:

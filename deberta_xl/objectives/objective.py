@@ -199,8 +199,9 @@ class Objective(ABC):
             found = self.losses(run.model, on_device(batch, run.device), whole, None)
             sums += torch.stack([found[name].double() for name in self.reports])
             counts += torch.tensor(batch.counts)
-        count_of = dict(zip(self.counts, run.add_up(counts.to(run.device)).tolist(), strict=True))
-        totals = dict(zip(self.reports, run.add_up(sums).tolist(), strict=True))
+        of_counts, of_reports = run.totals(counts, sums)
+        count_of = dict(zip(self.counts, of_counts.tolist(), strict=True))
+        totals = dict(zip(self.reports, of_reports.tolist(), strict=True))
         counted = {name: report.count for name, report in self.reports.items() if not isinstance(report, Tally)}
         values = {name: totals[name] / count_of[count] for name, count in counted.items() if count_of[count]}
         values |= {name: value for name, value in self.derived(totals).items() if value is not None}

@@ -75,22 +75,25 @@ class Sift:
         return (noise_BSD * self.settings.noise).clamp_(-2 * self.settings.noise, 2 * self.settings.noise)
 
     def term(
-        self, predict: Predict, clean: Tensor, labels: Tensor, delta_BSD: Tensor, key: DropoutKey | None
+        self, predict: Predict, clean: Tensor, place_I: Tensor | None, delta_BSD: Tensor, key: DropoutKey | None
     ) -> Tensor:
-        """The adversarial loss summed over the batch, from clean logits (with their graph) and an initial δ."""
+        """The adversarial loss summed over the batch, from clean logits (with their graph) and an initial δ.
+
+        `place_I` are the `labelled_places` of the batch.
+        """
         for number in range(self.settings.steps):
-            gradient_BSD = self.gradient(predict, clean, labels, delta_BSD, fold_key(key, "step", number))
+            gradient_BSD = self.gradient(predict, clean, place_I, delta_BSD, fold_key(key, "step", number))
             delta_BSD = self.moved(delta_BSD, gradient_BSD)
         logits = predict(dropout_key=fold_key(key, "final"), perturb=self.with_delta(delta_BSD))
-        return self.distance(logits, clean, labels)
+        return self.distance(logits, clean, place_I)
 
     def gradient(
-        self, predict: Predict, clean: Tensor, labels: Tensor, delta_BSD: Tensor, key: DropoutKey | None
+        self, predict: Predict, clean: Tensor, place_I: Tensor | None, delta_BSD: Tensor, key: DropoutKey | None
     ) -> Tensor:
         """The gradient of the distance to the clean predictions, with respect to δ alone."""
         delta_BSD = delta_BSD.detach().requires_grad_()
         logits = predict(dropout_key=key, perturb=self.with_delta(delta_BSD))
-        distance = self.inner_distance(logits, clean.detach(), labels)
+        distance = self.inner_distance(logits, clean.detach(), place_I)
         (gradient_BSD,) = torch.autograd.grad(distance, delta_BSD)
         return gradient_BSD
 
@@ -98,21 +101,21 @@ class Sift:
         """δ after one step; unmoved when the gradient is not finite."""
         return torch.where(gradient_BSD.norm().isfinite(), self.variant.step(delta_BSD, gradient_BSD), delta_BSD)
 
-    def inner_distance(self, logits: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+    def inner_distance(self, logits: Tensor, clean: Tensor, place_I: Tensor | None) -> Tensor:
         """What the steps make large."""
         if self.kind == "regression":
             return squared_difference(logits, clean) / len(logits)  # the original's mean, which its 1e-6 can tell
-        return cross_entropy_both_ways(*self.rows(logits, clean, labels))
+        return cross_entropy_both_ways(*self.rows(logits, clean, place_I))
 
-    def distance(self, logits: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+    def distance(self, logits: Tensor, clean: Tensor, place_I: Tensor | None) -> Tensor:
         """What is added to the loss, summed over the items."""
         if self.kind == "regression":
             return self.variant.regression(logits, clean)
-        return self.variant.divergence(*self.rows(logits, clean, labels)) / self.rows_per_item(logits)
+        return self.variant.divergence(*self.rows(logits, clean, place_I)) / self.rows_per_item(logits)
 
-    def rows(self, logits: Tensor, clean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, logits: Tensor, clean: Tensor, place_I: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both predictions as independent distributions [I, C]."""
-        return distribution_logits(self.kind, logits, labels), distribution_logits(self.kind, clean, labels)
+        return distribution_logits(self.kind, logits, place_I), distribution_logits(self.kind, clean, place_I)
 
     def rows_per_item(self, logits: Tensor) -> int:
         """Distributions whose mean is an item's: both ends of a span, all labels of a multi-label example."""

@@ -3,7 +3,7 @@
 Batches are a pure function of the step: the same step has the same examples on any number of ranks.
 
 Shape suffixes of this file:
-    B rows   S sequence
+    B rows   S sequence   I items (labelled tokens)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deberta_xl.data.loader import rank_samples
 from deberta_xl.data.random_numbers import derive
 from deberta_xl.data.sampler import permute, sample_rows
 from deberta_xl.model.dropout import DropoutKey, fold_key
-from deberta_xl.model.task_losses import count_items, hide_padding, task_loss
+from deberta_xl.model.task_losses import count_items, hide_padding, labelled_places, task_loss
 from deberta_xl.model.task_model import Predict
 from deberta_xl.objectives.sift import Sift
 from deberta_xl.settings.architecture import HeadKind
@@ -41,13 +41,15 @@ class TaskMicroBatch(NamedTuple):
     num_options: int
     counts: tuple[int, int]
     """Items, which its part of the loss is a sum over, and tokens without padding."""
+    place_I: Tensor | None = None
+    """Where something is asked (`labelled_places`)."""
 
     @classmethod
     def of(cls, batch: TaskBatch, kind: HeadKind) -> TaskMicroBatch:
         """Host tensors of a batch."""
         ids_BS, segments_BS, types_BS, labels = map(torch.from_numpy, batch[:4])
         counts = count_items(kind, labels), int((segments_BS > 0).sum())
-        return cls(ids_BS, segments_BS, types_BS, labels, batch.num_options, counts)
+        return cls(ids_BS, segments_BS, types_BS, labels, batch.num_options, counts, labelled_places(kind, labels))
 
 
 class TaskOrder:
@@ -135,6 +137,6 @@ class TaskLoss:
             return TaskLosses(task, task.detach(), torch.zeros_like(task))
         key = fold_key(self.key, "sift")
         delta_BSD = self.sift.draw((*self.batch.input_ids_BS.shape, self.hidden_size), key, clean)
-        adversarial = self.sift.term(logits, clean, labels, delta_BSD, key) / self.share
+        adversarial = self.sift.term(logits, clean, self.batch.place_I, delta_BSD, key) / self.share
         total = task + self.sift_weight * adversarial
         return TaskLosses(total, task.detach(), adversarial.detach())

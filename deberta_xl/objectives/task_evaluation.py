@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from deberta_xl.model.task_losses import hide_padding
 from deberta_xl.model.trunk import Perturb
@@ -47,7 +49,7 @@ def task_logits(
     `micro_batch_tokens` is the most that one forward takes, but for a feature that has more alone. `entry` is what
     SiFT's original variant changes in clean passes.
     """
-    found: dict[int, np.ndarray] = {}
+    fetched: list[tuple[np.ndarray, Tensor]] = []
     numbers_of = length_batches(data.padded_lengths, micro_batch_tokens, rows_each=data.num_options)
     batches = feature_batches(data, numbers_of, rank=run.rank, size=run.size)
     for numbers, host_batch in run.batches(batches, does="predicting", count=math.ceil(len(numbers_of) / run.size)):
@@ -55,13 +57,19 @@ def task_logits(
         logits = run.model(
             batch.input_ids_BS, batch.segments_BS, batch.token_types_BS, num_options=batch.num_options, perturb=entry
         )
-        logits = hide_padding(data.task.head, logits, batch.segments_BS > 0).float().cpu().numpy()
-        for number, of_feature in zip(numbers.tolist(), logits, strict=True):
-            rows = data.features[number].rows
-            per_token = data.task.head in ("token", "span")
-            found[number] = of_feature[: len(rows[0].input_ids)] if per_token else of_feature
+        fetched.append((numbers, run.fetch(hide_padding(data.task.head, logits, batch.segments_BS > 0).float())))
+    run.wait()
+    found = dict(itertools.chain.from_iterable(by_feature(data, *of_batch) for of_batch in fetched))
     if run.size == 1:
         return found
     parts: list[dict[int, np.ndarray]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, found, group=host_group())
     return {number: logits for part in parts for number, logits in part.items()}
+
+
+def by_feature(data: TaskData, numbers: np.ndarray, logits: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and logits of each feature of a batch, those of padding left out."""
+    for number, of_feature in zip(numbers.tolist(), logits.numpy(), strict=True):
+        length = len(data.features[number].rows[0].input_ids)
+        # A copy: the padded ones of all batches need not live on.
+        yield number, of_feature[:length].copy() if data.task.head in ("token", "span") else of_feature

@@ -73,7 +73,7 @@ def test_a_span_competes_over_tokens_only():
     # The first row chooses among 5 tokens, the second among 2.
     expected = torch.log(torch.tensor(5.0, dtype=torch.float64)) + torch.log(torch.tensor(2.0, dtype=torch.float64))
     torch.testing.assert_close(task_loss("span", hidden, labels), expected)
-    assert distribution_logits("span", hidden, labels).softmax(-1)[2].tolist() == [0.5, 0.5, 0, 0, 0]
+    assert distribution_logits("span", hidden, None).softmax(-1)[2].tolist() == [0.5, 0.5, 0, 0, 0]
 
 
 def test_only_a_model_with_positions_in_its_input_keeps_their_table():

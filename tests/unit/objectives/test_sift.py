@@ -10,6 +10,7 @@ from sift_vectors import CASES, SiftVector, outcome
 
 from deberta_xl.base.errors import ConfigError
 from deberta_xl.model.dropout import DropoutKey
+from deberta_xl.model.task_losses import labelled_places
 from deberta_xl.model.task_model import TaskModel
 from deberta_xl.objectives.sift import RADIUS, Sift, normalized
 from deberta_xl.settings.architecture import DebertaConfig, HeadConfig
@@ -41,7 +42,7 @@ def test_the_original_variant_gives_the_originals_logits_and_perturbation(vector
         return seen[-1]
 
     clean = watched(perturb=vector.sift.entry())
-    gradient = vector.sift.gradient(watched, clean, vector.labels, vector.delta, None)
+    gradient = vector.sift.gradient(watched, clean, None, vector.delta, None)
     moved = vector.sift.moved(vector.delta, gradient)
     watched(perturb=vector.sift.with_delta(moved))
     names = ("clean_logits", "perturbed_logits_initial", "perturbed_logits_final")
@@ -114,7 +115,7 @@ def test_the_inner_step_leaves_the_parameters_gradients_untouched(kind):
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
     delta = sift.draw((3, 10, 16), DropoutKey(1), clean)
-    gradient = sift.gradient(predict, clean, labels, delta, None)
+    gradient = sift.gradient(predict, clean, labelled_places(kind, labels), delta, None)
     assert gradient.abs().max() > 0
     assert all(p.requires_grad and torch.equal(p.grad, torch.full_like(p, 7.0)) for p in model.parameters())
 
@@ -129,19 +130,20 @@ def test_the_corrected_term_is_zero_without_perturbation_and_positive_with_it(ki
     unperturbed = predict(perturb=sift.with_delta(torch.zeros(3, 10, 16, dtype=torch.float64)))
     # The same function up to the epsilon of the model's own LayerNorm, which is not involved: exact to rounding.
     torch.testing.assert_close(unperturbed, clean, rtol=1e-12, atol=1e-14)
-    assert abs(sift.distance(unperturbed, clean, labels).item()) < 1e-12
-    term = sift.term(predict, clean, labels, sift.draw((3, 10, 16), DropoutKey(1), clean), None)
+    place = labelled_places(kind, labels)
+    assert abs(sift.distance(unperturbed, clean, place).item()) < 1e-12
+    term = sift.term(predict, clean, place, sift.draw((3, 10, 16), DropoutKey(1), clean), None)
     assert term.item() > 1e-9
 
 
 @pytest.mark.parametrize("variant", ["original", "corrected"])
 def test_a_step_increases_the_distance(variant):
-    model, labels = small_model("classification", 3), KINDS["classification"][1]
+    model = small_model("classification", 3)
     predict, sift = predictor(model), Sift(SiftSection(weight=1.0, variant=variant), "classification")
     clean = predict(perturb=sift.entry())
     delta = sift.draw((3, 10, 16), DropoutKey(1), clean)
-    moved = sift.moved(delta, sift.gradient(predict, clean, labels, delta, None))
-    before, after = (sift.distance(predict(perturb=sift.with_delta(d)), clean, labels) for d in (delta, moved))
+    moved = sift.moved(delta, sift.gradient(predict, clean, None, delta, None))
+    before, after = (sift.distance(predict(perturb=sift.with_delta(d)), clean, None) for d in (delta, moved))
     assert after > before
 
 
