@@ -100,10 +100,9 @@ def resident(name: str) -> int:
 
 def make_steps(training: Training) -> Iterator[float]:
     """The loop's steps without what comes between them; the seconds of each."""
-    for step, micro_batches in enumerate(training.batches(), 1):
+    for step, (micro_batches, counts) in enumerate(training.agreed_steps(), 1):
         training.recorder.begin_step(step)
         start = time.perf_counter()
-        counts, _ = training.agree(micro_batches)
         training.step(step, micro_batches, counts)
         yield time.perf_counter() - start
 

@@ -23,7 +23,7 @@ ONE_INTERRUPT_SECONDS = 2.0
 
 
 class StopRequest:
-    """Remembers that SIGUSR1 or, once training runs, SIGTERM or Ctrl-C asked this process to stop at the next step.
+    """Remembers that SIGUSR1 or, once training runs, SIGTERM or Ctrl-C asked this process to stop.
 
     Before the first step there is nothing to save, and there may never be one, where a peer does not come: SIGTERM and
     Ctrl-C end a start at once.
@@ -50,7 +50,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def training_begins(self) -> None:
-        """From now on SIGTERM and the first Ctrl-C stop at the next step, too; a later Ctrl-C ends this process."""
+        """From now on SIGTERM and the first Ctrl-C stop after a step, too; a later Ctrl-C ends this process."""
         self.handlers |= {signal.SIGTERM: self.receive, signal.SIGINT: self.receive_interrupt}
         self.listen()
 

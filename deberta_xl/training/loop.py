@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import deepspeed
@@ -19,6 +20,7 @@ from deberta_xl.objectives.micro_batch import MicroBatch, pinned
 from deberta_xl.objectives.objective import KeepsBest, Losses, Objective, Reports
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.host_group import host_group
+from deberta_xl.run.garbage import collected_by_steps
 from deberta_xl.run.heartbeat import Heartbeat
 from deberta_xl.run.metrics import MetricsWriter
 from deberta_xl.run.ownership import Ownership
@@ -26,7 +28,7 @@ from deberta_xl.run.profiling import StepProfiler
 from deberta_xl.run.run_folder import RunFolder, State
 from deberta_xl.settings.finetuning import FinetuneConfig
 from deberta_xl.settings.pretraining import RunConfig, ScheduleSection
-from deberta_xl.training.agreement import Agreement, StopRequested
+from deberta_xl.training.agreement import Agreement, Question, StopRequested
 from deberta_xl.training.empty_steps import EmptySteps
 from deberta_xl.training.engine import Turns, scaler_in_words, set_learning_rate, update_is_finite
 from deberta_xl.training.evaluating import Evaluations
@@ -76,15 +78,20 @@ class Training:
     def train(self) -> State:
         """Train to the last step or until asked to stop; how it ended. Collective."""
         self.begin()
-        batches = prefetch(self.batches(), STEPS_AHEAD)
+        with collected_by_steps() as collect:
+            self.make_steps(collect)
+        return self.end()
+
+    def make_steps(self, collect: Callable[[int], None]) -> None:
+        """The loop. `collect` is told of every step, when it is done. Collective."""
+        steps = self.agreed_steps()
         while not self.is_finished:
             step = self.state.step + 1
             self.heartbeat.mark(step, "data")
             self.recorder.begin_step(step)
             with self.recorder.timer.phase("data"):
-                micro_batches = next(batches)
-            counts, is_stopping = self.agree(micro_batches)
-            if is_stopping:
+                micro_batches, counts = next(steps)
+            if self.agreement.is_stopping:
                 break
             self.empty_steps.check(step, counts[self.objective.reports["loss"].count])
             self.profiler.before_step(step)
@@ -97,7 +104,7 @@ class Training:
                 self.safeguard.check_end(searches_scale=self.engine.fp16_enabled())
             with self.recorder.paused():
                 self.save_and_evaluate()
-        return self.end()
+            collect(step)
 
     def begin(self) -> None:
         """Open the metrics, and make the evaluation that the start before has left unfinished. Collective."""
@@ -153,8 +160,24 @@ class Training:
         is_gpu = self.engine.device.type == "cuda"
         return ([pinned(batch) for batch in of_step] for of_step in batches) if is_gpu else batches
 
-    def agree(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, int], bool]:
-        """What the global batch counts, and whether any rank was asked to stop. Collective."""
+    def agreed_steps(self) -> Iterator[tuple[Sequence[MicroBatch], dict[str, int]]]:
+        """This rank's micro-batches for every step from here on, with what the global batch counts. Collective.
+
+        The ranks begin to agree on a step before the one in front of it is made, and hear of it afterwards.
+        """
+        batches = prefetch(self.batches(), STEPS_AHEAD)
+        micro_batches = next(batches)
+        question = self.ask(micro_batches)
+        while True:
+            counts = dict(zip(self.objective.counts, self.agreement.hear(question), strict=True))
+            current = micro_batches
+            if not self.agreement.is_stopping and self.state.step + 1 < self.total_steps:
+                micro_batches = next(batches)
+                question = self.ask(micro_batches)
+            yield current, counts
+
+    def ask(self, micro_batches: Sequence[MicroBatch]) -> Question:
+        """Begin to agree on a step: what its global batch counts, and whether to stop before it. Collective."""
         names = self.objective.counts
         counted = [sum(of_each) for of_each in zip(*(batch.counts for batch in micro_batches), strict=True)]
         if len(counted) != len(names):
@@ -163,8 +186,7 @@ class Training:
             )
         # The ranks that share a replica see the same samples; one of them counts.
         counted = counted if self.groups.grid.counts_labels else [0] * len(names)
-        counts, is_stopping = self.agreement.before_step(counted, self.stop)
-        return dict(zip(names, counts, strict=True)), is_stopping
+        return self.agreement.ask(counted, self.stop)
 
     def step(self, step: int, micro_batches: Sequence[MicroBatch], counts: Mapping[str, int]) -> Sums:
         """Make step number `step` of this rank; its figures."""
@@ -218,6 +240,8 @@ class Training:
         self.saver.save_when(is_saved or self.is_finished)
         if is_evaluated and not keeps_best:
             self.evaluations.make()
+        if is_evaluated:
+            gc.collect()  # figures are full of cycles
 
     def end(self) -> State:
         """Save what is not saved, conclude, close the files and say how the run ended. Collective."""
