@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 READS = {
     "_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "bincount", "unique_dim", "_unique2",
@@ -27,16 +27,19 @@ READS = {
 BY_NAME = {"cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", *READS}
 """Functions of tensors that read them."""
 OWN = ("/torch/", "host_reads.py")
+CPUS_LOOK = ("kernels/contract.py", "kernels/relative_index.py", "kernels/dropout.py")
+"""Where documents are looked at on a CPU alone; that nothing waits there on a GPU, `tests/gpu/test_device.py` shows."""
 
 
 class HostReads(TorchDispatchMode):
-    """Notes where the host reads, in forward and in backward: `operator at file:line`. What `cpu` has fetched may be
-    read as often as one likes."""
+    """Notes where the host reads, in forward and in backward: `operator at file:line`. What `cpu` has fetched, and what
+    is computed of that alone, may be read as often as one likes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
-        self.fetched: list[Tensor] = []
+        self.fetched: dict[int, Tensor] = {}
+        """By their ids."""
         self.patches = [mock.patch.object(Tensor, name, self.noting(name)) for name in ("cpu", "tolist")]
 
     def __enter__(self) -> HostReads:
@@ -59,14 +62,14 @@ class HostReads(TorchDispatchMode):
             found = function(tensor)
             if name == "cpu":
                 found = found.clone()
-                self.fetched.append(found)
+                self.fetched[id(found)] = found
             return found
 
         return read
 
     def has_fetched(self, tensor: Tensor) -> bool:
         """Whether it would be the host's."""
-        return any(tensor is other for other in self.fetched)
+        return id(tensor) in self.fetched
 
     def note(self, name: str) -> None:
         """A read, by whoever has called torch."""
@@ -74,7 +77,8 @@ class HostReads(TorchDispatchMode):
         # AdamW's own form for CPUs reads its number of steps; the fused one of GPUs has it there.
         if not any("/torch/optim/" in frame.filename for frame in frames):
             caller = next(f for f in reversed(frames) if not any(part in f.filename for part in OWN))
-            self.found.append(f"{name} at {caller.filename}:{caller.lineno}")
+            if not caller.filename.endswith(CPUS_LOOK):
+                self.found.append(f"{name} at {caller.filename}:{caller.lineno}")
 
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -83,7 +87,11 @@ class HostReads(TorchDispatchMode):
         is_read = name in READS and not self.has_fetched(args[0])
         if is_read or (name in ("index", "index_put", "index_put_") and is_masked(args)):
             self.note(name)
-        return function(*args, **(kwargs or {}))
+        found = function(*args, **(kwargs or {}))
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if given and all(map(self.has_fetched, given)):
+            self.fetched |= {id(value): value for value in tree_leaves(found) if isinstance(value, Tensor)}
+        return found
 
 
 def is_masked(args: Sequence[Any]) -> bool:
@@ -102,7 +110,7 @@ class OnDevice(Tensor):
         cls, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = function.__name__
-        indices, _ = tree_flatten(args[1:] if name in ("__getitem__", "__setitem__") else ())
+        indices = tree_leaves(args[1:] if name in ("__getitem__", "__setitem__") else ())
         if name in BY_NAME or any(isinstance(index, Tensor) and index.dtype is torch.bool for index in indices):
             cls.reads.append(name)
         return super().__torch_function__(function, types, args, kwargs or {})

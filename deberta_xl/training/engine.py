@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from deberta_xl.base.errors import ConfigError, Diverged
@@ -138,7 +139,16 @@ def build_engine(
         )
     if is_for(settings):
         PartitionedUpdate.take_over(engine)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        read_norm_once(engine.optimizer)
     return engine
+
+
+def read_norm_once(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Give ZeRO-2 the gradient's norm on the host: for each group of parameters it asks anew whether that is a number,
+    and would wait for the device each time. Layers with rates of their own are dozens of groups."""
+    norm = optimizer.scaled_global_norm
+    optimizer.scaled_global_norm = lambda: norm().cpu()
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
