@@ -27,6 +27,7 @@ from deberta_xl.base.command_line import build_parser
 from deberta_xl.base.errors import ConfigError, counted
 from deberta_xl.base.launch import Launch, device_number, node_name, read_launch
 from deberta_xl.base.log import configure_logging, logger, rank_zero
+from deberta_xl.run.devices import why_unusable
 from deberta_xl.run.rendezvous import export_launch
 
 PORT_SHIFT = -10000
@@ -60,7 +61,8 @@ def look(launch: Launch, run_folder: Path) -> dict[str, Any]:
             complaints.append(str(error))
     elif not is_cpu_meant:
         are = "is" if len(allotted) == 1 else "are"
-        complaints.append(f"{counted(len(allotted), 'GPU')} {are} allotted, but torch {torch.__version__} sees none")
+        shown = f"{counted(len(allotted), 'GPU')} {are} allotted, but torch {torch.__version__} sees none"
+        complaints.append(f"{shown}: {why_unusable()}")
     try:
         flops = multiply("cuda" if uuid else "cpu")
     except (RuntimeError, ArithmeticError) as error:

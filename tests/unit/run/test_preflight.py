@@ -48,12 +48,14 @@ def test_two_ranks_with_the_same_gpu_and_a_wrong_clock_are_named():
 
 def test_gpus_that_torch_does_not_see_and_too_little_memory_are_complaints(monkeypatch, tmp_path):
     monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(preflight.torch.version, "cuda", None)
     monkeypatch.setenv("SLURM_STEP_GPUS", "0,1")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage(2**20))
     complaints = look(Launch(), tmp_path)["complaints"]
     assert complaints[0].startswith("2 GPUs are allotted, but torch")
+    assert "it is a build for CPUs" in complaints[0]
     assert [text.split(" has ")[0] for text in complaints[1:]] == ["the run folder", "/dev/shm"]
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert len(look(Launch(), tmp_path)["complaints"]) == 2
