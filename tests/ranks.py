@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import logging
 import multiprocessing
 import os
@@ -116,6 +117,7 @@ def rank_environment(rank: int, world_size: int, port: int, backend: str | None 
 def _rank_main(sender: Connection, backend: str | None, timeout: float, function: Callable, args: tuple) -> None:
     """The life of one rank: set up, call, report, leave without any clean-up that belongs to the parent."""
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent has made is not looked through again by every collection
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's, for torch.distributed
     faulthandler.dump_traceback_later(timeout - 1, file=sys.__stderr__)  # shows where a rank hangs
     try:

@@ -8,6 +8,7 @@ What a launcher and a fresh interpreter do besides is not in it: a test of that 
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import signal
@@ -73,6 +74,7 @@ def start(
 
 def live(script: Path, given: list[str], folder: Path | None, said: Path, stop_after: int | None) -> None:
     """The life of a rank: what `python SCRIPT GIVEN` does."""
+    gc.freeze()  # as in `ranks.py`
     os.chdir(folder or Path.cwd())
     sys.stdout = sys.stderr = said.open("w", encoding="utf-8", buffering=1)
     for number in (1, 2):
