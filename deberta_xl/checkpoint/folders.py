@@ -75,7 +75,8 @@ def verify_checkpoint(folder: Path, *, collective: bool) -> None:
     """
     if collective:
         rank, world_size = rank_and_size()
-        together(lambda: verify_files(folder, read_manifest(folder), rank=rank, world_size=world_size))
+        files = on_rank_zero(lambda: read_manifest(folder))
+        together(lambda: verify_files(folder, files, rank=rank, world_size=world_size))
     else:
         verify_files(folder, read_manifest(folder))
 

@@ -18,13 +18,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deberta_xl.base import signs
-from deberta_xl.checkpoint.manifest import CheckpointError, FileFacts
+from deberta_xl.checkpoint.manifest import CheckpointError, FileFacts, inside, read_manifest
 from deberta_xl.checkpoint.rectangles import Overlap, Rectangle, overlaps, range_rectangles, shard_area
+from deberta_xl.checkpoint.stored_index import INDEX_NAME, FilePieces, Layout, StoredIndex, from_bytes, merged
 from deberta_xl.checkpoint.tensor_writer import Advance, write_flat
 from deberta_xl.parallel.shard import Shard
 
@@ -67,21 +69,8 @@ class Piece(NamedTuple):
         return range_rectangles(shard_area(self.cut), self.offset, self.numel)
 
 
-class StoredPiece(NamedTuple):
-    """A piece, and where its elements lie in its file."""
-
-    piece: Piece
-    path: Path
-    position: int
-    """First element in each of the file's flat tensors."""
-    rectangles: list[Rectangle]
-    """Those of the piece; computed once, since every rank looks through all of them."""
-
-
 Header = Mapping[str, str]
 """What a rank file says of itself: the metadata of its safetensors header."""
-StoredIndex = dict[str, list[StoredPiece]]
-"""Parameter name → its pieces in all rank files of a checkpoint, by shard and offset."""
 
 
 def rank_file_name(rank: int) -> str:
@@ -129,23 +118,38 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def read_index(path: Path, header: Header) -> list[StoredPiece]:
-    """The pieces that the header of the rank file `path` lists. Raises CheckpointError when it is damaged."""
+class Listed(NamedTuple):
+    """A piece, as the header of a rank file lists it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the parameter on the rank."""
+    offset: int
+    numel: int
+
+
+def read_listed(path: Path, header: Header) -> tuple[list[Listed], dict[str, Shard]]:
+    """The pieces that the header of the rank file `path` lists, and of each name what the rank has of the parameter.
+
+    Raises CheckpointError when it is damaged.
+    """
     try:
-        shards = _read_shards(header)
-        pieces = [
-            Piece(name, tuple(shape), offset, numel, shards.get(name))
-            for name, shape, offset, numel in json.loads(header["index"])
-        ]
-    except (KeyError, TypeError) as error:
+        listed = [Listed(name, tuple(shape), *place) for name, shape, *place in json.loads(header["index"])]
+        shards = {one.name: Shard(0, 0, 1, one.shape) for one in listed} | _read_shards(header)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a rank file: {error}") from None
-    stored, position = [], 0
-    for piece in pieces:
-        if piece.shard is not None and piece.shard.local_shape != piece.shape:
-            raise CheckpointError(f"{path}: {piece.name} is {piece.shape} there, which is not its {piece.shard}")
-        stored.append(StoredPiece(piece, path, position, piece.rectangles))
-        position += piece.numel
-    return stored
+    for one in listed:
+        shard = shards[one.name]
+        if shard.size == 1 and shard.logical_shape != one.shape:
+            raise another_shape(path, one.name, shard.logical_shape, one.shape)
+        if shard.size > 1 and shard.local_shape != one.shape:
+            raise CheckpointError(f"{path}: {one.name} is {one.shape} there, which is not its {shard}")
+    return listed, shards
+
+
+def another_shape(path: Path, name: str, *shapes: tuple[int, ...]) -> CheckpointError:
+    """Of a parameter that is stored with several."""
+    return CheckpointError(f"{path.parent}: the rank files disagree about the shape of {name}: {sorted(shapes)}")
 
 
 def _read_shards(header: Header) -> dict[str, Shard]:
@@ -157,58 +161,61 @@ def _read_shards(header: Header) -> dict[str, Shard]:
     return {name: Shard(dim, rank, size, tuple(shape)) for name, (dim, shape) in sharded.items()}
 
 
+def read_stored(folder: Path) -> StoredIndex:
+    """Where everything lies in a checkpoint: what its index says or, where an earlier version has left it without one,
+    what each rank file says. Raises CheckpointError."""
+    files = read_manifest(folder)
+    if INDEX_NAME not in files:
+        return read_indices(inside(folder, name) for name in files if is_rank_file(name))
+    try:
+        content = inside(folder, INDEX_NAME).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder / INDEX_NAME} cannot be read: {error.strerror}") from None
+    stored = from_bytes(folder, content)
+    if strangers := [path.name for path in stored.files if path.name not in files]:
+        raise CheckpointError(f"{folder / INDEX_NAME} names {strangers[0]}, which the manifest does not")
+    return stored
+
+
 def read_indices(paths: Iterable[Path]) -> StoredIndex:
-    """`join_indices` of all `paths`, each of which is opened here."""
-    return join_indices((path, read_header(path)) for path in paths)
+    """The index of all `paths`, each of which is opened here. Raises CheckpointError."""
+    return join_headers((path, read_header(path)) for path in paths)
 
 
-def join_indices(headers: Iterable[tuple[Path, Header]]) -> StoredIndex:
-    """Parameter name → its pieces in all rank files, by shard and offset.
+def join_headers(headers: Iterable[tuple[Path, Header]]) -> StoredIndex:
+    """The index of all files with these headers.
 
     Raises CheckpointError when the pieces of a parameter do not cover it exactly once.
     """
-    by_name: StoredIndex = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    files, found = [], []
     for path, header in headers:
         signs.moved()
-        for stored in read_index(path, header):
-            by_name.setdefault(stored.piece.name, []).append(stored)
-    for name, pieces in by_name.items():
-        pieces.sort(key=lambda stored: (stored.piece.cut.rank, stored.piece.offset))
-        _check_cover(name, pieces)
-    return by_name
+        listed, shards = read_listed(path, header)
+        for name in (one.name for one in listed):
+            shape = shards[name].logical_shape
+            if shapes.setdefault(name, shape) != shape:
+                raise another_shape(path, name, shapes[name], shape)
+        files.append(path)
+        found.append((listed, shards))
+    numbers = {name: number for number, name in enumerate(shapes)}
+    return merged(files, Layout([*shapes], [*shapes.values()]), (file_pieces(*of_file, numbers) for of_file in found))
 
 
-def _check_cover(name: str, pieces: Sequence[StoredPiece]) -> None:
-    """Refuse pieces (sorted) with a gap, an overlap, another shape or another cut: all shards must be there, whole."""
-    folder = pieces[0].path.parent
-    shapes = {stored.piece.cut.logical_shape for stored in pieces}
-    if len(shapes) > 1:
-        raise CheckpointError(f"{folder}: the rank files disagree about the shape of {name}: {sorted(shapes)}")
-    cuts = {stored.piece.cut._replace(rank=0) for stored in pieces}
-    if len(cuts) > 1:
-        raise CheckpointError(f"{folder}: the rank files disagree about how {name} is cut: {sorted(cuts)}")
-    by_rank: dict[int, list[StoredPiece]] = {}
-    for stored in pieces:
-        by_rank.setdefault(stored.piece.cut.rank, []).append(stored)
-    (cut,) = cuts
-    for rank in range(cut.size):
-        _check_shard_cover(folder, name, cut._replace(rank=rank), by_rank.get(rank, []))
-
-
-def _check_shard_cover(folder: Path, name: str, shard: Shard, pieces: Sequence[StoredPiece]) -> None:
-    """Refuse pieces (sorted) of a shard with a gap or an overlap."""
-    which = f" in shard {shard.rank} of {shard.size}" if shard.size > 1 else ""
-    reached, needed = 0, shard_area(shard).numel
-    for stored in pieces:
-        if stored.piece.offset != reached:
-            raise CheckpointError(
-                f"{stored.path}: a piece of {name} begins at {stored.piece.offset}, not at {reached}{which}"
-            )
-        reached = stored.piece.end
-    if reached != needed:
-        raise CheckpointError(
-            f"{folder}: the rank files hold {reached} elements of {name} {shard.logical_shape}{which}, not {needed}"
-        )
+def file_pieces(
+    pieces: Sequence[Listed | Piece], shards: Mapping[str, Shard], numbers: Mapping[str, int]
+) -> FilePieces:
+    """As arrays; a parameter's number is what `numbers` says."""
+    cut = next((shard for shard in shards.values() if shard.size > 1), Shard(0, 0, 1, ()))
+    dims = {name: shard.dim if shard.size > 1 else -1 for name, shard in shards.items()}
+    return FilePieces(
+        cut.rank,
+        cut.size,
+        np.array([numbers[piece.name] for piece in pieces], np.int32),
+        np.array([dims[piece.name] for piece in pieces], np.int8),
+        np.array([piece.offset for piece in pieces], np.int64),
+        np.array([piece.numel for piece in pieces], np.int64),
+    )
 
 
 def fill(
@@ -222,23 +229,18 @@ def fill(
     copies: dict[Path, list[tuple[int, Overlap, Tensor]]] = {}
     for piece, target in wanted:
         copied, rectangles = 0, piece.rectangles
-        for candidate in stored[piece.name]:
-            for overlap in overlaps(candidate.rectangles, rectangles):
-                copies.setdefault(candidate.path, []).append((candidate.position, overlap, target))
+        for found in stored.look_up(piece.name, rectangles):
+            for overlap in overlaps(found.rectangles, rectangles):
+                copies.setdefault(found.path, []).append((found.position, overlap, target))
                 copied += overlap.rows * overlap.columns
         assert copied == piece.numel == target.numel(), f"{copied} of {piece.numel} elements of {piece.name} found"
-    for path, found in copies.items():
+    for path, of_file in copies.items():
         with safe_open(path, framework="pt") as file:
             flat = file.get_slice(kind)
-            for position, overlap, target in found:
+            for position, overlap, target in of_file:
                 source = flat[position + overlap.source_start : position + overlap.source_end]
                 overlap.copy(source, target)
                 advance(overlap.rows * overlap.columns)
-
-
-def logical_shapes(stored: StoredIndex) -> dict[str, tuple[int, ...]]:
-    """Parameter name → the plain model's shape of it."""
-    return {name: pieces[0].piece.cut.logical_shape for name, pieces in stored.items()}
 
 
 def check_shapes(folder: Path, stored: StoredIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -246,7 +248,7 @@ def check_shapes(folder: Path, stored: StoredIndex, expected: Mapping[str, tuple
 
     `expected` maps names to logical shapes.
     """
-    found = logical_shapes(stored)
+    found = stored.logical_shapes
     complaints = [
         f"{name} is {found.get(name, 'missing')} in the checkpoint, {expected.get(name, 'missing')} in the model"
         for name in [*expected, *(name for name in found if name not in expected)]

@@ -4,6 +4,7 @@
       rank-00000.safetensors …   each rank's own pieces of master weights and Adam moments (rank_file.py)
       state.json                 what the caller gave, and under "engine" what the optimizer needs besides tensors
       …                          the caller's extra files (config.json, tokenizer/)
+      index.safetensors          where every element lies, of all rank files (stored_index.py)
       manifest.json              every file with size and hash, written last (manifest.py)
 
 Saving moves no tensor between ranks; loading reads the byte ranges a rank needs. Any ZeRO stage (1, 2, 3), precision,
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,21 @@ from deberta_xl.checkpoint.manifest import (
     CheckpointError,
     FileFacts,
     content_facts,
-    inside,
-    read_manifest,
     step_folder_name,
     write_manifest,
 )
 from deberta_xl.checkpoint.rank_file import (
     KINDS,
     WHOLE,
-    Header,
-    StoredIndex,
     check_shapes,
+    file_pieces,
     fill,
-    is_rank_file,
-    join_indices,
     rank_file_name,
-    read_header,
+    read_stored,
     write_rank_file,
 )
-from deberta_xl.checkpoint.together import gathered, on_rank_zero, rank_and_size, together
+from deberta_xl.checkpoint.stored_index import INDEX_NAME, FilePieces, Layout, StoredIndex, merged, to_bytes
+from deberta_xl.checkpoint.together import gathered, on_rank_zero, rank_and_size, sent_to_rank_zero, together
 from deberta_xl.parallel.pipeline import PipelinedModel, is_copy
 from deberta_xl.parallel.shard import shard_of
 
@@ -98,10 +95,22 @@ def save_checkpoint(
     folder: Path | None = None
     try:
         folder = on_rank_zero(lambda: make_partial_folder(checkpoints, state["step"]))
-        written = gathered(lambda: _write_files(engine, folder, state, extra_files, tensor_parallel))
+        own: list[FilePieces] = []
+        written = gathered(lambda: _write_files(engine, folder, state, extra_files, tensor_parallel, own.append))
         files = {name: facts for of_rank in written for name, facts in of_rank.items()}
+        pieces = sent_to_rank_zero(own[0])
+        layout = Layout(*zip(*_logical_shapes(engine).items(), strict=True))
         target = checkpoints / step_folder_name(state["step"])
-        return on_rank_zero(lambda: _publish(folder, target, files, before_publishing))
+
+        def publish() -> Path:
+            index = {
+                INDEX_NAME: to_bytes(merged([folder / rank_file_name(n) for n in range(len(pieces))], layout, pieces))
+            }
+            write_files(folder, index)
+            facts = {name: content_facts(content) for name, content in index.items()}
+            return _publish(folder, target, files | facts, before_publishing)
+
+        return on_rank_zero(publish)
     except (CheckpointError, RuntimeError) as failure:
         if folder is not None and rank_and_size()[0] == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -120,8 +129,8 @@ def load_checkpoint(
 
     Raises CheckpointError on every rank, before anything is changed, when parameters are missing or have other shapes.
     """
-    headers = read_headers(folder)
-    state, stored = together(lambda: _read_state_and_index(engine, folder, headers))
+    state, stored = on_rank_zero(lambda: (read_json(folder / STATE_NAME), read_stored(folder)))
+    together(lambda: check_shapes(folder, stored, _logical_shapes(engine)))
     together(lambda: _fill_engine(engine, stored, state["engine"], tensor_parallel))
     refresh_model_weights(engine)
     return _of_caller(state)
@@ -155,8 +164,9 @@ def _write_files(
     state: Mapping[str, Any],
     extra_files: Mapping[str, bytes],
     tensor_parallel: tuple[int, int],
+    tell: Callable[[FilePieces], None],
 ) -> dict[str, FileFacts]:
-    """Write this rank's files; their facts by name."""
+    """Write this rank's files; their facts by name. `tell` is given what its rank file has."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not visible here; the run folder must be on a file system all ranks share")
     rank, _ = rank_and_size()
@@ -170,6 +180,8 @@ def _write_files(
         with progress(f"saving step {state['step']}", size) as advance:
             flat = _snapshot(engine, fragments)
             found = {path.name: write_rank_file(path, pieces, flat, tensor_parallel, advance)}
+        numbers = {name: number for number, name in enumerate(_logical_shapes(engine))}
+        tell(file_pieces(pieces, {piece.name: piece.cut for piece in pieces}, numbers))
         if rank == 0:
             facts = _engine_facts(engine, tensor_parallel_size=tensor_parallel[0])
             shared = {**extra_files, STATE_NAME: json.dumps({**state, "engine": facts}, indent=1).encode()}
@@ -244,24 +256,6 @@ def _publish(folder: Path, target: Path, files: Mapping[str, FileFacts], before_
     with contextlib.suppress(OSError):
         remove(replaced)
     return target
-
-
-def read_headers(folder: Path) -> list[tuple[Path, Header]]:
-    """Path and header of every rank file: each rank opens its share of them, for all need all. Collective."""
-    rank, size = rank_and_size()
-    names = on_rank_zero(lambda: [name for name in read_manifest(folder) if is_rank_file(name)])
-    shares = gathered(lambda: {name: read_header(inside(folder, name)) for name in names[rank::size]})
-    headers = {name: header for share in shares for name, header in share.items()}
-    return [(folder / name, headers[name]) for name in names]
-
-
-def _read_state_and_index(
-    engine: DeepSpeedEngine, folder: Path, headers: Iterable[tuple[Path, Header]]
-) -> tuple[dict[str, Any], StoredIndex]:
-    """`state.json` and where each parameter's elements lie, checked against the engine's parameters."""
-    stored = join_indices(headers)
-    check_shapes(folder, stored, _logical_shapes(engine))
-    return read_json(folder / STATE_NAME), stored
 
 
 def _fill_engine(

@@ -75,6 +75,18 @@ def on_rank_zero(action: Callable[[], Result]) -> Result:
     return outcome.result
 
 
+def sent_to_rank_zero(value: Result) -> list[Result]:
+    """What each rank has given, by rank; on rank 0 only, an empty list elsewhere. Collective."""
+    rank, world_size = rank_and_size()
+    if world_size == 1:
+        return [value]
+    received = [value] * world_size if rank == 0 else None
+    signs.waits()
+    distributed.gather_object(value, received, dst=0, group=host_group())
+    signs.moved()
+    return received or []
+
+
 def _outcome(action: Callable[[], Any]) -> tuple[Outcome, Exception | None]:
     """How it ended here, and what it raised."""
     try:

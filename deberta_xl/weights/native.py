@@ -25,11 +25,10 @@ from deberta_xl.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
     file_facts,
-    inside,
-    read_manifest,
     write_manifest,
 )
-from deberta_xl.checkpoint.rank_file import Piece, StoredIndex, fill, is_rank_file, logical_shapes, read_indices
+from deberta_xl.checkpoint.rank_file import Piece, fill, read_stored
+from deberta_xl.checkpoint.stored_index import StoredIndex
 from deberta_xl.checkpoint.tensor_files import INDEX_SUFFIX, WEIGHTS_NAME, open_tensors
 from deberta_xl.checkpoint.tensor_writer import DEFAULT_SHARD_BYTES, Advance, no_progress, total_bytes, write_shards
 from deberta_xl.data.tokenizer import Tokenizer, tokenizer_contents
@@ -99,10 +98,10 @@ def open_weights(folder: Path) -> LazyTensors:
     if (path := weights_file(folder)) is not None:
         return open_tensors(path)
     try:
-        stored = read_indices(inside(folder, name) for name in read_manifest(folder) if is_rank_file(name))
+        stored = read_stored(folder)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder} holds no weights that can be read: {error}") from None
-    return {name: _stored_weight(name, shape, stored, folder) for name, shape in logical_shapes(stored).items()}
+    return {name: _stored_weight(name, shape, stored, folder) for name, shape in stored.logical_shapes.items()}
 
 
 def _stored_weight(name: str, shape: tuple[int, ...], stored: StoredIndex, folder: Path) -> LazyTensor:

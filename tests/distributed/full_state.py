@@ -9,7 +9,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
-from deberta_xl.checkpoint.rank_file import KINDS, Piece, fill, logical_shapes, read_indices
+from deberta_xl.checkpoint.rank_file import KINDS, Piece, fill, read_indices
 
 FullState = dict[str, dict[str, Tensor]]
 """Kind → name → whole tensor."""
@@ -32,7 +32,7 @@ def full_state(folder: Path) -> FullState:
     stored = read_indices(sorted(folder.glob("rank-*.safetensors")))
     state = {}
     for kind in KINDS:
-        state[kind] = {name: torch.full(shape, torch.nan) for name, shape in logical_shapes(stored).items()}
+        state[kind] = {name: torch.full(shape, torch.nan) for name, shape in stored.logical_shapes.items()}
         whole = [(Piece(name, tuple(t.shape), 0, t.numel()), t.view(-1)) for name, t in state[kind].items()]
         fill(whole, stored, kind)
     return state

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from unittest import mock
-
 import pytest
-import torch
 import torch.distributed as distributed
 from ranks import run_ranks
 
 from deberta_xl.base.errors import UserError
-from deberta_xl.checkpoint import store
-from deberta_xl.checkpoint.manifest import CheckpointError, write_manifest
-from deberta_xl.checkpoint.rank_file import KINDS, Header, rank_file_name, read_header, write_rank_file
-from deberta_xl.checkpoint.together import gathered, on_rank_zero, rank_and_size, together
+from deberta_xl.checkpoint.manifest import CheckpointError
+from deberta_xl.checkpoint.together import gathered, on_rank_zero, rank_and_size, sent_to_rank_zero, together
 
 
 def fail_on(ranks: tuple[int, ...], error: Exception) -> int:
@@ -60,23 +54,8 @@ def test_a_failure_on_some_ranks_is_raised_on_all_with_its_reason():
         ]
 
 
-def opened(folder: Path) -> tuple[list[str], list[str]]:
-    """The rank files that this rank opens, and those whose headers it has then."""
-    names = []
-
-    def read(path: Path) -> Header:
-        names.append(path.name)
-        return read_header(path)
-
-    with mock.patch.object(store, "read_header", read):
-        return names, [path.name for path, _ in store.read_headers(folder)]
-
-
-def test_every_rank_has_every_header_and_opens_its_share_of_the_files(tmp_path):
-    names = [rank_file_name(rank) for rank in range(3)]
-    nothing = {kind: torch.zeros(0) for kind in KINDS}
-    write_manifest(tmp_path, {name: write_rank_file(tmp_path / name, [], nothing) for name in names})
-    assert run_ranks(opened, 2, tmp_path) == [(names[::2], names), (names[1::2], names)]
+def test_what_each_rank_gives_reaches_rank_zero_alone():
+    assert run_ranks(lambda: sent_to_rank_zero(distributed.get_rank() + 1), 3) == [[1, 2, 3], [], []]
 
 
 def test_without_a_process_group_there_is_one_rank():

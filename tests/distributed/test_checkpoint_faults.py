@@ -247,6 +247,7 @@ def test_a_checkpoint_of_step_0_and_its_extra_files_are_complete(tmp_path):
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(files) == [
         "config.json",
+        "index.safetensors",
         "rank-00000.safetensors",
         "rank-00001.safetensors",
         "state.json",

@@ -18,7 +18,6 @@ from deberta_xl.checkpoint.rank_file import (
     Piece,
     check_shapes,
     fill,
-    logical_shapes,
     rank_file_name,
     read_indices,
     write_rank_file,
@@ -68,7 +67,7 @@ def slice_of_rank(full: torch.Tensor, name: str, size: int, rank: int) -> torch.
 def test_every_rank_of_any_size_finds_its_shard_in_the_files_of_any_other(tmp_path_factory, saved_in, loaded_in, cuts):
     state = some_state(SHAPES)
     stored = read_indices(write_sharded_state(tmp_path_factory.mktemp("ranks"), state, cuts, DIMS, saved_in))
-    assert logical_shapes(stored) == SHAPES
+    assert stored.logical_shapes == SHAPES
     for rank in range(loaded_in):
         pieces = [piece_of_rank(name, loaded_in, rank) for name in SHAPES]
         for kind in KINDS:
