@@ -7,17 +7,19 @@ recomputed under ZeRO 2 and 3 (test_training_equality.py); gradients of the shar
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layouts import Case, Layout, Run
+from layouts import Case, Layout, Run, recorded
 from plain_run import LENGTH, ROWS, Curve, architecture, train_plainly
 from ranks import RankError, run_ranks
 from small_dataset import SmallDataset
 
+from deberta_xl.checkpoint.manifest import CheckpointError
 from deberta_xl.parallel.groups import Groups
 from deberta_xl.parallel.plan import divide
 from deberta_xl.parallel.shard import shard_of
@@ -47,7 +49,10 @@ def train(dataset: SmallDataset, folder: Path, sabotage: str) -> Curve:
     if sabotage == "copies":
         for parameter in run.engine.module.parameters():
             parameter.ds_pipe_replicated = False
-    return run.train()
+    # What two of these would save at their end does not cover the model once, and is refused.
+    with recorded(lambda: None) as curve, contextlib.suppress(CheckpointError):
+        run.training.train()
+    return curve
 
 
 def without_batch(engine_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
