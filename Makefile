@@ -35,18 +35,8 @@ test-full: $(VENV)/.installed-test ## the full matrices alone, which `make test`
 test-all: $(VENV)/.installed-test ## every test that needs no GPU: both of them in one run
 	$(PYTEST) -m "not gpu" $(PYTEST_OPTIONS)
 
-gpu: $(VENV)/.installed-test ## the tests that need an NVIDIA GPU, then the benchmarks there; figures go to runs/gpu
-	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
-	  "error: make gpu needs an NVIDIA GPU, and torch " + torch.__version__ + " finds none (does nvidia-smi?)")'
-	$(VENV)/bin/python -m pytest -n 4 -m gpu -rP $(PYTEST_OPTIONS)
-	@mkdir -p runs/gpu
-	$(VENV)/bin/python benchmarks/attention.py --json runs/gpu/attention.json
-	$(VENV)/bin/python benchmarks/attention.py --model xxlarge --rows dense --lengths 512 8192 \
-	  --json runs/gpu/attention_xxlarge.json
-	$(VENV)/bin/python benchmarks/step.py --json runs/gpu/step.json
-	$(VENV)/bin/python benchmarks/step.py --model xxlarge --rows dense --lengths 512 --dropout 0.1 --kernels fused \
-	  --json runs/gpu/step_xxlarge.json
-	$(VENV)/bin/python benchmarks/inference.py --texts 2048 --json runs/gpu/inference.json
+gpu: $(VENV)/.installed-test ## all that NVIDIA GPUs are asked, in ten minutes: tests, benchmarks, a report in runs/gpu
+	$(VENV)/bin/python benchmarks/gpu.py
 
 lint: $(VENV)/.installed-test ## style and format of the source
 	$(VENV)/bin/python -m ruff check

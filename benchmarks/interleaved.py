@@ -104,8 +104,10 @@ class Disagreement(Exception):
     """A way computes something else."""
 
 
-def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line of both benchmarks."""
+def parse_arguments(
+    description: str, arguments: list[str] | None = None, *, has_anchors: bool = True
+) -> argparse.Namespace:
+    """The command line of these benchmarks."""
     is_on_gpu = torch.cuda.is_available()
     parser = build_parser(description)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], metavar="TOKENS", help="of a row")
@@ -120,10 +122,11 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
         "--model", choices=("small", "xxlarge"), default="small", help="whose sizes (default: %(default)s)"
     )
     parser.add_argument("--kernels", choices=KERNELS, nargs="*", default=list(KERNELS), help="ours (default: all)")
-    parser.add_argument(
-        "--anchors", choices=ANCHORS, nargs="*", default=[name for name in ANCHORS if name != "compiled"],
-        help="beside them; all but `compiled`, which takes long to compile (default: %(default)s)",
-    )  # fmt: skip
+    if has_anchors:
+        parser.add_argument(
+            "--anchors", choices=ANCHORS, nargs="*", default=[name for name in ANCHORS if name != "compiled"],
+            help="beside them; all but `compiled`, which takes long to compile (default: %(default)s)",
+        )  # fmt: skip
     parser.add_argument(
         "--turns", type=int, default=5 if is_on_gpu else 7,
         help="times that each way is measured (default: %(default)s here; 5 on a GPU, 7 on a CPU)",
