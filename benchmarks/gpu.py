@@ -90,9 +90,14 @@ def tests(output: Path, machine: Machine) -> list[Words]:
 
 def training(output: Path, machine: Machine) -> list[Words]:
     """A dataset made of the project's own documents, and steps on it."""
-    texts, data = sorted(map(str, (ROOT / "docs").glob("*.md"))), output / "data"
-    tokenizer = ["tools/train_tokenizer.py", "--allow_smaller", "--vocab_size", "2000", "--input", *texts]
-    dataset = ["tools/preprocess.py", "--tokenizer", f"{data}/tokenizer", "--input", *texts, "--overwrite"]
+    data = output / "data"
+    data.mkdir(exist_ok=True)
+    corpus = data / "corpus.txt"
+    corpus.write_text(
+        "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))), encoding="utf-8"
+    )
+    tokenizer = ["tools/train_tokenizer.py", "--allow_smaller", "--vocab_size", "2000", "--input", str(corpus)]
+    dataset = ["tools/preprocess.py", "--tokenizer", f"{data}/tokenizer", "--input", str(corpus), "--overwrite"]
     steps = ["--data", f"{data}/train", "--json", f"{output}/training.json", "--trace", f"{output}/trace.json.gz"]
     if machine.is_rehearsal:
         script, sizes = ["benchmarks/training.py"], ["--config", "debug", "--steps", "2"]
