@@ -34,7 +34,6 @@ if __name__ == "__main__":  # from any folder, also where the package is not ins
 from deberta_xl.base.command_line import build_parser, run_tool
 from benchmarks.gpu_report import Outcome, read_results, write_report
 from deberta_xl.base.errors import UserError
-from deberta_xl.run.run_folder import git_revision
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -194,6 +193,15 @@ def look_around(*, rehearses: bool) -> Machine:
     return Machine(count, min(torch.cuda.get_device_properties(n).total_memory for n in range(count)) / GIB)
 
 
+def revision() -> str | None:
+    """Of the code; None outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def execute(words: Words, log: Path, seconds: float, machine: Machine) -> tuple[str, str]:
     """Run a command, for so long at most; its outcome, and why, in a line."""
     on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if machine.is_rehearsal else {}
@@ -253,7 +261,7 @@ def run(arguments: argparse.Namespace) -> None:
         outcome = ask(name, PARTS[name], output, machine, end - time.monotonic())
         print(f"  {outcome}", flush=True)
         outcomes.append(outcome)
-    about = {"date": datetime.now(UTC).isoformat(timespec="minutes"), "revision": git_revision(), **machine._asdict()}
+    about = {"date": datetime.now(UTC).isoformat(timespec="minutes"), "revision": revision(), **machine._asdict()}
     report = write_report(output, about, outcomes, read_results(output, outcomes))
     print(f"\n{report}\nwritten to {output}/report.md and {output}/report.json", flush=True)
     if failed := [outcome.name for outcome in outcomes if outcome.outcome == "failed"]:

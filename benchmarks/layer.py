@@ -17,69 +17,45 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if __name__ == "__main__":  # from any folder, also where the package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.interleaved import Case, Run, Way, compare, disagreements, parse_arguments
-from deberta_xl.kernels.registry import Demand, choose_kernel, load_kernel
 from deberta_xl.model.dropout import DropoutKey
-from deberta_xl.model.layer import EncoderLayer
-from deberta_xl.model.relative_position import RelativePosition
-from deberta_xl.model.scene import Scene, read_mask
+from deberta_xl.model.masked_lm import MaskedLanguageModel
 from deberta_xl.settings.architecture import DebertaConfig
 from deberta_xl.settings.presets import load_run_config
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Of a result's norm, dropout off."""
+FEW = ["model.num_layers=2"]
+"""Of which one is the decoder's."""
 SMALL = ["model.hidden_size=384", "model.intermediate_size=1536", "model.num_heads=6"]
 
 
 def config_of(case: Case, options: argparse.Namespace) -> DebertaConfig:
     """The model whose layer it is."""
     preset, sizes = ("base", SMALL) if options.model == "small" else (options.model, [])
-    return load_run_config(preset, [*sizes, f"model.dropout={case.rate}"]).model.architecture(2)
-
-
-class Block(nn.Module):
-    """A layer and the relative table that it reads."""
-
-    def __init__(self, config: DebertaConfig, kernel: str):
-        super().__init__()
-        self.relative_position, self.layer = RelativePosition(config), EncoderLayer(config)
-        self.kernel = kernel
-
-    def choose(self) -> Block:
-        """Compute attention with the kernel, where the weights are. Raises ConfigError."""
-        attention = self.layer.attention
-        chosen = choose_kernel(self.kernel, Demand(attention.config, platform=attention.platform))
-        attention.attend, attention.is_chosen = load_kernel(chosen), True
-        return self
-
-    def forward(self, hidden_BSD: Tensor, segments_BS: Tensor) -> Tensor:
-        """States after the layer."""
-        where = read_mask(segments_BS, segments_BS, self.relative_position.buckets)
-        return self.layer(hidden_BSD, Scene(where, self.relative_position(), DropoutKey(1)))
+    return load_run_config(preset, [*FEW, *sizes, f"model.dropout={case.rate}"]).model.architecture(2)
 
 
 def layer_run(kernel: str, config: DebertaConfig, case: Case) -> Run:
-    """Forward and backward; states after the layer, gradients of those before it and of all weights."""
+    """Forward and backward; states after the layer, gradients of those before it, of the table and of all weights."""
     device = case.segments.device
-    torch.manual_seed(1)
     with torch.device(device):
-        block = Block(config, kernel).to(case.dtype).train().choose()
-    for parameter in block.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=config.initializer_range)
+        model = MaskedLanguageModel(config).to(case.dtype).train()
+    model.use_kernel(kernel)
+    layer, table = model.encoder.layers[0], model.encoder.relative_position
     generator = torch.Generator(device).manual_seed(1)
     size = (*case.segments.shape, config.hidden_size)
     hidden, gradient = (torch.randn(size, device=device, dtype=case.dtype, generator=generator) for _ in range(2))
-    read = (hidden.requires_grad_(), *block.parameters())
+    read = (hidden.requires_grad_(), *layer.parameters(), *table.parameters())
 
     def run() -> tuple[Tensor, ...]:
-        output = block(hidden, case.segments)
-        return output.detach(), *torch.autograd.grad(output, read, gradient, allow_unused=True)
+        output = layer(hidden, model.scene(case.segments, case.segments, DropoutKey(1)))
+        return output.detach(), *torch.autograd.grad(output, read, gradient)
 
     return run
 

@@ -35,7 +35,6 @@ from deberta_xl.base.stop_request import StopRequest
 from deberta_xl.commands.pretraining import PretrainingInputs, read_inputs
 from deberta_xl.commands.pretraining import parse_arguments as parse_pretraining
 from deberta_xl.commands.training_command import choose_accelerator, part_from_peers
-from deberta_xl.planning.hardware import peak_flops
 from deberta_xl.training.assembly import assemble_training
 
 WARM_UP_STEPS = 2
@@ -53,6 +52,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="steps that are measured (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--trace", type=Path, help="file for a trace of one step more (open it at ui.perfetto.dev)")
+    parser.add_argument("--peak_tflops", type=float, default=989.0,
+                        help="of a GPU, dense bfloat16 (default: %(default)s, an H100 or H200)")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE", help="such as train.micro_batch_size=4")
     return parser.parse_args(arguments)
 
@@ -65,13 +66,15 @@ def inputs_of(arguments: argparse.Namespace, folder: str) -> PretrainingInputs:
     return read_inputs(parse_pretraining(given))
 
 
-def figures(inputs: PretrainingInputs, seconds: list[float], device: torch.device) -> dict[str, Any]:
+def figures(
+    inputs: PretrainingInputs, seconds: list[float], device: torch.device, peak_tflops: float
+) -> dict[str, Any]:
     """What the steps took, beside what was planned."""
     train, outlook = inputs.config.train, inputs.outlook
     typical = statistics.median(seconds)
     is_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if is_gpu else "CPU"
-    peak, ranks = peak_flops(name), inputs.launch.world_size
+    ranks = inputs.launch.world_size
     flops = outlook.work.step_flops(train.global_batch_size)
     held = torch.cuda.memory_stats() if is_gpu else {}
     return {
@@ -82,7 +85,7 @@ def figures(inputs: PretrainingInputs, seconds: list[float], device: torch.devic
         "step_seconds": typical,
         "all_step_seconds": seconds,
         "tokens_per_second": train.global_batch_size * inputs.config.model.sequence_length / typical,
-        "utilization": flops / typical / ranks / peak if peak else None,
+        "utilization": flops / typical / ranks / (1e12 * peak_tflops) if is_gpu else None,
         "planned_gib": max(memory.total for memory in outlook.memory()) / GIB,
         "allocated_gib": held["allocated_bytes.all.peak"] / GIB if held else None,
         "reserved_gib": held["reserved_bytes.all.peak"] / GIB if held else None,
@@ -116,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         training.begin()
         device, steps = training.engine.device, make_steps(training)
         seconds = list(islice(steps, WARM_UP_STEPS + arguments.steps))[WARM_UP_STEPS:]
-        found = figures(inputs, seconds, device)
+        found = figures(inputs, seconds, device, arguments.peak_tflops)
         busiest = profiled(steps, device, arguments.trace if rank == 0 else None)
         if rank == 0:
             tell(found, busiest)
